@@ -68,6 +68,14 @@ def test_autocast(case, dtype):
     assert set(gradients) == {torch.float32}
 
 
+@pytest.mark.mode("autocast to bf16 on the CPU")
+def test_autocast_rounds_no_state_of_the_torch_backend():
+    x, h = torch.rand(3, 2, 50, 8), torch.rand(2, 1, 8)
+    with torch.autocast("cpu", torch.bfloat16), mingru.use_backend("torch"):
+        out = mingru.functional.mingru(*x[:2], h, kind="quaternion")
+    assert_equal(out, mingru.functional.mingru(*x[:2], h, kind="quaternion"))
+
+
 @pytest.mark.parametrize(
     "dtype",
     [

@@ -246,6 +246,7 @@ EDITS = [
     *((*row, [True, True]) for row in STILL_IN_ONE),
     *((name, "dropout", 0.5, [False, True]) for name in ("MinGRU", "Stack", "Block", "drop_in.GRU")),
     ("Block", "checkpoint", True, [True, False]),
+    ("Block", "dropout", -1.0, [False, False]),
 ]
 
 

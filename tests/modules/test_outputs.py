@@ -60,3 +60,10 @@ def test_no_output_is_a_view(case, backend):
             assert all(weight.grad is not None for weight in weights)
         assert all(map(torch.equal, outputs, values))
         outputs[0].detach_()
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+def test_the_state_of_a_step_does_not_come_from_its_output(time_first):
+    """Otherwise a hook of the output would see the gradient of the state too."""
+    out, h = mingru.BlockGRU(3, 4, batch_first=not time_first)(torch.randn(1, 1, 3))
+    assert torch.autograd.grad(h.sum(), out, allow_unused=True) == (None,)

@@ -135,7 +135,10 @@ def test_a_learned_initial_state_keeps_its_shape(case, grad):
     right = owner.initial_state.shape
     with torch.set_grad_enabled(grad):
         for shape in [right[1:], (4,), (1,), (), (1, *right), (*right[:-1], 7), (right[0], 2, *right[2:])]:
-            owner.initial_state = nn.Parameter(torch.zeros(shape))
+            # In place of the parameter, and in it, after a call that was right.
+            owner.initial_state = nn.Parameter(torch.zeros(right if len(shape) % 2 else shape))
+            module(args["x"]) if len(shape) % 2 else None
+            owner.initial_state.data = torch.zeros(shape)
             text = re.escape(f"initial_state must be {tuple(right)}, got {tuple(shape)}; to broadcast, expand it")
             for reset in ({}, {"reset": args["reset"]} if "reset" in case.takes else {}):
                 with pytest.raises(ValueError, match=rf": (layers\[0\]\.)?{text}"):

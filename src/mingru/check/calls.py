@@ -4,6 +4,7 @@ import functools
 import inspect
 import numbers
 import operator
+import traceback
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -35,7 +36,10 @@ def explain(error: Exception, name: str, function: Any, args: tuple[Any, ...], k
         if problem:
             raise TypeError(problem) from None
     if isinstance(error, AttributeError) and isinstance(error.obj, torch.nn.Module):
-        if type(error.obj).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name != "__getattr__"]
+        packages = {frames[-1].f_globals.get("__name__", ""), type(error.obj).__module__}
+        # Not a hook that asks for a name that no layer has.
+        if {each.partition(".")[0] for each in packages} == {__name__.partition(".")[0]} and "object has" in str(error):
             problem = f"{type(error.obj).__name__} has no attribute {error.name!r}"
             problem += ", as after torch.load of a whole module that another version of mingru saved"
             remedy = "save its state_dict with that version, and load it into a new module"

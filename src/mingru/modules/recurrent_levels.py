@@ -133,7 +133,8 @@ class RecurrentLevels(Levels, role="sequence"):
         """Write the instructions of an inference pass."""
         layers = plan.children(self.layers, nn.ModuleList, RecurrentLevel, BlockGRULevel)
         initial_state: Any = self.initial_state
-        plan.require(initial_state is None or initial_state.shape == self._shape_of_initial_state())
+        plan.require(isinstance(initial_state, Tensor | None))
+        plan.shapes.append((initial_state, self._shape_of_initial_state()))
         plan.require(len(layers) == self.num_layers)
         for index, layer in enumerate(layers):
             if index > 0:

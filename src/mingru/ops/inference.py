@@ -110,6 +110,10 @@ class LayerPlan:
         except Exception:
             return False  # values that cannot be compared, such as tensors, are new, or a parameter was deleted
 
+    def is_hooked(self) -> bool:
+        """Return whether the same modules are there, and some have hooks."""
+        return any(self.hooks) and self._now[1::2] == self._then[1::2]
+
     def is_open(self) -> bool:
         """Return whether the instructions compute what the modules would compute if they were called now."""
         return (
@@ -166,6 +170,7 @@ class LayerPlan:
 
     def dropout(self, module: Any) -> None:
         """Add dropout if it is active, which is no instruction of the operator."""
+        self.require(0 <= module.dropout <= 1)
         if module.training and module.dropout > 0:
             self.is_operator = False
             self.steps.append(("dropout", partial(F.dropout, p=module.dropout)))
@@ -259,7 +264,7 @@ def current_plan(module: Any) -> LayerPlan:
     # In a slot of the module: a plan is freed with it, and is no part of its copies and pickles.
     plan: LayerPlan | None = getattr(module, "_plan", None)
     # With hooks, whose program may set weights before each call, the plan is not open whatever else has changed.
-    if plan is None or not (any(plan.hooks) or plan.is_current(module)):
+    if plan is None or not (plan.is_hooked() or plan.is_current(module)):
         module._plan = plan = LayerPlan(module)
     return plan
 
@@ -366,8 +371,11 @@ def _trained(plan: LayerPlan, x: Tensor, states: Any, initials: Any, resets: Any
         elif name == "keep":
             kept.append(x)
         elif name in ("add", "add_linear"):
+            before = kept.pop() if of is None else of(kept.pop())
+            if before.shape != x.shape:
+                return None
             # x is the first, because a sum has the strides of the first, and outputs are contiguous.
-            x = x + (kept.pop() if of is None else of(kept.pop()))
+            x = x + before
         elif name == "causal_conv":
             conv, state = of
             x, found[state] = conv(x, states[state], resets[0] if resets else None, adds_x=True)
@@ -379,15 +387,15 @@ def _trained(plan: LayerPlan, x: Tensor, states: Any, initials: Any, resets: Any
 def _by_cell(
     own: Prepared, h: Tensor, start: Tensor | None, reset: Tensor | None, x: Tensor, time_first: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute one step by the cell of torch. The output and the last state are no views."""
+    """Compute one step by the cell of torch, as new tensors."""
     if start is not None and reset is not None:
         h = torch.where(reset.view(-1, 1, 1), start, h)
     weight: Any
     weight, bias = own.recurrent
     of_state = None if bias is None else F.pad(bias, (2 * len(bias), 0))
     step = torch.gru_cell(x.flatten(0, 1), h.squeeze(1), own.map[0], weight, own.map[1], of_state)
-    last = torch.stack([step], 1)
-    return torch.stack([step]) if time_first else last, last
+    # Two tensors, because what a program does with one must not show in the other.
+    return torch.stack([step], 0 if time_first else 1), torch.stack([step], 1)
 
 
 def _layers_of(state: Tensor) -> Iterator[Tensor]:

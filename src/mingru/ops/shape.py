@@ -69,7 +69,11 @@ def product(matrix: Tensor, b: Tensor, parts: int) -> Tensor:
     if is_compiling():
         # A compiler fuses the sum of so few terms.
         return (matrix * b.unsqueeze(-2)).sum(-1)
-    return torch.matmul(matrix, b.unsqueeze(-1)).squeeze(-1)
+    # Not `matmul`, which autocast and TensorFloat-32 round.
+    out = matrix[..., 0] * b[..., :1]
+    for part in range(1, parts):
+        out = torch.addcmul(out, matrix[..., part], b[..., part : part + 1])
+    return out
 
 
 def plus_product(c: Tensor, matrix: Tensor, b: Tensor, parts: int) -> Tensor:
