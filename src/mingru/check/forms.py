@@ -336,7 +336,8 @@ _STEPS = {"reset": "B S", "lengths": "B", "dt": "B S"}
 _PACKED = {"reset": "P", "dt": "P"}
 
 LAYER = Forms({"x": "B S I", "h": _H, **_STEPS}, packed={"x": "P I", "h": _H, **_PACKED})
-CELL = Forms({"x": "B I", "h": "B H", "reset": "B", "dt": "B"}, {"x": "I", "h": "H", "reset": "", "dt": ""})
+_CELL = {"x": "B I", "h": "B H", "reset": "B", "dt": "B"}, {"x": "I", "h": "H", "reset": "", "dt": ""}
+CELL = Forms(*_CELL)
 OF_IMAGES = Forms({"x": "B S I *space", "h": "expands to B 1 H *space", "reset": "B S"})
 CELL_OF_IMAGES = Forms(
     {"x": "B I *space", "h": "expands to B H *space", "reset": "B"},
@@ -356,9 +357,7 @@ LAYER_OF_TORCH = Forms(
     packed={"x": "P I", "h": "L*D B H", **_PACKED},
     **_OF_TORCH,
 )
-CELL_OF_TORCH = Forms(
-    {"x": "B I", "h": "B H", "reset": "B", "dt": "B"}, {"x": "I", "h": "H", "reset": "", "dt": ""}, **_OF_TORCH
-)
+CELL_OF_TORCH = Forms(*_CELL, **_OF_TORCH)
 
 _STATES = {"h": "expands to B 1 *", "initial_state": "expands to B 1 *", **_STEPS}
 MINGRU = Forms({"x": "B S *", "candidate": "B S *", **_STATES}, name="mingru", x="gate")

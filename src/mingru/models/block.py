@@ -181,7 +181,7 @@ class Block(Composite, role="sequence", planned=True):
         return [self.rnn._state(x, None, batch), *of_conv]
 
     def _write_plan(self, plan: LayerPlan) -> None:
-        """Write the instructions of an inference pass."""
+        """Write the instructions of a pass."""
         plan.is_trained &= not (self.checkpoint and self.training)
         state = plan.num_states
         if self.conv is not None:

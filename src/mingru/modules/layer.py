@@ -1,4 +1,4 @@
-"""The base class of layers, cells and stacks: everything that `Stack`, inference pass and export ask of them."""
+"""The base class of layers, cells and stacks: everything that `Stack`, plans and export ask of them."""
 
 import inspect
 from typing import TYPE_CHECKING, Any

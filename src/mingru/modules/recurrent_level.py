@@ -102,7 +102,7 @@ class RecurrentLevel(Level):
         return out, states
 
     def _write_plan(self, plan: LayerPlan, state: int) -> None:
-        """Write the instructions of an inference pass."""
+        """Write the instructions of a pass."""
         plan.require(not self.highway, self.num_parts == CELLS[self.cell].num_inputs + self.has_output_gate)
         if self.residual:
             plan.keep()

@@ -33,7 +33,7 @@ from .shared import MaybeList, MaybeTensor, Outputs, Steps, one_or_all, reshaped
 
 
 class RecurrentLevels(Levels, role="sequence"):
-    """Apply stacked layers of one cell type; the base class of `MinGRU` and `MinLSTM`."""
+    """Apply stacked layers of one cell type; the base class of `MinGRU`, `MinLSTM` and `BlockGRU`."""
 
     cell: str
     """"mingru", "minlstm" or "blockgru"."""
@@ -130,7 +130,7 @@ class RecurrentLevels(Levels, role="sequence"):
         return state
 
     def _write_plan(self, plan: LayerPlan) -> None:
-        """Write the instructions of an inference pass."""
+        """Write the instructions of a pass."""
         layers = plan.children(self.layers, nn.ModuleList, RecurrentLevel, BlockGRULevel)
         initial_state: Any = self.initial_state
         plan.require(isinstance(initial_state, Tensor | None))

@@ -173,7 +173,7 @@ class Stack(Composite, role="sequence", planned=True):
         return [state for layer in self.layers for state in layer._state_forms(x)]  # type: ignore[operator]
 
     def _write_plan(self, plan: LayerPlan) -> None:
-        """Write the instructions of an inference pass."""
+        """Write the instructions of a pass."""
         layers = plan.children(self.layers, nn.ModuleList, *{type(each) for each in self.layers if each._planned})
         aligns = plan.children(self.aligns, nn.ModuleList, nn.Identity, nn.Linear)
         plan.require(len(aligns) == len(layers) == len(self._ends) - 1, self.num_states == self._ends[-1])

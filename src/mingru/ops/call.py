@@ -36,7 +36,7 @@ class Spec(NamedTuple):
 
 
 class Start(NamedTuple):
-    """State before the first step, resets, the state after a reset, and elapsed times."""
+    """State before the first step, resets, the state after a reset, elapsed times, and recurrent weights."""
 
     h: Tensor
     """State before the first step, (B, 1, *)."""
@@ -104,7 +104,7 @@ def with_steps(start: Start, reset: Tensor | None, dt: Tensor | None) -> Start:
 
 
 def flattened(start: Start, layout: Layout) -> list[Any]:
-    """Return all tensors in one list, for kernels and autograd, in the order of csrc/driver.h. The inputs follow."""
+    """Return all tensors in one list, for kernels and autograd, in the order of csrc/scan.h. The inputs follow."""
     return [*start, *layout[1:]]
 
 

@@ -1,4 +1,4 @@
-"""Small functions on dtypes and shapes that all backends share. Everything here is scriptable."""
+"""Small functions on dtypes, shapes and parts of numbers that all backends share. Everything here is scriptable."""
 
 import torch
 from torch import Tensor
