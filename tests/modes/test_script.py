@@ -72,7 +72,7 @@ def test_script_in_training_and_not(case):
 # Traced
 
 
-@mode("torch.jit.trace", FEW)
+@mode("torch.jit.trace", [*FEW, "BlockGRU", "models.Block"])
 @pytest.mark.parametrize(("count", "size"), [(1, (1, 1)), (2, (2, 7)), (3, (1, 17))])
 def test_trace(case, count, size):
     """Batch and length are those of each call, also where the trace saw but one sequence or one step."""
