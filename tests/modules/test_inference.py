@@ -247,6 +247,10 @@ EDITS = [
     *((name, "dropout", 0.5, [False, True]) for name in ("MinGRU", "Stack", "Block", "drop_in.GRU")),
     ("Block", "checkpoint", True, [True, False]),
     ("Block", "dropout", -1.0, [False, False]),
+    *(
+        (name, f"{LINEAR}.weight", nn.Parameter(torch.randn(2 * DIMS, 1)), [False, False])
+        for name in ("plain", "MinGRU")
+    ),
 ]
 
 

@@ -357,6 +357,8 @@ def _trained(plan: LayerPlan, x: Tensor, states: Any, initials: Any, resets: Any
         if name in _SCANS:
             directions, state = of
             outs = []
+            if any(own.map[0].shape[1:] != x.shape[2:] for own in directions):
+                return None
             for own, reset in zip(directions, resets or [None, None], strict=False):
                 start = None if reset is None else next(starts[state])
                 given = next(befores[state]), start, reset, None, *own.recurrent, None, None, x

@@ -202,6 +202,9 @@ def fused_with(
         return None
     if not x.is_floating_point() or x.numel() == 0 or (bias is not None and bias.shape != weight.shape[:1]):
         return None
+    # The product with the weight of a norm would broadcast.
+    if weight.shape[1:] != x.shape[-1:]:
+        return None
     if is_autocast(x):
         # For few rows, as in a step, `linear` is faster, because autocast casts its weights once for all calls.
         is_small = spec.cell != BLOCKS and x.shape[:-1].numel() * _CASTS < weight.numel()
