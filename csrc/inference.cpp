@@ -24,7 +24,7 @@ enum class Instruction : int64_t { MINGRU_INSTRUCTIONS(MINGRU_NAME) };
 // Larger values of a pass would take the place of all others in the memory that is kept.
 constexpr int64_t most_kept_bytes = KeptMemory::most_bytes / 4;
 
-// The largest elapsed time that is usual, as in src/mingru/check.py.
+// The largest elapsed time that is usual, as in src/mingru/check/forms.py.
 constexpr double most_usual_time = 1e6;
 
 // Thrown if an argument does not fit. The caller then runs the modules one by one, which names the argument.

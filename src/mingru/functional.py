@@ -16,7 +16,7 @@ from .check.values import check_choice, check_flag, check_min_decay, dims, expec
 from .modules.options import Candidate, Gate
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
-from .ops.backends import torch_in_graphs as _traceable
+from .ops.backends import torch_in_graphs as _in_graphs
 from .ops.call import Spec, Start, spec_of
 from .ops.cells import GATES, default_candidate, multiple_of, zero_state
 from .ops.graph import scripted_as
@@ -277,7 +277,7 @@ def _scripted_linear_scan(
     dtype = accumulate_dtype(b.dtype)
     state = torch.zeros([], dtype=b.dtype, device=b.device) if h is None else h
     state = as_dtype(state.expand([b.size(0), 1] + list(b.shape[2:])), dtype)  # noqa: RUF005 (not in TorchScript)
-    return as_dtype(_traceable.linear_scan(as_dtype(a, dtype), as_dtype(b, dtype), state, reset, reverse)[0], b.dtype)
+    return as_dtype(_in_graphs.linear_scan(as_dtype(a, dtype), as_dtype(b, dtype), state, reset, reverse)[0], b.dtype)
 
 
 @overload

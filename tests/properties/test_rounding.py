@@ -35,7 +35,7 @@ def truth(case: Case, module, x, h=None):
         inputs = maps.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2]).double().chunk(2, 2)
         cell = "mingru"
     else:
-        inputs, cell = maps.linear(x).double().chunk(maps.num_inputs, 2), module.cell
+        inputs, cell = maps.linear(x).double().chunk(maps.num_parts, 2), module.cell
     initial = dict(module.named_parameters()).get("initial_state")
     initial = None if initial is None else initial[0].double()
     h = None if h is None else h[0].double().reshape(len(x), 1, *inputs[0].shape[2:])

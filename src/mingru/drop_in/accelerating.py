@@ -11,7 +11,7 @@ from ..check.values import check_flag, check_type
 from ..ops import autograd, route
 from ..ops.call import Call, Layout, Start, spec_of
 from ..ops.cells import BLOCKS
-from ..ops.graph import are_eager, is_autocast, is_compiling
+from ..ops.graph import is_compiling
 from ..ops.linear_map import are_recomputed
 from ..ops.names_of_torch import PREPARE_SCRIPTABLE, len_torch_dispatch_stack
 from ..ops.route import Choice
@@ -122,10 +122,9 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
 
 def _is_possible(x: Tensor, *others: Any) -> bool:
     """Return whether kernels can compute the recurrence of these tensors."""
-    is_plain = x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.numel() > 0 and are_eager(x, *others)
-    if not is_plain or is_autocast(x) or len_torch_dispatch_stack() or not route.is_native():
-        return False
-    return all(each is None or (each.is_cpu and each.dtype == x.dtype) for each in others)
+    fits = x.dtype in (torch.float32, torch.float64) and x.numel() > 0 and not len_torch_dispatch_stack()
+    fits = fits and route.is_for_native(x, *others)
+    return fits and all(each is None or (each.is_cpu and each.dtype == x.dtype) for each in others)
 
 
 def _recurrence(x: Tensor, h: Tensor, weights: list[Tensor], reverse: bool, layout: Layout) -> tuple[Tensor, Tensor]:

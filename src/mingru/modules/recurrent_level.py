@@ -62,12 +62,11 @@ class RecurrentLevel(Level):
         factory, proj_size = options.factory, options.proj_size
         output_dims = (proj_size or options.hidden_dims) * options.num_directions
         self.forget_bias = float(options.forget_bias)
-        self.num_inputs = CELLS[cell].num_inputs
         self.recompute = options.recompute
         self.residual = options.residual is True
         self.highway = options.residual == "highway"
         # The rows of the highway or of the output gate are the last.
-        self.num_parts = self.num_inputs + int(self.highway or self.has_output_gate)
+        self.num_parts = CELLS[cell].num_inputs + int(self.highway or self.has_output_gate)
         pre_dims = self.hidden_dims * self.num_parts
         self.norm: nn.Module | None = None if options.norm is None else NORMS[options.norm](input_dims, **factory)
         self.linear = linear(input_dims, pre_dims, options.bias, **factory)

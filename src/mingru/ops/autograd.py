@@ -67,13 +67,13 @@ def scan(choice: Choice, call: LinearScan) -> States:
     if in_compile and not (torch.is_grad_enabled() and any(x.requires_grad for x in call[:3])):
         # Dynamo cannot trace the functions below if no tensor requires gradients. The kernel alone has no derivatives,
         # which transforms such as `torch.func.grad` may need.
-        return _traceable_scan(call)
+        return _scan_in_graphs(call)
     function = ScanInGraph if is_compiling() else Scan
     states: States = function.apply(choice, *call)  # type: ignore[no-untyped-call]
     return states
 
 
-def _traceable_scan(call: LinearScan) -> States:
+def _scan_in_graphs(call: LinearScan) -> States:
     out, last = torch_in_graphs.scan(in_accumulation_dtype(call))
     return as_dtype(out, call.b.dtype), as_dtype(last, call.h.dtype)
 
@@ -107,7 +107,7 @@ class ScanInGraph(torch.autograd.Function):
             if backend.scan is None and not torch.is_grad_enabled() and not batched:
                 return scan_backward_by(backend.kernel, call, out, *grad)
             # Kernels have no rule for batched gradients.
-            delta = adjoint(_traceable_scan if batched else partial(scan, choice), call, grad)
+            delta = adjoint(_scan_in_graphs if batched else partial(scan, choice), call, grad)
             grad_a = grad_h = None
             if ctx.needs_input_grad[1]:
                 grad_a = times(delta, conjugate(previous_states(call, out), call.parts), call.parts)

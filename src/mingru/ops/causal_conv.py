@@ -10,8 +10,8 @@ from .autograd import differentiable
 from .backend import SCANS
 from .backends import native
 from .call import Layout, Start, flattened
-from .graph import are_batched, are_eager, is_autocast, scripted_as
-from .route import is_native
+from .graph import are_batched, scripted_as
+from .route import is_for_native
 from .shape import States, as_dtype
 
 # Not half widths: their conversions take as long as what the operator saves.
@@ -47,7 +47,7 @@ def causal_conv(
     x is (B, S, C), the weight (num_past + 1, C), and the state the inputs before x, (1, B, num_past, C).
     """
     tensors = (x, weight, bias, state, reset, lengths)
-    is_plain = is_native() and are_eager(*tensors) and x.is_cpu and x.dtype in _DTYPES and not is_autocast(x)
+    is_plain = is_for_native(*tensors) and x.dtype in _DTYPES
     own = zip((weight, bias), ((num_past + 1, x.shape[-1]), x.shape[-1:]), strict=True)
     # Shapes come last, because a trace would record a comparison.
     fits = is_plain and all(each is None or (each.dtype == x.dtype and each.shape == shape) for each, shape in own)

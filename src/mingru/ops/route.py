@@ -17,7 +17,7 @@ from .backend import Backend, Kernel, KernelFailure, warn_once
 from .backends import in_log_space, native, sequential, torch_in_graphs, torch_in_place, triton
 from .call import Call, Spec
 from .cells import BLOCKS, CELLS, cells_of, parts_of
-from .graph import are_ordinary, is_autocast, is_compiling
+from .graph import are_eager, are_ordinary, is_autocast, is_compiling
 from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, map_with_norm, weights_of_norm, with_norm
 from .names_of_torch import has_any_global_hook, is_exporting, is_symbolic, is_tracing
 from .shape import as_dtype
@@ -126,6 +126,11 @@ def is_native() -> bool:
     """Return whether calls on the CPU run in the compiled kernels, if these have a kernel for the cell."""
     name, _ = _selected("auto")
     return (FASTEST_FIRST[0] if name == "auto" else name) == "native" and BACKENDS["native"].unavailable() is None
+
+
+def is_for_native(x: Tensor, *others: Any) -> bool:
+    """Return whether an eager call computes these tensors, some of which may be None, in the compiled kernels."""
+    return is_native() and are_eager(x, *others) and x.is_cpu and not is_autocast(x)
 
 
 def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> Choice:
