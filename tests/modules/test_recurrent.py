@@ -136,6 +136,7 @@ def test_exchange_with_torch_keeps_what_is_trained_and_computed():
     assert (rnn.block_size, again.layers[0].recurrent.weight.shape) == (48, (144, 48))
     on_meta = mingru.BlockGRU.from_torch(torch.nn.GRU(IN, 48, bias=False, device="meta"), block_size=16)
     assert {each.shape for each in on_meta.to_torch().parameters() if each.is_meta} == {(144, IN), (144, 48)}
+    assert [each.shape for each in on_meta(torch.zeros(6, B, IN, device="meta"))] == [(6, B, 48), (1, B, 1, 48)]
     torch.nn.utils.parametrize.register_parametrization(rnn.layers[0].recurrent, "weight", Counted())
     rnn.layers[1].recurrent.register_forward_hook(lambda module, args, out: (3 * out[0], -out[1]))
     x = torch.randn(B, S, IN)
