@@ -135,7 +135,7 @@ def test_lengths(case):
 
 @pytest.mark.parametrize("argument", ["dt", "reset"])
 def test_lengths_of_both_directions(argument):
-    module, x, lengths = mingru.MinGRU(3, 4, bidirectional=True), torch.randn(2, 5, 3), torch.tensor([3, 5])
+    module, x, lengths = mingru.MinGRU(3, 4, 2, bidirectional=True), torch.randn(2, 5, 3), torch.tensor([3, 5])
     given = {argument: torch.rand(2, 5) if argument == "dt" else torch.rand(2, 5) < 0.3, "lengths": lengths}
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
     assert_equal(compiled(x, **given), module(x, **given))

@@ -72,7 +72,8 @@ def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
     cell, tensors = "linear_scan" if call.parts == 1 else "quaternion_linear_scan", [*call[:3], *others]
     if call.a.is_complex():
         cell, tensors = "complex_linear_scan", [torch.view_as_real(x.resolve_conj()) for x in tensors]
-    return SCANS[cell, call.reverse], tensors
+    # Made here, because a graph of any sizes makes a symbol of each number that it finds in a table: see `Spec`.
+    return Spec(cell, "linear", call.reverse, 0.0, "", 0.0, False), tensors
 
 
 def grads_of_start(tensors: Sequence[Any], of_states: Sequence[Any], grad_dt: Tensor | None) -> Sequence[Any]:
