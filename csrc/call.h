@@ -31,7 +31,7 @@ constexpr Cell mixtures[][2] = {MINGRU_MIXTURES(MINGRU_PAIR)};
 #undef MINGRU_PAIR
 constexpr auto num_cells = static_cast<int64_t>(std::size(cells));
 
-// The bits of a call after the cell and the activation. The first say which of the optional tensors there are.
+// The flags of a call, its bits after the cell and the activation. The first say which of the optional tensors there are.
 #define MINGRU_FLAGS(FLAG)                                                                                       \
   FLAG(has_reset) FLAG(has_dt) FLAG(has_recurrent) FLAG(has_recurrent_bias) FLAG(has_batch_sizes)                  \
   FLAG(has_lengths) FLAG(reverse) FLAG(time_first) FLAG(keep)                                                    \
@@ -49,18 +49,18 @@ constexpr int64_t bit(Flag flag, bool value = true) { return int64_t(value) << (
 // Tensor?[].
 struct Call {
   const char* name;  // of the operator, for errors
-  const int64_t how;  // the numbers of cell and activation, a byte each, and the flags
+  const int64_t bits;  // the numbers of cell and activation, a byte each, and the flags
   const double min_decay;
 
-  Call(const char* name, const Tensors& given, int64_t how, double min_decay)
-      : name(name), how(how), min_decay(min_decay) {
+  Call(const char* name, const Tensors& given, int64_t bits, double min_decay)
+      : name(name), bits(bits), min_decay(min_decay) {
     const int64_t num_known = num_cells + static_cast<int64_t>(std::size(mixtures));
-    const bool is_known = (how & 0xff) < num_known && (how >> 8 & 0xff) < 3;
-    STD_TORCH_CHECK(is_known, name, ": unknown cell ", how & 0xff, " or activation");
-    STD_TORCH_CHECK(how >= 0 && how < bit(Flag::count), name, ": unknown flags");
+    const bool is_known = (bits & 0xff) < num_known && (bits >> 8 & 0xff) < 3;
+    STD_TORCH_CHECK(is_known, name, ": unknown cell ", bits & 0xff, " or activation");
+    STD_TORCH_CHECK(bits >= 0 && bits < bit(Flag::count), name, ": unknown flags");
     size_t next = 0;
     for (size_t i = 0; i < num_arguments; ++i) {
-      if (i >= num_required && (how >> (first_flag + i - num_required) & 1) == 0) continue;
+      if (i >= num_required && (bits >> (first_flag + i - num_required) & 1) == 0) continue;
       if (next < given.size()) tensors_[i] = &given[next];
       ++next;
     }
@@ -69,17 +69,17 @@ struct Call {
 
   // Null if absent.
   const Tensor* operator[](Argument argument) const { return tensors_[static_cast<size_t>(argument)]; }
-  bool has(Flag flag) const { return (how & bit(flag)) != 0; }
-  bool is_mixture() const { return (how & 0xff) >= num_cells; }
+  bool has(Flag flag) const { return (bits & bit(flag)) != 0; }
+  bool is_mixture() const { return (bits & 0xff) >= num_cells; }
   // The cell, or a cell of the mixture.
   Cell cell(int index = 0) const {
-    return is_mixture() ? mixtures[(how & 0xff) - num_cells][index] : static_cast<Cell>(how & 0xff);
+    return is_mixture() ? mixtures[(bits & 0xff) - num_cells][index] : static_cast<Cell>(bits & 0xff);
   }
-  Activation activation() const { return static_cast<Activation>(how >> 8 & 0xff); }
+  Activation activation() const { return static_cast<Activation>(bits >> 8 & 0xff); }
   const CellTraits& traits() const { return cells[static_cast<size_t>(cell())]; }
   // Of features, for the gradients of the elapsed times. Each cell of a mixture has its own.
   int64_t num_groups(int64_t features) const {
-    return is_mixture() ? 2 * ((features / 2 + group - 1) / group) : (features + group - 1) / group;
+    return is_mixture() ? 2 * ceil_div(features / 2, group) : ceil_div(features, group);
   }
   // The inputs of the cell, and the output gate.
   int64_t num_parts() const { return traits().num_inputs + has(Flag::output_gate); }

@@ -1,4 +1,4 @@
-// The causal depthwise convolution of a block. Called by src/mingru/ops/causal_conv.py and inference.cpp. The state of
+// The causal depthwise convolution of a residual block. Called by src/mingru/ops/causal_conv.py and inference.cpp. The state of
 // the convolution is the h of the call.
 #include "linear.h"
 #include "operands.h"
@@ -43,16 +43,16 @@ Outputs mingru::causal_conv(
 namespace {
 
 std::tuple<Tensor, Tensor> causal_conv_forward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t how, bool adds_x) {
-  const Outputs found = causal_conv({"causal_conv_forward", tensors, how, 0}, x, weight, bias, adds_x);
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t bits, bool adds_x) {
+  const Outputs found = causal_conv({"causal_conv_forward", tensors, bits, 0}, x, weight, bias, adds_x);
   return {*found.out, *found.last};
 }
 
 // Returns the gradients of x, weight, bias and state.
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t how, bool adds_x,
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t bits, bool adds_x,
     const Tensor& grad_out, const Tensor& grad_last) {
-  const Call call{"causal_conv_backward", tensors, how, 0};
+  const Call call{"causal_conv_backward", tensors, bits, 0};
   ConvOperands operands(call, x, weight, bias, adds_x);
   const Tensor grad_x = empty_as(x), grad_h = std::get<0>(operands.add_gradients(x, grad_out, grad_last));
   operands.scan.grad_inputs[0] = operands.sequence(grad_x);
@@ -60,9 +60,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
   of.bias = of.zeros;
   Tensor sums = torch::stable::new_zeros(x, {of.kernel_size + 1, x.size(2)});
   Scratch scratch;
-  of.sums = scratch.at_least(of.num_blocks() * sums.numel() * x.element_size());
+  of.sums = scratch.at_least(of.num_tasks() * sums.numel() * x.element_size());
   convolve(of, true);
-  add_rows({operands.scan.storage, of.sums, of.num_blocks(), sums.numel(), sums.data_ptr()});
+  add_rows({operands.scan.storage, of.sums, of.num_tasks(), sums.numel(), sums.data_ptr()});
   const Tensor grad_bias = torch::stable::clone(torch::stable::select(sums, 0, of.kernel_size));
   return {grad_x, torch::stable::narrow(sums, 0, 0, of.kernel_size), grad_bias, grad_h};
 }
@@ -71,10 +71,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
-      "causal_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int how, bool adds_x) -> "
+      "causal_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int bits, bool adds_x) -> "
       "(Tensor, Tensor)");
   library.def(
-      "causal_conv_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int how, bool adds_x, "
+      "causal_conv_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int bits, bool adds_x, "
       "Tensor grad_out, Tensor grad_last) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -73,7 +73,7 @@ struct Rows {
   int64_t stride;
 };
 
-MINGRU_INLINE int64_t padded_size(int64_t features) { return (features + group - 1) / group * group; }
+MINGRU_INLINE int64_t padded_size(int64_t features) { return ceil_div(features, group) * group; }
 
 // Copies at most a group of values, without the call that memcpy is for a variable number.
 template <int64_t size = group, class T>

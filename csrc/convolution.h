@@ -25,17 +25,17 @@ static void add_taps(
 }
 
 template <class A>
-static void convolve(const Convolution& of, int64_t block, bool is_backward) {
+static void convolve(const Convolution& of, int64_t task, bool is_backward) {
   static constexpr decltype(&add_taps<A, false, 0>) adding[2][5] = {
       {add_taps<A, false, 0>, add_taps<A, false, 1>, add_taps<A, false, 2>, add_taps<A, false, 3>, add_taps<A, false, 4>},
       {add_taps<A, true, 0>, add_taps<A, true, 1>, add_taps<A, true, 2>, add_taps<A, true, 3>, add_taps<A, true, 4>}};
   const Scan& scan = of.scan;
-  const int64_t count = scan.num_features, size = of.kernel_size, num_past = size - 1, begin = block * of.block_rows;
+  const int64_t count = scan.num_features, size = of.kernel_size, num_past = size - 1, begin = task * of.task_rows;
   const A *weight = static_cast<const A*>(of.weight), *zeros = static_cast<const A*>(of.zeros);
-  A* sums = is_backward ? static_cast<A*>(of.sums) + block * (size + 1) * count : nullptr;
+  A* sums = is_backward ? static_cast<A*>(of.sums) + task * (size + 1) * count : nullptr;
   if (is_backward) std::memset(sums, 0, (size + 1) * count * sizeof(A));
   std::vector<const A*> rows(size);
-  for (int64_t row = begin; row < least_of(begin + of.block_rows, of.num_rows()); ++row) {
+  for (int64_t row = begin; row < least_of(begin + of.task_rows, of.num_rows()); ++row) {
     const int64_t batch = row / (scan.num_steps + num_past), step = row % (scan.num_steps + num_past) - num_past;
     const int64_t length = scan.lengths ? scan.lengths[batch] : scan.num_steps;
     // The features of a step, which is in the state if it is negative.

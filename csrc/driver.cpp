@@ -1,7 +1,5 @@
 #include "driver.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -77,8 +75,6 @@ constexpr int64_t most_task_rows = 16 * tile_rows;
 // With fewer weights, a thread costs more time than it saves.
 constexpr int64_t weights_per_thread = 1 << 16;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 class ScanTasks {
  public:
   ScanTasks(const Scan& scan, const Part& part, bool backward)
@@ -131,8 +127,8 @@ class ScanTasks {
   }
 
   Span span(int64_t task, int64_t begin, int64_t end) const {
-    const int64_t blocks = ceil_div(scan_.num_features, features_);
-    const int64_t batch = part_.batch_begin + task / blocks, feature = task % blocks * features_;
+    const int64_t ranges = ceil_div(scan_.num_features, features_);
+    const int64_t batch = part_.batch_begin + task / ranges, feature = task % ranges * features_;
     if (scan_.lengths) end = std::min(end, scan_.lengths[batch]);
     return {batch, feature, std::min(features_, scan_.num_features - feature), begin, end, nullptr, false};
   }
@@ -210,18 +206,18 @@ class ScanTasks {
 
 void run(const Scan& scan, const Part& part, bool backward) { ScanTasks(scan, part, backward)(); }
 
-void run_blocks(const Scan& scan, const Blocks& blocks, const Part& part, bool backward) {
+void run_diagonal_blocks(const Scan& scan, const DiagonalBlocks& blocks, const Part& part, bool backward) {
   const Kernels& kernels = kernels_of(scan.storage);
   const int64_t batch = part.batch_end - part.batch_begin, threads = torch::stable::get_num_threads();
-  const int64_t groups = blocks.is_wide() ? 1 : backward ? Blocks::most_totals : ceil_div(threads, blocks.count);
-  const int64_t size = ceil_div(ceil_div(batch, groups), Blocks::per_group) * Blocks::per_group;
+  const int64_t groups = blocks.is_wide() ? 1 : backward ? DiagonalBlocks::most_totals : ceil_div(threads, blocks.count);
+  const int64_t size = ceil_div(ceil_div(batch, groups), DiagonalBlocks::per_group) * DiagonalBlocks::per_group;
   const int64_t bytes = blocks.values_of_total() * (scan.storage == Storage::float64 ? 8 : 4);
   const int64_t least = ceil_div(values_per_thread, size * (part.end - part.begin) * blocks.padded);
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = part.batch_begin + i / blocks.count * size, last = std::min(first + size, part.batch_end);
       char* totals = backward ? static_cast<char*>(blocks.totals) + i * bytes : nullptr;
-      kernels.run_block(scan, blocks, part, i % blocks.count, first, last, totals);
+      kernels.run_diagonal_block(scan, blocks, part, i % blocks.count, first, last, totals);
     }
   };
   const int64_t tasks = ceil_div(batch, size) * blocks.count;
@@ -229,18 +225,17 @@ void run_blocks(const Scan& scan, const Blocks& blocks, const Part& part, bool b
   run(0, tasks);
 }
 
-void share_block(
+void share_wide_block(
     int64_t count, int64_t multiplications, void (*f)(const void*, int64_t, int64_t), const void* given) {
   torch::stable::parallel_for(0, count, ceil_div(multiplications_per_share, multiplications), [&](int64_t begin, int64_t end) {
     f(given, begin, end);
   });
 }
 
-void pack_blocks(const Blocks& blocks, Storage storage, void* packed, bool is_transposed) {
+void pack_diagonal_blocks(const DiagonalBlocks& blocks, Storage storage, void* packed, bool is_transposed) {
   const Kernels& kernels = kernels_of(storage);
-  const int64_t least = ceil_div(values_per_thread, Blocks::num_gates * blocks.size * blocks.padded);
-  torch::stable::parallel_for(0, blocks.count, least, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) kernels.pack_block(blocks, packed, block, is_transposed);
+  for_each(blocks.count, DiagonalBlocks::num_gates * blocks.size * blocks.padded, [&](int64_t block) {
+    kernels.pack_diagonal_block(blocks, packed, block, is_transposed);
   });
 }
 
@@ -276,10 +271,10 @@ void multiply_in_tiles(const MatrixProduct& product, float* packed) {
   const int64_t width = ceil_div(product.columns, panel_columns) * panel_columns;
   const int64_t most_columns = std::min(most_packed / tile_depth, width);
   const int64_t most_depth = most_packed / most_columns / tile_depth * tile_depth;
-  // Each thread gets as many blocks of rows.
+  // Each thread gets as many shares of the rows.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t blocks = ceil_div(ceil_div(rows, most_task_rows), threads) * threads;
-  const int64_t task_rows = ceil_div(ceil_div(rows, blocks), tile_rows) * tile_rows;
+  const int64_t shares = ceil_div(ceil_div(rows, most_task_rows), threads) * threads;
+  const int64_t task_rows = ceil_div(ceil_div(rows, shares), tile_rows) * tile_rows;
   for (int64_t column = 0; column < product.columns; column += most_columns) {
     MatrixProduct part = product;
     part.columns = std::min(most_columns, product.columns - column);
@@ -290,9 +285,7 @@ void multiply_in_tiles(const MatrixProduct& product, float* packed) {
     for (int64_t k = 0; k < product.depth; k += most_depth) {
       part.depth = std::min(most_depth, product.depth - k);
       const int64_t panel_size = panel_columns * part.depth;
-      torch::stable::parallel_for(0, panels, ceil_div(values_per_thread, panel_size), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) kernels.pack_panel(part, packed + i * panel_size, i);
-      });
+      for_each(panels, panel_size, [&](int64_t i) { kernels.pack_panel(part, packed + i * panel_size, i); });
       const int64_t least = ceil_div(multiplications_per_thread, task_rows * panel_size);
       torch::stable::parallel_for(0, tasks, least, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
@@ -326,10 +319,8 @@ void normalize(const Normalization& of, bool is_backward) {
 
 void convolve(const Convolution& of, bool is_backward) {
   const Kernels& kernels = kernels_of(of.scan.storage);
-  const int64_t least = ceil_div(values_per_thread, Convolution::block_rows * of.scan.num_features);
-  torch::stable::parallel_for(0, of.num_blocks(), least, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) kernels.convolve(of, block, is_backward);
-  });
+  const int64_t values = Convolution::task_rows * of.scan.num_features;
+  for_each(of.num_tasks(), values, [&](int64_t task) { kernels.convolve(of, task, is_backward); });
 }
 
 // The number of the sources, which src/mingru/ops/backends/sources.py reads in the built file. Not constant, so that it

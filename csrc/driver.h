@@ -1,5 +1,7 @@
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <string>
 
 #include "scan.h"
@@ -9,17 +11,25 @@ namespace mingru {
 // With fewer values, a thread costs more time than it saves.
 constexpr int64_t values_per_thread = 16384;
 
+// Calls f with each number below `count`, on several threads if there are enough values, so many for each number.
+template <class F>
+void for_each(int64_t count, int64_t values, const F& f) {
+  torch::stable::parallel_for(0, count, ceil_div(values_per_thread, values), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
 // Runs a part of a scan, or of its backward pass, on torch's thread pool. Parts must be run in the order of the scan,
 // because each part continues from the state of the previous part.
 void run(const Scan& scan, const Part& part, bool backward);
 
-// The same for features that see each other in blocks.
-void run_blocks(const Scan& scan, const Blocks& blocks, const Part& part, bool backward);
-// The `parallel_for` of wide blocks.
-void share_block(
+// The same for a BlockGRU.
+void run_diagonal_blocks(const Scan& scan, const DiagonalBlocks& blocks, const Part& part, bool backward);
+// The `parallel_for` of wide diagonal blocks.
+void share_wide_block(
     int64_t count, int64_t multiplications, void (*f)(const void*, int64_t, int64_t), const void* given);
-// Copies the weights of all blocks as the kernels read them.
-void pack_blocks(const Blocks& blocks, Storage storage, void* packed, bool is_transposed);
+// Copies the weights of all diagonal blocks as the kernels read them.
+void pack_diagonal_blocks(const DiagonalBlocks& blocks, Storage storage, void* packed, bool is_transposed);
 
 // With more rows, torch's product is faster.
 constexpr int64_t most_few_rows = 8;

@@ -34,14 +34,6 @@ void require(bool fits) {
   if (!fits) throw DoesNotFit();
 }
 
-template <class F>
-void for_each_row(int64_t rows, int64_t features, const F& f) {
-  torch::stable::parallel_for(
-      0, rows, std::max<int64_t>(1, values_per_thread / features), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) f(row);
-      });
-}
-
 // The arguments of the operator.
 struct Arguments {
   const Tensor& x;
@@ -179,7 +171,7 @@ class InferencePass : Arguments {
     with_type([&](auto type) {
       auto* out = data_of<decltype(type)>(x_);
       const auto* in = data_of<const decltype(type)>(kept);
-      for_each_row(num_rows(), features, [&](int64_t row) {
+      for_each(num_rows(), features, [&](int64_t row) {
         for (int64_t i = row * features; i < (row + 1) * features; ++i) out[i] += in[i];
       });
     });
@@ -197,7 +189,7 @@ class InferencePass : Arguments {
       void* scales = scales_.at_least(num_rows() * sizeof(T));
       normalize({storage_of(x), has_bias, eps, x.data_ptr(), out.data_ptr(), scales, num_rows(), features}, false);
       const T *w = data_of<const T>(weight), *b = bias ? data_of<const T>(*bias) : nullptr;
-      for_each_row(num_rows(), features, [&](int64_t row) {
+      for_each(num_rows(), features, [&](int64_t row) {
         T* to = data_of<T>(out) + row * features;
         for (int64_t i = 0; i < features; ++i) to[i] = to[i] * w[i] + (b ? b[i] : T(0));
       });
@@ -287,9 +279,9 @@ class InferencePass : Arguments {
     return view_of(data, {num_batch(), 1, features}, {features, features, 1}, state);
   }
 
-  void recur(bool has_bias, bool both, int64_t state, int64_t how) {
+  void recur(bool has_bias, bool both, int64_t state, int64_t bits) {
     // A flag could ask for more than this pass gives.
-    require((how & ~(bit(Flag{}) - 1) & ~bit(Flag::output_gate)) == 0);
+    require((bits & ~(bit(Flag{}) - 1) & ~bit(Flag::output_gate)) == 0);
     const int64_t directions = both ? 2 : 1, first = begin_layers(state, directions);
     const Tensor x = x_, h = as_contiguous(states[state]);
     const Tensor initial_state = resets.empty() ? h : as_contiguous(initial_states[state]);
@@ -307,7 +299,7 @@ class InferencePass : Arguments {
       if (!times.empty()) tensors.push_back(times[direction]);
       const Tensor& weight = next_weight(2, x.size(2));
       const MaybeTensor bias = next_bias(has_bias, weight.size(0));
-      const bool is_blockgru = (how & 0xff) == static_cast<int64_t>(Cell::blockgru);
+      const bool is_blockgru = (bits & 0xff) == static_cast<int64_t>(Cell::blockgru);
       if (is_blockgru) {
         require(next_weight_ < weights.size());
         tensors.push_back(next_weight(2, weights[next_weight_].size(-1)));
@@ -318,7 +310,7 @@ class InferencePass : Arguments {
                             bit(Flag::reverse, direction == 1) | bit(Flag::time_first, time_first);
       const Tensor part = both ? torch::stable::narrow(out, 2, direction * features, features) : out;
       const Tensor last = layer_of(last_[state], index);
-      const Call call{"inference", tensors, how | flags, min_decay};
+      const Call call{"inference", tensors, bits | flags, min_decay};
       require(times.empty() || call.traits().takes_time);
       require(weight.size(0) == features * call.num_parts());
       linear_recurrence(call, x, weight, bias, 0, {part, last, {}});

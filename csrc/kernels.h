@@ -1,7 +1,7 @@
 // The loops over the steps, compiled once for each instruction set (kernels_*.cpp).
 #pragma once
 
-#include "blocks.h"
+#include "blockgru.h"
 #include "convert.h"
 #include "convolution.h"
 #include "lanes.h"
@@ -275,11 +275,11 @@ static bool run(const Scan& scan, const Span& span, void* state, bool is_backwar
 // The files kernels_*.cpp instantiate this function.
 template <class A>
 Kernels kernels() {
+  Kernels all{run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>, run_diagonal_block<A>, pack_diagonal_block<A>};
 #ifdef MINGRU_AVX512
-  return {run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>, run_block<A>, pack_block<A>, pack_panel, multiply_panel};
-#else
-  return {run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>, run_block<A>, pack_block<A>};
+  all.pack_panel = pack_panel, all.multiply_panel = multiply_panel;
 #endif
+  return all;
 }
 
 }  // namespace mingru::MINGRU_ISA

@@ -36,7 +36,7 @@ constexpr int64_t most_lanes = 64;
 // The most values that a cell may mark, if the loop over lanes is split.
 constexpr int most_values = 14;
 
-// The loop over the lanes of a block may be split. Exponentials are long chains of operations that wait for each other, so
+// The loop over the lanes of a strip may be split. Exponentials are long chains of operations that wait for each other, so
 // a processor must work on those of many lanes at the same time, and it sees only some hundred instructions at once.
 // Loops of their own first compute the values that cells mark with 0, the exponentials, and then those marked with 1, the
 // rates of timed cells, which need others. Processors with AVX-512 see enough instructions.
@@ -69,18 +69,18 @@ struct Memo {
   }
 };
 
-// The features of a block of lanes. The first parts of all numbers are copied, then the second ones, and so on, because
+// The features of a strip of lanes. The first parts of all numbers are copied, then the second ones, and so on, because
 // compilers vectorize loops over adjacent values better.
 template <class A, int parts>
-struct LaneBlock {
+struct Strip {
   alignas(64) A values[parts > 1 ? parts * most_lanes : 1];
 
-  template <int64_t chunk>
+  template <int64_t width>
   const A* read(const A* features, int64_t size) {
     if constexpr (parts == 1) return features;
-    for (int64_t first = 0; first < size; first += chunk) {
+    for (int64_t first = 0; first < size; first += width) {
       MINGRU_LANES
-      for (int64_t i = first; i < first + chunk; ++i) {
+      for (int64_t i = first; i < first + width; ++i) {
         for (int k = 0; k < parts; ++k) values[k * most_lanes + i] = features[parts * i + k];
       }
     }
@@ -89,12 +89,12 @@ struct LaneBlock {
 
   A* place(A* features) { return parts > 1 ? values : features; }
 
-  template <int64_t chunk>
+  template <int64_t width>
   void write(A* features, int64_t size) const {
     if constexpr (parts == 1) return;
-    for (int64_t first = 0; first < size; first += chunk) {
+    for (int64_t first = 0; first < size; first += width) {
       MINGRU_LANES
-      for (int64_t i = first; i < first + chunk; ++i) {
+      for (int64_t i = first; i < first + width; ++i) {
         for (int k = 0; k < parts; ++k) features[parts * i + k] = values[k * most_lanes + i];
       }
     }
@@ -118,37 +118,37 @@ struct Pass {
     for (int k = 0; k < count; ++k) x[k] = from[k / parts][k % parts * most_lanes + lane];
   }
 
-  template <int64_t chunk, int stage = 0>
+  template <int64_t width, int stage = 0>
   MINGRU_INLINE void compute_ahead(Values& values, const A* const* from, const Time& time, int64_t size) {
     if constexpr (is_split && stage < last_stage) {
-      for (int64_t first = 0; first < size; first += chunk) {
+      for (int64_t first = 0; first < size; first += width) {
         MINGRU_LANES
-        for (int64_t i = first; i < first + chunk; ++i) {
+        for (int64_t i = first; i < first + width; ++i) {
           A x[count];
           load(x, from, i);
           Memo<stage, is_backward, A> memo = {values, i};
           Cell::step(x, time, Number(), Number(), memo);
         }
       }
-      compute_ahead<chunk, stage + 1>(values, from, time, size);
+      compute_ahead<width, stage + 1>(values, from, time, size);
     }
   }
 
-  template <int64_t chunk>
-  MINGRU_INLINE void block(const Lanes<A>& lanes, const Time& time, int64_t feature, int64_t size) {
-    LaneBlock<A, parts> read[num_read], written[num_written], state;
+  template <int64_t width>
+  MINGRU_INLINE void run_strip(const Lanes<A>& lanes, const Time& time, int64_t feature, int64_t size) {
+    Strip<A, parts> read[num_read], written[num_written], state;
     const A* from[num_read];
     A* to[num_written];
-    for (int k = 0; k < num_read; ++k) from[k] = read[k].template read<chunk>(lanes.read[k].data + feature, size);
+    for (int k = 0; k < num_read; ++k) from[k] = read[k].template read<width>(lanes.read[k].data + feature, size);
     for (int k = 0; k < num_written; ++k) to[k] = written[k].place(lanes.written[k].data + feature);
-    const A* carry = state.template read<chunk>(lanes.state + feature, size);
+    const A* carry = state.template read<width>(lanes.state + feature, size);
     A* next_carry = state.place(lanes.state + feature);
     A grads_of_dt[most_lanes];
     Values values;
-    compute_ahead<chunk>(values, from, time, size);
-    for (int64_t first = 0; first < size; first += chunk) {
+    compute_ahead<width>(values, from, time, size);
+    for (int64_t first = 0; first < size; first += width) {
       MINGRU_LANES
-      for (int64_t i = first; i < first + chunk; ++i) {
+      for (int64_t i = first; i < first + width; ++i) {
         A x[count];
         load(x, from, i);
         Memo<last_stage, is_backward, A> memo = {values, i};
@@ -168,8 +168,8 @@ struct Pass {
         }
       }
     }
-    for (int k = 0; k < num_written; ++k) written[k].template write<chunk>(lanes.written[k].data + feature, size);
-    state.template write<chunk>(lanes.state + feature, size);
+    for (int k = 0; k < num_written; ++k) written[k].template write<width>(lanes.written[k].data + feature, size);
+    state.template write<width>(lanes.state + feature, size);
     if (is_backward && is_timed && lanes.grads_of_dt.data) {
       A* sums = lanes.grads_of_dt.data + (lanes.feature + feature) / group;
       for (int64_t first = 0; first < size; first += per_group) {
@@ -181,21 +181,21 @@ struct Pass {
   }
 };
 
-// Blocks consist of chunks of constant size, so that no loop needs code for a rest of lanes. The rest has smaller chunks.
-template <class Pass, int64_t chunk, class A = typename Pass::A>
-MINGRU_INLINE void run_chunks(const Lanes<A>& lanes, const typename Pass::Time& time, int64_t lane, int64_t count) {
-  constexpr int64_t most = is_split ? most_lanes / Pass::parts : chunk;
-  while (lane + chunk <= count) {
-    const int64_t size = least_of((count - lane) / chunk * chunk, most);
-    Pass::template block<chunk>(lanes, time, lane * Pass::parts, size);
+// A strip consists of loops of constant width, so that none needs code for a rest of lanes. The rest has narrower loops.
+template <class Pass, int64_t width, class A = typename Pass::A>
+MINGRU_INLINE void run_strips(const Lanes<A>& lanes, const typename Pass::Time& time, int64_t lane, int64_t count) {
+  constexpr int64_t most = is_split ? most_lanes / Pass::parts : width;
+  while (lane + width <= count) {
+    const int64_t size = least_of((count - lane) / width * width, most);
+    Pass::template run_strip<width>(lanes, time, lane * Pass::parts, size);
     lane += size;
   }
-  if constexpr (chunk > Pass::per_group) run_chunks<Pass, chunk / 2>(lanes, time, lane, count);
+  if constexpr (width > Pass::per_group) run_strips<Pass, width / 2>(lanes, time, lane, count);
 }
 
 template <class Pass, class A = typename Pass::A>
 static void run_lanes(const Lanes<A>& given) {
-  constexpr int64_t least = Pass::per_group < 8 ? 8 : Pass::per_group, chunk = is_split ? least : most_lanes;
+  constexpr int64_t least = Pass::per_group < 8 ? 8 : Pass::per_group, width = is_split ? least : most_lanes;
   Lanes<A> lanes = given;  // a copy, to which nothing else points
   typename Pass::Time time{};
   if constexpr (std::is_same_v<typename Pass::Time, Bounded<A>>) {
@@ -209,7 +209,7 @@ static void run_lanes(const Lanes<A>& given) {
       time.dt = is_endless ? A(1) : dt;
       time.endless_above = is_endless ? -Format<A>::infinity : Format<A>::infinity;
     }
-    run_chunks<Pass, chunk>(lanes, time, 0, lanes.groups * Pass::per_group);
+    run_strips<Pass, width>(lanes, time, 0, lanes.groups * Pass::per_group);
     for (int k = 0; k < Pass::num_read; ++k) lanes.read[k].data += lanes.read[k].stride;
     for (int k = 0; k < Pass::num_written; ++k) lanes.written[k].data += lanes.written[k].stride;
     lanes.grads_of_dt.data += lanes.grads_of_dt.stride;
@@ -227,7 +227,7 @@ template <class Cell, int num_inputs, class Time>
 constexpr Loops<typename Time::Accumulation> loops_in_time = {
     num_inputs, {run_lanes<Pass<Cell, num_inputs, Time, false>>, run_lanes<Pass<Cell, num_inputs, Time, true>>}};
 
-// In place of a cell whose features depend on each other; see blocks.h.
+// In place of a cell whose features depend on each other; see blockgru.h.
 struct WithoutLanes {};
 template <int num_inputs, class Time>
 constexpr Loops<typename Time::Accumulation> loops_in_time<WithoutLanes, num_inputs, Time> = {};

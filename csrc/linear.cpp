@@ -1,266 +1,12 @@
-// The norm without its weights, the linear map and the recurrence of a cell, in blocks whose data stays in the cache. x is
+// The norm without its weights, the linear map and the recurrence of a cell, in slices whose data stays in the cache. x is
 // a matrix with one row for each step of each batch element, in the order of memory. With `lengths`, the rows are the
 // valid steps of the first batch element, then those of the next, and so on. Called only by
 // src/mingru/ops/backends/native.py.
-#include "linear.h"
-
-#include "recurrent_blocks.h"
+#include "linear_operands.h"
 
 namespace {
 
 using namespace mingru;
-
-// Large enough for the full speed of the matrix multiplication. 2 MB was the best compromise of 0.5 to 4 MB on a
-// processor with second-level caches of 512 KB and a third-level cache of 32 MB. In tiles, a product copies its weights
-// first, for each block, which takes 2 % of its time for 1024 rows.
-constexpr int64_t block_bytes = 1 << 21;
-constexpr int64_t least_block_rows = 64, least_rows_in_tiles = 1024, most_block_rows = 2048;
-// With fewer bytes to copy, a thread costs more time than it saves.
-constexpr int64_t bytes_per_thread = 1 << 17;
-
-struct Block {
-  Part part;
-  int64_t row, num_rows;
-};
-
-// The number of features of the states.
-int64_t num_outputs(const Call& call, const Tensor& x, const Tensor& weight) {
-  const int64_t num_parts = call.num_parts(), factor = num_parts * (call.is_mixture() ? 2 : 1);
-  STD_TORCH_CHECK(
-      x.dim() == (call[Argument::batch_sizes] ? 2 : 3) && weight.dim() == 2 && weight.is_cpu() &&
-          weight.scalar_type() == x.scalar_type() && weight.size(0) % factor == 0 && weight.size(1) == x.size(-1) &&
-          x.numel() > 0,
-      call.name, ": x must be (B, S, I), not empty, and weight (num_parts N, I), of the same dtype");
-  return weight.size(0) / num_parts;
-}
-
-// The operands of the recurrence and of its linear map. x is a matrix in the order of memory, copied only if neither x
-// nor its transpose is contiguous. With lengths, x is not copied here, because only the valid steps are rows.
-class LinearOperands : public Operands {
- public:
-  const Tensor weight;
-  const int64_t num_features, num_columns;
-  const bool has_norm;
-
-  LinearOperands(const Call& call, const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, double eps)
-      : Operands(call, x, num_outputs(call, x, any_weight)),
-        weight(as_contiguous(any_weight)),
-        num_features(weight.size(1)),
-        num_columns(weight.size(0)),
-        has_norm(call.has(Flag::rms_norm) || call.has(Flag::layer_norm)),
-        is_given_transposed_(!has_lengths() && !is_packed() && !x.is_contiguous() && x.stride(0) < x.stride(1)),
-        is_transposed_(has_wide_blocks(call) ? !call.has(Flag::time_first) : is_given_transposed_),
-        time_major_(is_packed() || (!has_lengths() && call.has(Flag::time_first) != is_transposed_)),
-        is_centered_(call.has(Flag::layer_norm)),
-        eps_(eps),
-        x_(in_memory_order(x)) {
-    if (call.cell() == Cell::blockgru) recurrent_.emplace(call, h, scan.num_features);
-    // The scan adds a bias of float32 or float64, unless the cell is timed or has blocks, or the product adds it at no cost.
-    if (bias && (weight.element_size() < 4 || recurrent_ || scan.dt.data || scan.log_bound < 0 || is_in_tiles())) {
-      STD_TORCH_CHECK(
-          bias->is_cpu() && bias->numel() == num_columns && bias->scalar_type() == weight.scalar_type(), call.name,
-          ": bias must be (num_parts N), of the dtype of weight");
-      bias_ = as_contiguous(*bias);
-    } else {
-      add_biases(bias);
-    }
-  }
-
-  void run(const Part& part, bool is_backward) {
-    recurrent_ ? recurrent_->run(scan, part, is_backward) : Operands::run(part, is_backward);
-  }
-
-  // The gradients of the recurrent weights and their bias; empty without them.
-  std::tuple<Tensor, Tensor> grads_of_recurrent() const {
-    return recurrent_ ? recurrent_->gradients() : std::tuple{empty({0}, h), empty({0}, h)};
-  }
-
-  int64_t num_rows() const { return row_offsets_.empty() ? x_.numel() / num_features : row_offsets_.back(); }
-  int64_t bytes_of_columns(int64_t rows) const { return rows * num_columns * x_.element_size(); }
-
-  // The blocks in the order of the scan. A block has all batch elements of some steps, all steps of some batch
-  // elements, or a part of one step or batch element.
-  std::vector<Block> blocks(bool backward) const {
-    const int64_t least = is_in_tiles() ? least_rows_in_tiles : least_block_rows;
-    const int64_t most = std::clamp(block_bytes / bytes_of_columns(1), least, most_block_rows);
-    const int64_t outer = time_major_ ? scan.num_steps : scan.num_batch;
-    const int64_t inner = time_major_ ? scan.num_batch : scan.num_steps;
-    const auto row_of = [&](int64_t i) { return row_offsets_.empty() ? i * inner : row_offsets_[i]; };
-    std::vector<Block> blocks;
-    const auto add = [&](int64_t begin, int64_t end, int64_t from, int64_t to, int64_t row, int64_t num_rows) {
-      const Part part = time_major_ ? Part{from, to, begin, end} : Part{begin, end, from, to};
-      blocks.push_back({part, row, num_rows});
-    };
-    for (int64_t begin = 0; begin < outer;) {
-      const int64_t row = row_of(begin), width = row_of(begin + 1) - row;
-      int64_t end = begin + 1;
-      while (end < outer && row_of(end + 1) - row <= most) ++end;
-      if (width <= most) add(begin, end, 0, inner, row, row_of(end) - row);
-      // The last part also has the batch elements or steps after the last row, whose states it passes on.
-      for (int64_t from = 0; width > most && from < width; from += most) {
-        const bool is_last = from + most >= width;
-        add(begin, end, from, is_last ? inner : from + most, row + from, is_last ? width - from : most);
-      }
-      begin = end;
-    }
-    if (scan.reverse != backward) std::reverse(blocks.begin(), blocks.end());
-    return blocks;
-  }
-
-  // The pre-activations of a block: those that are kept, or memory for them.
-  char* pre_activations_of(const Block& block, char* kept) const {
-    if (kept) return kept + bytes_of_columns(block.row);
-    return static_cast<char*>(pre_activations_scratch_.at_least(bytes_of_columns(block.num_rows)));
-  }
-
-  // The linear map of a block's rows.
-  void map(void* out, const void* rows, const Block& block) const {
-    map_rows(out, rows, block.num_rows, x_, weight, bias_);
-  }
-
-  // Sets `sequences` to the inputs of the cell, which are side by side in the matrix of a block.
-  void set_sequences(Sequence* sequences, char* data, const Block& block) const {
-    const int64_t stride = num_columns, part = scan.num_features * x_.element_size();
-    const int64_t batch_stride = time_major_ || has_lengths() ? stride : scan.num_steps * stride;
-    const int64_t step_stride = time_major_ && !is_packed() ? scan.num_batch * stride : stride;
-    const int64_t* batch_offsets = has_lengths() ? row_offsets_.data() : nullptr;
-    for (int64_t k = 0; k < stride / scan.num_features; ++k) {
-      sequences[k] = {data + k * part, batch_stride, step_stride, block.row * stride, batch_offsets};
-    }
-  }
-
-  // The rows of a block, next to each other, after the norm.
-  const void* rows_of(const Block& block) const {
-    if (!has_norm) return rows_of_x(block);
-    void* rows = normalized_scratch_.at_least(block.num_rows * row_bytes());
-    normalize(normalization(block, rows_of_x(block), rows), false);
-    return rows;
-  }
-
-  // Replaces the gradients of a block's rows after the norm by those of x; `rows_of` was called before.
-  void undo_norm(const Block& block, void* grad_rows) const {
-    if (has_norm) normalize(normalization(block, normalized_scratch_.at_least(0), grad_rows), true);
-  }
-
-
-  // Calls `compute` with the memory of the gradients of a block's rows.
-  template <class F>
-  void set_grad_rows(const Block& block, const Tensor& grad_x, const F& compute) const {
-    if (void* rows = rows_in(grad_x, block)) return compute(rows);
-    char* rows = static_cast<char*>(grad_rows_scratch_.at_least(block.num_rows * row_bytes()));
-    compute(rows);
-    each_part_of(block, grad_x, rows, [](char* steps, char* part, int64_t size) { std::memcpy(steps, part, size); });
-  }
-
-  // Sets the steps after the end of each sequence to 0, in a sequence that is contiguous.
-  void clear_padding(const Tensor& sequence) const {
-    if (!has_lengths()) return;
-    const int64_t size = sequence.size(2) * sequence.element_size();
-    parallel_for(0, scan.num_batch, scan.num_steps * size, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        each_run(sequence, b, scan.lengths[b], scan.num_steps, size, [](char* steps, int64_t bytes) {
-          std::memset(steps, 0, bytes);
-        });
-      }
-    });
-  }
-
-  Tensor empty_like_x() const {
-    const Tensor result = empty_as(x_);
-    return is_transposed_ ? torch::stable::transpose(result, 0, 1) : result;
-  }
-
-  // Returns such a tensor in the memory order of the given x.
-  Tensor in_given_order(const Tensor& x) const {
-    if (is_transposed_ == is_given_transposed_ || x.dim() < 3) return x;
-    if (!is_given_transposed_) return as_contiguous(x);
-    return torch::stable::transpose(as_contiguous(torch::stable::transpose(x, 0, 1)), 0, 1);
-  }
-
- private:
-  // Their sequences are computed together, so all of a step are next to each other.
-  bool has_wide_blocks(const Call& call) const {
-    const Tensor* weight = call[Argument::recurrent];
-    return weight && weight->size(-1) >= Blocks::least_wide && !has_lengths() && !is_packed();
-  }
-
-  const void* rows_of_x(const Block& block) const {
-    if (const void* rows = rows_in(x_, block)) return rows;
-    char* rows = static_cast<char*>(rows_scratch_.at_least(block.num_rows * row_bytes()));
-    each_part_of(block, x_, rows, [](char* steps, char* part, int64_t size) { std::memcpy(part, steps, size); });
-    return rows;
-  }
-
-  Normalization normalization(const Block& block, const void* x, void* out) const {
-    void* scales = scales_scratch_.at_least(block.num_rows * h.element_size());
-    return {scan.storage, is_centered_, eps_, x, out, scales, block.num_rows, num_features};
-  }
-
-  Tensor in_memory_order(const Tensor& x) const {
-    if (has_lengths() && has_contiguous_features(x)) return x;
-    return as_contiguous(is_transposed_ ? torch::stable::transpose(x, 0, 1) : x);
-  }
-
-  // By the rows of the whole call, not by the size of each product, so that backward passes agree with the forward pass.
-  bool is_in_tiles() const {
-    return scan.storage == Storage::float32 && multiplies_in_tiles() && num_rows() >= least_tiled_rows;
-  }
-
-  int64_t row_bytes() const { return num_features * x_.element_size(); }
-
-  // How far steps are from each other, in bytes.
-  int64_t step_bytes(const Tensor& sequence) const { return sequence.stride(step_dim_) * sequence.element_size(); }
-
-  char* step_of(const Tensor& sequence, int64_t batch, int64_t step) const {
-    const int64_t first = batch * sequence.stride(batch_dim_) * sequence.element_size();
-    return data_of<char>(sequence) + first + step * step_bytes(sequence);
-  }
-
-  // The rows of a block in a sequence, or null if they are not next to each other.
-  char* rows_in(const Tensor& sequence, const Block& block) const {
-    const Part& part = block.part;
-    if (!has_lengths()) return data_of<char>(sequence) + block.row * row_bytes();
-    const bool are_neighbors = block.num_rows == 1 || step_bytes(sequence) == row_bytes();
-    const bool is_one = part.batch_end == part.batch_begin + 1 && are_neighbors;
-    return is_one ? step_of(sequence, part.batch_begin, part.begin) : nullptr;
-  }
-
-  // Calls f with the memory of each run of neighboring steps, and its size in bytes.
-  template <class F>
-  void each_run(const Tensor& sequence, int64_t batch, int64_t begin, int64_t end, int64_t size, const F& f) const {
-    const int64_t run = step_bytes(sequence) == size ? end - begin : 1;
-    for (int64_t step = begin; step < end; step += run) f(step_of(sequence, batch, step), run * size);
-  }
-
-  // Calls f, by several threads, with the memory of neighboring steps of a block in a sequence, their memory in the
-  // matrix of the block's rows, and their size, in bytes.
-  template <class F>
-  void each_part_of(const Block& block, const Tensor& sequence, char* rows, const F& f) const {
-    parallel_for(block.row, block.row + block.num_rows, row_bytes(), [&](int64_t begin, int64_t end) {
-      for (int64_t b = block.part.batch_begin; b < block.part.batch_end; ++b) {
-        const int64_t first = row_offsets_[b], from = std::max(begin, first), to = std::min(end, row_offsets_[b + 1]);
-        char* part = rows + (from - block.row) * row_bytes();
-        each_run(sequence, b, from - first, to - first, row_bytes(), [&](char* steps, int64_t size) {
-          f(steps, part, size);
-          part += size;
-        });
-      }
-    });
-  }
-
-  // Calls f with ranges, by several threads if there is enough to copy.
-  template <class F>
-  static void parallel_for(int64_t begin, int64_t end, int64_t bytes, const F& f) {
-    torch::stable::parallel_for(begin, end, std::max(bytes_per_thread / bytes, int64_t(1)), f);
-  }
-
-  const bool is_given_transposed_, is_transposed_, time_major_, is_centered_;
-  const double eps_;
-  const Tensor x_;
-  MaybeTensor bias_;
-  std::optional<RecurrentBlocks> recurrent_;
-  mutable Scratch pre_activations_scratch_, rows_scratch_, normalized_scratch_, scales_scratch_, grad_rows_scratch_;
-};
 
 // out = left right + added, where `added` may be `out`, or a vector that is added to each row. The one place that
 // multiplies more than a few rows: in tiles of its own, or by torch, whatever is faster on this processor.
@@ -281,10 +27,10 @@ void multiply(const Tensor& out, const Tensor& left, const Tensor& right, const 
   if (added) TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added->get(), left.get(), right.get(), 1, 1));
 }
 
-// A gradient that is a sum over the blocks, in float32 or float64.
-class SumOfBlocks {
+// A gradient that is a sum over the slices, in float32 or float64.
+class SumOfSlices {
  public:
-  SumOfBlocks(const Tensor& like, int64_t rows, int64_t columns)
+  SumOfSlices(const Tensor& like, int64_t rows, int64_t columns)
       : dtype_(like.scalar_type()),
         is_narrow_(like.element_size() < 4),
         sum_(torch::stable::new_zeros(like, {rows, columns}, is_narrow_ ? ScalarType::Float : dtype_)) {}
@@ -345,13 +91,13 @@ Outputs mingru::linear_recurrence(
   scan.gated = scan.out = operands.sequence(*outputs.out);
   if (call.has(Flag::keep_states)) scan.out = operands.sequence(*outputs.states);
   scan.last = operands.state(*outputs.last, "the last state");
-  for (const Block& block : operands.blocks(false)) {
-    if (block.num_rows > 0) {
-      char* pre_activations = operands.pre_activations_of(block, kept);
-      operands.map(pre_activations, operands.rows_of(block), block);
-      operands.set_sequences(scan.inputs, pre_activations, block);
+  for (const Slice& slice : operands.slices(false)) {
+    if (slice.num_rows > 0) {
+      char* pre_activations = operands.pre_activations_of(slice, kept);
+      operands.map(pre_activations, operands.rows_of(slice), slice);
+      operands.set_sequences(scan.inputs, pre_activations, slice);
     }
-    operands.run(block.part, false);
+    operands.run(slice.part, false);
   }
   return outputs;
 }
@@ -359,10 +105,10 @@ Outputs mingru::linear_recurrence(
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_recurrence_forward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t how,
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t bits,
     double min_decay, double eps) {
   const auto [out, last, kept, states] =
-      linear_recurrence({"linear_recurrence_forward", tensors, how, min_decay}, x, weight, bias, eps);
+      linear_recurrence({"linear_recurrence_forward", tensors, bits, min_decay}, x, weight, bias, eps);
   return {*out, *last, *kept, *states};
 }
 
@@ -386,9 +132,9 @@ Tensor multiply_matrices(const Tensor& left, const Tensor& right, const MaybeTen
 // of the recurrent weights and their bias.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, const Tensor& states,
-    const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t how, double min_decay,
+    const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t bits, double min_decay,
     double eps) {
-  const Call call{"linear_recurrence_backward", tensors, how, min_decay};
+  const Call call{"linear_recurrence_backward", tensors, bits, min_decay};
   const bool needs_x = call.has(Flag::needs_x), needs_weight = call.has(Flag::needs_weight);
   const bool needs_bias = call.has(Flag::needs_bias);
   LinearOperands operands(call, x, weight, bias, eps);
@@ -403,28 +149,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(states, grad_out, grad_last);
   Tensor grad_x = needs_x ? operands.empty_like_x() : empty({0}, x);
   if (needs_x) operands.clear_padding(grad_x);
-  SumOfBlocks grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
+  SumOfSlices grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
   Scan& scan = operands.scan;
   Scratch grads_scratch;
-  for (const Block& block : operands.blocks(true)) {
-    const int64_t count = block.num_rows;
+  for (const Slice& slice : operands.slices(true)) {
+    const int64_t count = slice.num_rows;
     if (count == 0) {
-      operands.run(block.part, true);
+      operands.run(slice.part, true);
       continue;
     }
-    const void* rows = !kept || needs_weight || operands.has_norm ? operands.rows_of(block) : nullptr;
-    char* pre = operands.pre_activations_of(block, kept);
-    if (!kept) operands.map(pre, rows, block);
+    const void* rows = !kept || needs_weight || operands.has_norm ? operands.rows_of(slice) : nullptr;
+    char* pre = operands.pre_activations_of(slice, kept);
+    if (!kept) operands.map(pre, rows, slice);
     char* to = static_cast<char*>(grads_scratch.at_least(operands.bytes_of_columns(count)));
-    operands.set_sequences(scan.inputs, pre, block);
-    operands.set_sequences(scan.grad_inputs, to, block);
-    operands.run(block.part, true);
+    operands.set_sequences(scan.inputs, pre, slice);
+    operands.set_sequences(scan.grad_inputs, to, slice);
+    operands.run(slice.part, true);
 
     const Tensor grads = matrix(to, count, columns, x);
     if (needs_x) {
-      operands.set_grad_rows(block, grad_x, [&](void* grad_rows) {
+      operands.set_grad_rows(slice, grad_x, [&](void* grad_rows) {
         multiply(matrix(grad_rows, count, features, x), grads, operands.weight);
-        operands.undo_norm(block, grad_rows);
+        operands.undo_norm(slice, grad_rows);
       });
     }
     if (needs_weight) grad_weight.add_product(transposed(grads), matrix(rows, count, features, x));
@@ -440,11 +186,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def("multiply(Tensor left, Tensor right, Tensor? added) -> Tensor");
   library.def(
-      "linear_recurrence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int how, float min_decay, "
+      "linear_recurrence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int bits, float min_decay, "
       "float eps=0) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, Tensor states, "
-      "Tensor pre_activations, Tensor grad_out, Tensor grad_last, int how, float min_decay, float eps=0) -> "
+      "Tensor pre_activations, Tensor grad_out, Tensor grad_last, int bits, float min_decay, float eps=0) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

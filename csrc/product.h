@@ -1,10 +1,13 @@
-// Products of a few rows with a matrix of weights, and sums of rows, compiled once for each instruction set. They read
-// each value once, so their time is that of the memory, and a call of torch's operator would take about as long again.
+// Products of a few rows with a matrix of weights, sums of rows, and small products whose sums stay in registers, compiled
+// once for each instruction set.
 #pragma once
 
 #include "convert.h"
 
 namespace mingru::MINGRU_ISA {
+
+// The first two read each value once, so their time is that of the memory, and a call of torch's operator would take about
+// as long again.
 
 // Four columns share the loads of x, and two rows those of the weights. OpenMP's clause allows the compiler to sum in
 // vectors.
@@ -64,6 +67,113 @@ static void add_rows(const RowSum& sum, int64_t begin, int64_t end) {
       }
     }
   });
+}
+
+// Compilers keep longer vectors than registers in memory. A product sums so many rows and vectors in registers.
+#ifdef MINGRU_AVX512
+constexpr int64_t register_bytes = 64;
+constexpr int most_rows = 8;
+#elif defined(MINGRU_AVX2)
+constexpr int64_t register_bytes = 32;
+constexpr int most_rows = 4;
+#else
+constexpr int64_t register_bytes = 16;
+constexpr int most_rows = 4;
+#endif
+constexpr int most_vectors = 3;
+template <class A>
+constexpr int64_t per_register = register_bytes / sizeof(A);
+#ifdef __GNUC__
+template <class A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(register_bytes)));
+};
+template <class A>
+using Vector = typename VectorOf<A>::type;
+#else
+template <class A>
+struct Vector {
+  A values[per_register<A>];
+  void operator+=(Vector x) {
+    for (int64_t i = 0; i < per_register<A>; ++i) values[i] += x.values[i];
+  }
+  Vector operator*(A x) const {
+    Vector product;
+    for (int64_t i = 0; i < per_register<A>; ++i) product.values[i] = values[i] * x;
+    return product;
+  }
+};
+#endif
+
+// out = left right, or added to it. Both are divided into `parts` along the depth, and the vectors of a row of `right` are
+// next to each other. Strides count values.
+template <class A>
+struct RegisterProduct {
+  const A* left;
+  int64_t row_stride, left_stride, left_part_stride;
+  const A* right;
+  int64_t right_stride, right_part_stride, depth;
+  A* out;
+  int64_t out_stride, vector_stride;
+  bool is_added;
+};
+
+template <class A, int parts, int vectors, int rows>
+static void multiply_in_registers(const RegisterProduct<A>& product) {
+  // Few sums are divided, so that the processor does not wait for the addition before.
+  constexpr int chains = rows * vectors * parts <= most_rows * most_vectors ? parts : 1;
+  Vector<A> sums[chains][rows][vectors] = {};
+  for (int part = 0; part < parts; part += chains) {
+    const A* left = product.left + part * product.left_part_stride;
+    const A* right = product.right + part * product.right_part_stride;
+    for (int64_t k = 0; k < product.depth; ++k, left += product.left_stride, right += product.right_stride) {
+#pragma GCC unroll 3
+      for (int chain = 0; chain < chains; ++chain) {
+        Vector<A> values[vectors];
+        std::memcpy(values, right + chain * product.right_part_stride, sizeof(values));
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; ++row) {
+          const A factor = left[chain * product.left_part_stride + row * product.row_stride];
+#pragma GCC unroll 3
+          for (int i = 0; i < vectors; ++i) sums[chain][row][i] += values[i] * factor;
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 3
+    for (int i = 0; i < vectors; ++i) {
+      A* out = product.out + row * product.out_stride + i * product.vector_stride;
+      Vector<A> sum = sums[0][row][i], before;
+      for (int chain = 1; chain < chains; ++chain) sum += sums[chain][row][i];
+      if (product.is_added) {
+        std::memcpy(&before, out, sizeof(before));
+        sum += before;
+      }
+      std::memcpy(out, &sum, sizeof(sum));
+    }
+  }
+}
+
+template <class A, int parts, int vectors, int rows = most_rows>
+static void multiply_rows(const RegisterProduct<A>& product, int64_t count) {
+  if (count == rows) return multiply_in_registers<A, parts, vectors, rows>(product);
+  if constexpr (rows > 1) multiply_rows<A, parts, vectors, rows - 1>(product, count);
+}
+
+// Of any number of rows, in equal parts, and of at most `most_vectors`.
+template <class A, int parts, int vectors = most_vectors>
+static void multiply(RegisterProduct<A> product, int64_t rows, int64_t num_vectors) {
+  if constexpr (vectors > 1) {
+    if (num_vectors < vectors) return multiply<A, parts, vectors - 1>(product, rows, num_vectors);
+  }
+  for (int64_t tiles = ceil_div(rows, most_rows), count; tiles > 0; --tiles, rows -= count) {
+    count = ceil_div(rows, tiles);
+    multiply_rows<A, parts, vectors>(product, count);
+    product.left += count * product.row_stride;
+    product.out += count * product.out_stride;
+  }
 }
 
 }  // namespace mingru::MINGRU_ISA

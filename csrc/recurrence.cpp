@@ -15,15 +15,15 @@ int64_t num_features(const Call& call, const Tensors& inputs) {
       static_cast<int64_t>(inputs.size()) == count, call.name, ": the cell takes ", count, " inputs, got ", inputs.size());
   STD_TORCH_CHECK(
       !call[Argument::lengths] && !call.has(Flag::output_gate) && !call.is_mixture() && call.cell() != Cell::blockgru,
-      call.name, ": lengths, output gates, mixtures and blocks need the linear map");
+      call.name, ": lengths, output gates, mixtures and BlockGRUs need the linear map");
   int64_t features = 1;
   for (int64_t dim = call[Argument::batch_sizes] ? 1 : 2; dim < inputs[0].dim(); ++dim) features *= inputs[0].size(dim);
   return features;
 }
 
 std::tuple<Tensor, Tensor> recurrence_forward(
-    const Tensors& inputs, const Tensors& tensors, int64_t how, double min_decay) {
-  const Call call{"recurrence_forward", tensors, how, min_decay};
+    const Tensors& inputs, const Tensors& tensors, int64_t bits, double min_decay) {
+  const Call call{"recurrence_forward", tensors, bits, min_decay};
   const int64_t features = num_features(call, inputs);
   Operands operands(call, inputs[0], features);
   add_inputs(operands, inputs);
@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor> recurrence_forward(
 // group of features).
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
     const Tensors& inputs, const Tensors& tensors, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last,
-    int64_t how, double min_decay) {
-  const Call call{"recurrence_backward", tensors, how, min_decay};
+    int64_t bits, double min_decay) {
+  const Call call{"recurrence_backward", tensors, bits, min_decay};
   const int64_t features = num_features(call, inputs), count = static_cast<int64_t>(inputs.size());
   Operands operands(call, inputs[0], features);
   add_inputs(operands, inputs);
@@ -56,9 +56,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
-      "recurrence_forward(Tensor[] inputs, Tensor[] call, int how, float min_decay) -> (Tensor, Tensor)");
+      "recurrence_forward(Tensor[] inputs, Tensor[] call, int bits, float min_decay) -> (Tensor, Tensor)");
   library.def(
-      "recurrence_backward(Tensor[] inputs, Tensor[] call, Tensor out, Tensor grad_out, Tensor grad_last, int how, "
+      "recurrence_backward(Tensor[] inputs, Tensor[] call, Tensor out, Tensor grad_out, Tensor grad_last, int bits, "
       "float min_decay) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

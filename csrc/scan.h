@@ -51,6 +51,8 @@ constexpr int64_t group = 16;
 // If time is split between threads, the number of steps between recorded states.
 constexpr int64_t steps_per_checkpoint = 64;
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // A sequence in memory, or a part of it. The features of a step are contiguous. Strides count elements.
 struct Sequence {
   void* data = nullptr;
@@ -166,21 +168,21 @@ struct RowSum {
 // numbers are float32 or float64.
 struct Convolution {
   // A task has so many rows: the steps of all batch elements, and before those of each the K - 1 steps of the state.
-  static constexpr int64_t block_rows = 64;
+  static constexpr int64_t task_rows = 64;
   const Scan& scan;
   int64_t kernel_size;
   bool adds_x;
   const void *weight, *bias, *zeros;  // (K, N), (N) and (N); backward, there is no bias
-  void* sums;  // backward only: parts of the gradients of weight and bias, (blocks, K + 1, N)
+  void* sums;  // backward only: parts of the gradients of weight and bias, (tasks, K + 1, N)
 
   int64_t num_rows() const { return scan.num_batch * (scan.num_steps + kernel_size - 1); }
-  int64_t num_blocks() const { return (num_rows() + block_rows - 1) / block_rows; }
+  int64_t num_tasks() const { return ceil_div(num_rows(), task_rows); }
 };
 
-// The recurrent weights U of a GRU whose features see each other in `count` blocks of `size`, or in whole groups of
-// `padded`, as recurrent_blocks.h packs them: r = sigma(x_r + U_r h), z = sigma(x_z + U_z h) and
+// The recurrent weights U of a BlockGRU: `count` diagonal blocks of `size`, or in whole groups of `padded`, as
+// recurrent_weights.h packs them: r = sigma(x_r + U_r h), z = sigma(x_z + U_z h) and
 // h_t = (1 - z) tanh(x_c + r (U_c h + bias)) + z h, with h = h_{t-1}. All are in the accumulation dtype.
-struct Blocks {
+struct DiagonalBlocks {
   static constexpr int64_t num_gates = 3;
   // From so many features on, threads share each step of all batch elements, and backward the totals.
   static constexpr int64_t least_wide = 192;
@@ -199,7 +201,7 @@ struct Blocks {
 
   bool is_wide() const { return size >= least_wide; }
   int64_t num_totals(int64_t batch) const {
-    const int64_t most = (batch + per_group - 1) / per_group;
+    const int64_t most = ceil_div(batch, per_group);
     return is_wide() ? 1 : most < most_totals ? most : most_totals;
   }
   int64_t values_of_total() const { return (num_gates * padded + 1) * padded; }
@@ -216,14 +218,15 @@ struct Kernels {
   void (*multiply)(const Product&, int64_t begin, int64_t end);
   // Computes a range of rows.
   void (*normalize)(const Normalization&, int64_t begin, int64_t end, bool is_backward);
-  // Computes a block of rows.
-  void (*convolve)(const Convolution&, int64_t block, bool is_backward);
+  // Computes a task.
+  void (*convolve)(const Convolution&, int64_t task, bool is_backward);
   // Adds a range of columns, which begins at a multiple of `group`.
   void (*add_rows)(const RowSum&, int64_t begin, int64_t end);
-  // Runs a block of features of some batch elements. Backward, adds the gradients of weights and biases to the totals.
-  void (*run_block)(const Scan&, const Blocks&, const Part&, int64_t block, int64_t begin, int64_t end, void* totals);
-  // Copies the weights of a block.
-  void (*pack_block)(const Blocks&, void* packed, int64_t block, bool is_transposed);
+  // Runs a diagonal block of some batch elements. Backward, adds the gradients of weights and biases to the totals.
+  void (*run_diagonal_block)(
+      const Scan&, const DiagonalBlocks&, const Part&, int64_t block, int64_t begin, int64_t end, void* totals);
+  // Copies the weights of a diagonal block.
+  void (*pack_diagonal_block)(const DiagonalBlocks&, void* packed, int64_t block, bool is_transposed);
   // Copies a panel of the right matrix, and computes a range of rows of a panel's columns, in float32. Null without
   // AVX-512.
   void (*pack_panel)(const MatrixProduct&, float* to, int64_t panel) = nullptr;

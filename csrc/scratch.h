@@ -43,7 +43,7 @@ class KeptMemory {
         return found;
       }
     }
-    const int64_t lines = (bytes + sizeof(Memory::Line) - 1) / sizeof(Memory::Line);
+    const int64_t lines = ceil_div(bytes, sizeof(Memory::Line));
     std::unique_ptr<Memory::Line[]> memory(new (std::nothrow) Memory::Line[lines]);
     check_allocated(memory != nullptr, bytes);
     return {std::move(memory), bytes};

@@ -17,7 +17,7 @@ MINGRU_INLINE __mmask16 lanes_of(int64_t columns) {
   return columns >= lanes ? 0xffff : columns > 0 ? (1 << columns) - 1 : 0;
 }
 
-// Turns rows into columns: exchanges the blocks of 8, 4, 2 and 1 lanes that are off the diagonal.
+// Turns rows into columns: exchanges the squares of 8, 4, 2 and 1 lanes that are off the diagonal.
 template <int size = lanes / 2>
 MINGRU_INLINE void transpose(__m512 (&rows)[lanes]) {
   const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -59,7 +59,7 @@ MINGRU_INLINE void pack_columns(
 static void pack_panel(const MatrixProduct& product, float* to, int64_t panel) {
   const Matrix& right = product.right;
   const int64_t first = panel * panel_columns, columns = least_of(panel_columns, product.columns - first);
-  const int64_t width = (columns + lanes - 1) / lanes * lanes;
+  const int64_t width = ceil_div(columns, lanes) * lanes;
   const float* from = right.data + first * right.column_stride;
   for (int64_t column = 0; column < width; column += lanes, from += lanes * right.column_stride, to += lanes) {
     const int64_t count = least_of(columns - column, lanes);
@@ -125,7 +125,7 @@ static void multiply_panel(const MatrixProduct& product, const float* panel, int
   constexpr void (*by_vectors[])(const MatrixProduct&, __mmask16) = {
       multiply_rows<1>, multiply_rows<2>, multiply_rows<3>, multiply_rows<4>};
   const int64_t first = index * panel_columns, columns = least_of(panel_columns, product.columns - first);
-  const int64_t vectors = (columns + lanes - 1) / lanes;
+  const int64_t vectors = ceil_div(columns, lanes);
   const __mmask16 last = lanes_of(columns - (vectors - 1) * lanes);
   MatrixProduct tile = product;
   for (int64_t k = 0; k < product.depth; k += tile_depth) {

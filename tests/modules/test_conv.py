@@ -1,4 +1,4 @@
-"""Convolutional layers and cells: blocks, geometry and memory. For the rest: tests/properties."""
+"""Convolutional layers and cells: slices, geometry and memory. For the rest: tests/properties."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from mingru.ops import in_cache
 IMAGE = (4, 8, 4, 5, 5)
 
 
-# Blocks, which stand in for the whole where no gradient is wanted
+# Slices, which stand in for the whole where no gradient is wanted
 
 
 def count_convolutions(module, monkeypatch):
@@ -35,13 +35,13 @@ def count_convolutions(module, monkeypatch):
 
 
 @parametrized(some(IMAGES, 3))
-def test_blocks_equal_the_whole(case, monkeypatch):
+def test_slices_equal_the_whole(case, monkeypatch):
     rnn, given = case.varied(**DOUBLE), case.given(5, 9, **DOUBLE)
     for images in (2, 3, 10):
         whole = case.call(rnn, **given)
-        # So many images of the first layer's pre-activations are a block.
+        # So many images of the first layer's pre-activations are a slice.
         state = whole[1][0][0]
-        monkeypatch.setattr(in_cache, "_BLOCK_BYTES", images * 2 * state.numel() * state.element_size())
+        monkeypatch.setattr(in_cache, "_SLICE_BYTES", images * 2 * state.numel() * state.element_size())
         with monkeypatch.context() as patch:
             seen = count_convolutions(rnn.layers[0].conv, patch)
             with torch.inference_mode():
@@ -52,23 +52,23 @@ def test_blocks_equal_the_whole(case, monkeypatch):
             assert seen == [45], "with a gradient"
 
 
-def test_a_state_is_not_rounded_between_blocks(monkeypatch):
+def test_a_state_is_not_rounded_between_slices(monkeypatch):
     rnn, x = MinConv2dGRU(4, 6, 1, dtype=torch.bfloat16), torch.randn(2, 300, 4, 2, 2, dtype=torch.bfloat16)
     expected = rnn(x), rnn(x, [torch.full((1,), 0.5)])
-    monkeypatch.setattr(in_cache, "_BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(in_cache, "_SLICE_BYTES", 1 << 10)
     seen = count_convolutions(rnn.layers[0].conv, monkeypatch)
     with torch.no_grad():
         assert_close((rnn(x), rnn(x, [torch.full((1,), 0.5)])), expected, rtol=0, atol=0)
     assert len(seen) > 100
 
 
-def test_blocks_are_no_smaller_than_two_images_and_no_larger_than_the_cache(monkeypatch):
+def test_slices_are_no_smaller_than_two_images_and_no_larger_than_the_cache(monkeypatch):
     rnn = MinConv2dGRU(4, 6, 3, padding=1)
     size = 4 * 12 * 25
     seen = count_convolutions(rnn.layers[0].conv, monkeypatch)
-    # Four images in a block; fewer than four blocks; two images of half the size; of twice; far too large.
-    for block, batches in ((4 * size, [4] * 8), (9 * size, [32]), (size, [2] * 16), (size / 2, [2] * 16), (1, [32])):
-        monkeypatch.setattr(in_cache, "_BLOCK_BYTES", block)
+    # Four images in a slice; fewer than four slices; two images of half the size; of twice; far too large.
+    for most, batches in ((4 * size, [4] * 8), (9 * size, [32]), (size, [2] * 16), (size / 2, [2] * 16), (1, [32])):
+        monkeypatch.setattr(in_cache, "_SLICE_BYTES", most)
         seen.clear()
         with torch.no_grad():
             rnn(torch.randn(IMAGE))
@@ -85,7 +85,7 @@ class Centered(nn.Conv2d):
 def test_hooks_and_other_classes_see_the_whole_batch(kind, monkeypatch):
     rnn, x, seen = MinConv2dGRU(4, 6, 3, padding=1), torch.randn(IMAGE), []
     expected = rnn(x)
-    monkeypatch.setattr(in_cache, "_BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(in_cache, "_SLICE_BYTES", 1 << 12)
     if kind == "another class":
         rnn.layers[0].conv.__class__ = Centered
         expected = rnn(x)
@@ -96,10 +96,10 @@ def test_hooks_and_other_classes_see_the_whole_batch(kind, monkeypatch):
     assert seen == ([] if kind == "another class" else [32])
 
 
-def test_blocks_make_way_for_transforms_autocast_and_traces(monkeypatch):
+def test_slices_make_way_for_transforms_autocast_and_traces(monkeypatch):
     rnn, x = MinConv2dGRU(4, 6, 3, padding=1, **DOUBLE), torch.randn(2, *IMAGE, **DOUBLE)
     expected = torch.stack([rnn(one)[0] for one in x])
-    monkeypatch.setattr(in_cache, "_BLOCK_BYTES", 1 << 13)
+    monkeypatch.setattr(in_cache, "_SLICE_BYTES", 1 << 13)
     with torch.no_grad():
         assert_close(torch.func.vmap(lambda one: rnn(one)[0])(x), expected, **TIGHT)
         with torch.autocast("cpu", torch.bfloat16):

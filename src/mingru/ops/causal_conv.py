@@ -1,5 +1,6 @@
 """The causal depthwise convolution: one operator of the CPU kernels, or tensor operations."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def causal_conv(
     fits = is_plain and all(each is None or (each.dtype == x.dtype and each.shape == shape) for each, shape in own)
     if not fits or x.numel() == 0:
         return composed(*tensors, num_past, adds_x)
-    states: States = _Fused.apply((num_past, adds_x), *tensors)  # type: ignore[no-untyped-call]
+    states: States = _Fused.apply(num_past, adds_x, *tensors)  # type: ignore[no-untyped-call]
     return states
 
 
@@ -61,18 +62,28 @@ class _Fused(torch.autograd.Function):
     """Compute the convolution and its first derivatives by the operators, all others by `composed`."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[int, bool], *tensors: Any) -> Any:
-        ctx.how = how
+    def forward(ctx: Any, num_past: int, adds_x: bool, *tensors: Any) -> Any:
+        ctx.num_past, ctx.adds_x = num_past, adds_x
         ctx.save_for_backward(*tensors)
-        return torch.ops.mingru.causal_conv_forward(*_arguments(*tensors), how[1])
+        return torch.ops.mingru.causal_conv_forward(*_arguments(*tensors), adds_x)
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
-        tensors, how = ctx.saved_tensors, ctx.how
+        tensors = ctx.saved_tensors
         if torch.is_grad_enabled() or are_batched(*grad):
-            return None, *differentiable(lambda *each: composed(*each, *how), tensors, ctx.needs_input_grad[1:], grad)
-        x, weight, bias, state = torch.ops.mingru.causal_conv_backward(*_arguments(*tensors), how[1], *grad)
-        return None, x, weight, None if tensors[2] is None else bias, as_dtype(state, tensors[3].dtype), None, None
+            again = partial(composed, num_past=ctx.num_past, adds_x=ctx.adds_x)
+            return None, None, *differentiable(again, tensors, ctx.needs_input_grad[2:], grad)
+        x, weight, bias, state = torch.ops.mingru.causal_conv_backward(*_arguments(*tensors), ctx.adds_x, *grad)
+        return (
+            None,
+            None,
+            x,
+            weight,
+            None if tensors[2] is None else bias,
+            as_dtype(state, tensors[3].dtype),
+            None,
+            None,
+        )
 
 
 def _arguments(x: Tensor, weight: Tensor, bias: Maybe, state: Tensor, reset: Maybe, lengths: Maybe) -> tuple[Any, ...]:

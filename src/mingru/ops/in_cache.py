@@ -1,8 +1,8 @@
-"""Compute pre-activations and their recurrence in blocks that stay in the cache, if no gradient is needed.
+"""Compute pre-activations and their recurrence in slices that stay in the cache, if no gradient is needed.
 
 Allocating the pre-activations of a whole sequence costs more than the arithmetic. A convolutional layer over (4, 16,
-32, 64, 64) with kernel size 3 takes 61 to 82 ms in blocks, depending on whether malloc keeps memory, and 98 ms without
-blocks. Only the convolution, without blocks, takes 77 ms (two cores of a Xeon with AVX-512, torch 2.13).
+32, 64, 64) with kernel size 3 takes 61 to 82 ms in slices, depending on whether malloc keeps memory, and 98 ms without
+slices. Only the convolution, without slices, takes 77 ms (two cores of a Xeon with AVX-512, torch 2.13).
 """
 
 import math
@@ -17,7 +17,7 @@ from .call import Call
 from .graph import are_eager, is_autocast
 from .shape import States, accumulate_dtype
 
-_BLOCK_BYTES = 4 << 20
+_SLICE_BYTES = 4 << 20
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -32,7 +32,7 @@ class Map(NamedTuple):
 
 
 def sizes_of(x: Tensor, of: Map, num_inputs: int) -> tuple[int, int] | None:
-    """Return the size of a block in the first two dimensions of x, or None if blocks cannot be used."""
+    """Return the size of a slice in the first two dimensions of x, or None if slices cannot be used."""
     if not (x.is_cpu and type(of.module) in _CONVOLUTIONS and are_eager(x, *of.module.parameters())):
         return None
     # A hook must be called with the whole batch.
@@ -41,18 +41,18 @@ def sizes_of(x: Tensor, of: Map, num_inputs: int) -> tuple[int, int] | None:
     outer, inner = x.shape[:2]
     size = num_inputs * math.prod(of.state_shape) * x.element_size()
     # At least 2, because torch is slow on a single volume.
-    count = max(2, _BLOCK_BYTES // size)
-    if count * size > 4 * _BLOCK_BYTES or outer * inner < 4 * count:
+    count = max(2, _SLICE_BYTES // size)
+    if count * size > 4 * _SLICE_BYTES or outer * inner < 4 * count:
         return None
     return max(1, count // inner), min(inner, count)
 
 
 def in_blocks(run: Callable[[Call], States], call: Call, of: Map, sizes: tuple[int, int]) -> States:
-    """Call `run` on one block of x after the other."""
+    """Call `run` on one slice of x after the other."""
     spec, (x,), start, layout = call
     time, batch = (0, 1) if layout.time_first else (1, 0)
     out = x.new_empty((*x.shape[:2], *of.state_shape))
-    # In the accumulation dtype, so that the state is not rounded between blocks.
+    # In the accumulation dtype, so that the state is not rounded between slices.
     states = start.h.to(accumulate_dtype(x.dtype))
     lasts = []
     for first in range(0, x.shape[batch], sizes[batch]):

@@ -57,28 +57,28 @@ def _load() -> str | None:
 def _register_shapes() -> None:
     """Register functions that return the shapes of the outputs, for graphs that are captured without data."""
 
-    def flag(how: int, name: str) -> bool:
-        return how & FLAGS[name] != 0
+    def flag(bits: int, name: str) -> bool:
+        return bits & FLAGS[name] != 0
 
-    def of_start(call: list[Tensor], how: int) -> tuple[Tensor, Tensor, Tensor]:
-        h, has_reset = call[0], flag(how, "has_reset")
+    def of_start(call: list[Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        h, has_reset = call[0], flag(bits, "has_reset")
         # Each cell of a mixture has its own groups.
-        count = 2 if how & 0xFF in map(CELL_NUMBERS.get, MIXTURES) else 1
+        count = 2 if bits & 0xFF in map(CELL_NUMBERS.get, MIXTURES) else 1
         num_groups = count * ((h.shape[2:].numel() // count + _GROUP - 1) // _GROUP)
-        needs_dt = flag(how, "has_dt") and flag(how, "needs_dt")
+        needs_dt = flag(bits, "has_dt") and flag(bits, "needs_dt")
         # The elapsed times come after two states and the resets.
         shape_of_dt = (*call[2 + has_reset].shape, num_groups) if needs_dt else (0,)
         return h.new_empty(h.shape), h.new_empty(h.shape if has_reset else 0), h.new_empty(shape_of_dt)
 
-    def of_blocks(call: list[Tensor], how: int) -> States:
+    def of_recurrent(call: list[Tensor], bits: int) -> States:
         h = call[0]
-        if not flag(how, "has_recurrent"):
+        if not flag(bits, "has_recurrent"):
             return h.new_empty(0), h.new_empty(0)
         # The weights come after two states, the resets and the elapsed times.
-        weight = call[2 + flag(how, "has_reset") + flag(how, "has_dt")]
+        weight = call[2 + flag(bits, "has_reset") + flag(bits, "has_dt")]
         return weight.new_empty(weight.shape), h.new_empty(h.shape[-1])
 
-    def recurrence_forward(inputs: list[Tensor], call: list[Tensor], how: int, min_decay: float) -> States:
+    def recurrence_forward(inputs: list[Tensor], call: list[Tensor], bits: int, min_decay: float) -> States:
         return inputs[0].new_empty(inputs[0].shape), call[0].new_empty(call[0].shape)
 
     def recurrence_backward(inputs: list[Tensor], call: list[Tensor], out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -87,24 +87,24 @@ def _register_shapes() -> None:
         return out.new_empty(*out.shape[:num_leading], num_grads), *of_start(call, rest[2])
 
     def linear_recurrence_forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], how: int, *numbers: float
+        x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], bits: int, *numbers: float
     ) -> tuple[Tensor, ...]:
         h, *leading = call[0], *x.shape[:-1]
         # No captured graph has lengths, which would make the number of rows depend on data.
-        num_kept = math.prod(leading) if flag(how, "keep") else 0
+        num_kept = math.prod(leading) if flag(bits, "keep") else 0
         out, kept = x.new_empty(*leading, h.shape[-1]), x.new_empty(num_kept, weight.shape[0])
-        return out, h.new_empty(h.shape), kept, x.new_empty(out.shape if flag(how, "keep_states") else 0)
+        return out, h.new_empty(h.shape), kept, x.new_empty(out.shape if flag(bits, "keep_states") else 0)
 
     def linear_recurrence_backward(
         x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any
     ) -> tuple[Tensor, ...]:
-        how = rest[4]
-        grad_x = x.new_empty(x.shape if flag(how, "needs_x") else 0)
-        if flag(how, "needs_x") and is_transposed(x):
+        bits = rest[4]
+        grad_x = x.new_empty(x.shape if flag(bits, "needs_x") else 0)
+        if flag(bits, "needs_x") and is_transposed(x):
             grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
-        grad_weight = weight.new_empty(weight.shape[0] if flag(how, "needs_weight") else 0, weight.shape[1])
-        grad_bias = weight.new_empty(1 if flag(how, "needs_bias") else 0, weight.shape[0])
-        return grad_x, grad_weight, grad_bias, *of_start(call, how), *of_blocks(call, how)
+        grad_weight = weight.new_empty(weight.shape[0] if flag(bits, "needs_weight") else 0, weight.shape[1])
+        grad_bias = weight.new_empty(1 if flag(bits, "needs_bias") else 0, weight.shape[0])
+        return grad_x, grad_weight, grad_bias, *of_start(call, bits), *of_recurrent(call, bits)
 
     def causal_conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any) -> States:
         return x.new_empty(x.shape), call[0].new_empty(call[0].shape)
@@ -157,17 +157,17 @@ def arguments(
     if recurrent_bias is not None:
         recurrent_bias = recurrent_bias.to(dtype).contiguous()
     tensors = [h, h if reset is None else as_dtype(initial_state.expand_as(h), dtype)]
-    how, optional = NUMBERS[spec[:2]], (reset, dt, recurrent, recurrent_bias, *of_layout)
+    bits, optional = NUMBERS[spec[:2]], (reset, dt, recurrent, recurrent_bias, *of_layout)
     for bit, x in enumerate(optional, _FIRST_FLAG):
         if x is not None:
-            how |= 1 << bit
+            bits |= 1 << bit
             tensors.append(x)
     more = spec.norm == "rms", spec.norm == "layer", spec.output_gate, spec.output_gate and keep is not None
     for bit, flag in enumerate((spec.reverse, time_first, keep, *more, *needs), _FIRST_FLAG + len(optional)):
         # A branch, because `keep` is symbolic in a graph of any number of features.
         if flag:
-            how |= 1 << bit
-    return tensors, how, spec.min_decay
+            bits |= 1 << bit
+    return tensors, bits, spec.min_decay
 
 
 def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
@@ -177,8 +177,8 @@ def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool |
 
 def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
     inputs, needs_dt, (states, _, grad_out, grad_last) = [*given[FIRST_INPUT:]], needs[3], saved
-    tensors, how, min_decay = arguments(spec, given, time_first, None, [needs_dt])
-    rest = grad_out, as_dtype(grad_last, tensors[0].dtype), how, min_decay
+    tensors, bits, min_decay = arguments(spec, given, time_first, None, [needs_dt])
+    rest = grad_out, as_dtype(grad_last, tensors[0].dtype), bits, min_decay
     grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(inputs, tensors, states, *rest)
     parts = map(Tensor.view_as, grads.chunk(len(inputs), -1), inputs)
     of_start = grads_of_start(given, of_states, grads_of_dt.sum(-1) if needs_dt else None)
@@ -192,9 +192,9 @@ def _linear_recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep:
 
 
 def _linear_recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
-    tensors, how, min_decay = arguments(spec, given, time_first, None, [needs[3], *needs[FIRST_INPUT:]])
+    tensors, bits, min_decay = arguments(spec, given, time_first, None, [needs[3], *needs[FIRST_INPUT:]])
     states, kept, grad_out, grad_last = saved
-    rest = as_dtype(grad_last, tensors[0].dtype), how, min_decay, spec.eps
+    rest = as_dtype(grad_last, tensors[0].dtype), bits, min_decay, spec.eps
     results = torch.ops.mingru.linear_recurrence_backward(*given[FIRST_INPUT:], tensors, states, kept, grad_out, *rest)
     grad_x, grad_weight, grad_bias, *of_states, grads_of_dt, of_recurrent, of_bias = results
     of_start = grads_of_start(given, of_states, grads_of_dt.sum(-1) if needs[3] else None)

@@ -149,5 +149,5 @@ def _chunks_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reve
 # Numbers with several parts need a scan of their own.
 _CELLS = [cell for cell in NUM_INPUTS if parts_of(cell) == 1]
 _KERNEL = Kernel(_recurrence, _recurrence_backward, packed=False, cells=_CELLS)
-_OF_BLOCKS = Kernel(by_torch, None, packed=True, lengths=True, autocast=True, cells=[BLOCKS])
-BACKEND = Backend(scan=scan, kernel=_KERNEL, linear_kernel=_OF_BLOCKS)
+_OF_BLOCKGRU = Kernel(by_torch, None, packed=True, lengths=True, autocast=True, cells=[BLOCKS])
+BACKEND = Backend(scan=scan, kernel=_KERNEL, linear_kernel=_OF_BLOCKGRU)

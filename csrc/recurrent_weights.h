@@ -1,6 +1,6 @@
-// The recurrent weights of a GRU whose features see each other in blocks, as the kernels in blocks.h read them. The weight
-// is (3 N, K): each row has the weights of its own block of K features, and the rows are in the order of torch.nn.GRU: reset
-// gate, update gate, candidate. The bias, that of the candidate, is (N).
+// The recurrent weights of a BlockGRU, as the kernels in blockgru.h read them. The weight is (3 N, K): each row has the
+// weights of its own diagonal block of K features, and the rows are in the order of torch.nn.GRU: reset gate, update gate,
+// candidate. The bias, that of the candidate, is (N).
 #pragma once
 
 #include "operands.h"
@@ -9,10 +9,10 @@
 namespace mingru {
 namespace {
 
-class RecurrentBlocks {
+class RecurrentWeights {
  public:
   // Weight and bias are in the accumulation dtype, as `h` is.
-  RecurrentBlocks(const Call& call, const Tensor& h, int64_t num_features) : num_features_(num_features), h_(h) {
+  RecurrentWeights(const Call& call, const Tensor& h, int64_t num_features) : num_features_(num_features), h_(h) {
     const Tensor *given = call[Argument::recurrent], *bias = call[Argument::recurrent_bias];
     const auto fits = [&](const Tensor& x) {
       return x.is_cpu() && x.is_contiguous() && x.scalar_type() == h.scalar_type() && x.numel() > 0;
@@ -24,9 +24,9 @@ class RecurrentBlocks {
         call.name, ": recurrent weights must be (3 N, K) and their bias (N), contiguous, in the accumulation dtype");
     blocks_.size = given->size(1);
     blocks_.count = num_features / blocks_.size;
-    blocks_.padded = (blocks_.size + group - 1) / group * group;
+    blocks_.padded = ceil_div(blocks_.size, group) * group;
     blocks_.given = data_of<void>(*given);
-    if (blocks_.is_wide()) blocks_.parallel_for = share_block;
+    if (blocks_.is_wide()) blocks_.parallel_for = share_wide_block;
     const int64_t padded = blocks_.padded * h.element_size(), bytes = blocks_.size * h.element_size();
     biases_.resize(blocks_.count * padded);
     for (int64_t i = 0; bias && i < blocks_.count; ++i) {
@@ -45,7 +45,7 @@ class RecurrentBlocks {
       blocks_.totals = totals_->data_ptr();
       if (!is_step) blocks_.transposed = packed(transposed_, scan, true);
     }
-    run_blocks(scan, blocks_, part, is_backward);
+    run_diagonal_blocks(scan, blocks_, part, is_backward);
   }
 
   // The gradients of weight and bias.
@@ -73,17 +73,17 @@ class RecurrentBlocks {
   }
 
  private:
-  static constexpr int64_t num_gates = Blocks::num_gates;
+  static constexpr int64_t num_gates = DiagonalBlocks::num_gates;
 
   const void* packed(Scratch& scratch, const Scan& scan, bool is_transposed) const {
     void* to = scratch.at_least(num_gates * num_features_ * blocks_.padded * h_.element_size());
-    pack_blocks(blocks_, scan.storage, to, is_transposed);
+    pack_diagonal_blocks(blocks_, scan.storage, to, is_transposed);
     return to;
   }
 
   const int64_t num_features_;
   const Tensor h_;
-  Blocks blocks_{};
+  DiagonalBlocks blocks_{};
   MaybeTensor totals_;
   std::vector<char> biases_;
   Scratch packed_, transposed_;

@@ -1,5 +1,6 @@
-// The loops over the steps of a GRU whose features see each other in blocks. A task has one block of features, of some
-// batch elements; the features are lanes, and each weight is loaded once for all batch elements whose sums are in registers.
+// The loops over the steps of a BlockGRU, a GRU whose features see each other in blocks: the diagonal blocks of its
+// recurrent weights. A task has one block of features, of some batch elements; the features are lanes, and each weight is
+// loaded once for all batch elements whose sums are in registers.
 #pragma once
 
 #include <vector>
@@ -10,114 +11,9 @@
 
 namespace mingru::MINGRU_ISA {
 
-// Compilers keep longer vectors than registers in memory. A product sums so many rows and vectors in registers.
-#ifdef MINGRU_AVX512
-constexpr int64_t register_bytes = 64;
-constexpr int most_rows = 8;
-#elif defined(MINGRU_AVX2)
-constexpr int64_t register_bytes = 32;
-constexpr int most_rows = 4;
-#else
-constexpr int64_t register_bytes = 16;
-constexpr int most_rows = 4;
-#endif
-constexpr int most_vectors = Blocks::num_gates;
-template <class A>
-constexpr int64_t per_register = register_bytes / sizeof(A);
-#ifdef __GNUC__
-template <class A>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(register_bytes)));
-};
-template <class A>
-using Vector = typename VectorOf<A>::type;
-#else
-template <class A>
-struct Vector {
-  A values[per_register<A>];
-  void operator+=(Vector x) {
-    for (int64_t i = 0; i < per_register<A>; ++i) values[i] += x.values[i];
-  }
-  Vector operator*(A x) const {
-    Vector product;
-    for (int64_t i = 0; i < per_register<A>; ++i) product.values[i] = values[i] * x;
-    return product;
-  }
-};
-#endif
+static_assert(most_vectors == DiagonalBlocks::num_gates, "a product has the vectors of all gates");
 
-// out = left right, or added to it. Both are divided into `parts` along the depth, and the vectors of a row of `right` are
-// next to each other. Strides count values.
-template <class A>
-struct RegisterProduct {
-  const A* left;
-  int64_t row_stride, left_stride, left_part_stride;
-  const A* right;
-  int64_t right_stride, right_part_stride, depth;
-  A* out;
-  int64_t out_stride, vector_stride;
-  bool is_added;
-};
-
-template <class A, int parts, int vectors, int rows>
-static void multiply_in_registers(const RegisterProduct<A>& product) {
-  // Few sums are divided, so that the processor does not wait for the addition before.
-  constexpr int chains = rows * vectors * parts <= most_rows * most_vectors ? parts : 1;
-  Vector<A> sums[chains][rows][vectors] = {};
-  for (int part = 0; part < parts; part += chains) {
-    const A* left = product.left + part * product.left_part_stride;
-    const A* right = product.right + part * product.right_part_stride;
-    for (int64_t k = 0; k < product.depth; ++k, left += product.left_stride, right += product.right_stride) {
-#pragma GCC unroll 3
-      for (int chain = 0; chain < chains; ++chain) {
-        Vector<A> values[vectors];
-        std::memcpy(values, right + chain * product.right_part_stride, sizeof(values));
-#pragma GCC unroll 8
-        for (int row = 0; row < rows; ++row) {
-          const A factor = left[chain * product.left_part_stride + row * product.row_stride];
-#pragma GCC unroll 3
-          for (int i = 0; i < vectors; ++i) sums[chain][row][i] += values[i] * factor;
-        }
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int row = 0; row < rows; ++row) {
-#pragma GCC unroll 3
-    for (int i = 0; i < vectors; ++i) {
-      A* out = product.out + row * product.out_stride + i * product.vector_stride;
-      Vector<A> sum = sums[0][row][i], before;
-      for (int chain = 1; chain < chains; ++chain) sum += sums[chain][row][i];
-      if (product.is_added) {
-        std::memcpy(&before, out, sizeof(before));
-        sum += before;
-      }
-      std::memcpy(out, &sum, sizeof(sum));
-    }
-  }
-}
-
-template <class A, int parts, int vectors, int rows = most_rows>
-static void multiply_rows(const RegisterProduct<A>& product, int64_t count) {
-  if (count == rows) return multiply_in_registers<A, parts, vectors, rows>(product);
-  if constexpr (rows > 1) multiply_rows<A, parts, vectors, rows - 1>(product, count);
-}
-
-// Of any number of rows, in equal parts, and of at most `most_vectors`.
-template <class A, int parts, int vectors = most_vectors>
-static void multiply(RegisterProduct<A> product, int64_t rows, int64_t num_vectors) {
-  if constexpr (vectors > 1) {
-    if (num_vectors < vectors) return multiply<A, parts, vectors - 1>(product, rows, num_vectors);
-  }
-  for (int64_t tiles = (rows + most_rows - 1) / most_rows, count; tiles > 0; --tiles, rows -= count) {
-    count = (rows + tiles - 1) / tiles;
-    multiply_rows<A, parts, vectors>(product, count);
-    product.left += count * product.row_stride;
-    product.out += count * product.out_stride;
-  }
-}
-
-// The same for other numbers and processors. A line of the cache is read at once.
+// Copies columns as tiles.h does, for other numbers and processors. A line of the cache is read at once.
 template <class A>
 static void pack_columns(const A* from, int64_t stride, int64_t count, int64_t depth, A* to, int64_t to_stride) {
   for (int64_t first = 0; first < depth; first += 16) {
@@ -132,22 +28,22 @@ static void pack_columns(const A* from, int64_t stride, int64_t count, int64_t d
 // Copies the weights of a block in this order: (padded / lanes, size, gates, lanes), where a vector has the weights from one
 // feature to some. Transposed, from some features to one, (padded / (lanes vectors), gates, size, vectors, lanes).
 template <class A>
-static void pack_block(const Blocks& blocks, void* packed, int64_t block, bool is_transposed) {
+static void pack_diagonal_block(const DiagonalBlocks& blocks, void* packed, int64_t block, bool is_transposed) {
   constexpr int64_t lanes = per_register<A>;
   const int64_t size = blocks.size, padded = blocks.padded;
-  A* to = static_cast<A*>(packed) + block * Blocks::num_gates * size * padded;
+  A* to = static_cast<A*>(packed) + block * DiagonalBlocks::num_gates * size * padded;
   const A* weights = static_cast<const A*>(blocks.given) + block * size * size;
   const int64_t gate_stride = blocks.count * size * size;
   for (int64_t lane = 0; is_transposed && lane < padded; lane += most_vectors * lanes) {
     const int64_t width = least_of(most_vectors * lanes, padded - lane), count = least_of(width, size - lane);
-    for (int64_t row = 0; row < Blocks::num_gates * size; ++row, to += width) {
+    for (int64_t row = 0; row < DiagonalBlocks::num_gates * size; ++row, to += width) {
       const A* from = weights + row / size * gate_stride + row % size * size + lane;
       for (int64_t i = 0; i < width; ++i) to[i] = i < count ? from[i] : A(0);
     }
   }
   for (int64_t lane = 0; !is_transposed && lane < padded; lane += lanes) {
-    const int64_t count = least_of(lanes, size - lane), stride = Blocks::num_gates * lanes;
-    for (int64_t gate = 0; gate < Blocks::num_gates; ++gate) {
+    const int64_t count = least_of(lanes, size - lane), stride = DiagonalBlocks::num_gates * lanes;
+    for (int64_t gate = 0; gate < DiagonalBlocks::num_gates; ++gate) {
       const A* from = weights + gate * gate_stride + lane * size;
       pack_columns(from, size, count, size, to + gate * lanes, stride);
     }
@@ -156,13 +52,14 @@ static void pack_block(const Blocks& blocks, void* packed, int64_t block, bool i
 }
 
 template <class T>
-class BlockSteps {
+class BlockGRUSteps {
   using A = Accumulated<T>;
 
  public:
   // Of the batch elements [begin, end).
-  BlockSteps(
-      const Scan& scan, const Blocks& blocks, const Part& part, int64_t block, int64_t begin, int64_t end, bool is_backward)
+  BlockGRUSteps(
+      const Scan& scan, const DiagonalBlocks& blocks, const Part& part, int64_t block, int64_t begin, int64_t end,
+      bool is_backward)
       : scan_(scan),
         blocks_(blocks),
         size_(blocks.size),
@@ -224,7 +121,7 @@ class BlockSteps {
       constexpr int64_t lanes = most_vectors * group;
       for (int64_t step = 0; step <= steps; ++step) {
         const int64_t multiplications = step == 0 ? lanes : together_ * num_gates * lanes * size_;
-        each((padded_ + lanes - 1) / lanes, multiplications, [&](int64_t begin, int64_t end) {
+        each(ceil_div(padded_, lanes), multiplications, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
             const int64_t lane = (step % 2 == 0 ? i : begin + end - 1 - i) * lanes, last = least_of(lane + lanes, padded_);
             if (step > 0) pass_back(first, step - 1, lane, last);
@@ -240,7 +137,7 @@ class BlockSteps {
   }
 
  private:
-  static constexpr int64_t num_gates = Blocks::num_gates;
+  static constexpr int64_t num_gates = DiagonalBlocks::num_gates;
 
   // Calls f with ranges of [0, count), by several threads if there are enough multiplications.
   template <class F>
@@ -430,10 +327,10 @@ class BlockSteps {
   }
 
   const Scan& scan_;
-  const Blocks& blocks_;
+  const DiagonalBlocks& blocks_;
   const int64_t size_, padded_, block_, batch_, together_, begin_;
   const bool is_backward_, is_first_;
-  int64_t lengths_[Blocks::most_together], ends_[Blocks::most_together], count_ = 0, chunk_ = 1;
+  int64_t lengths_[DiagonalBlocks::most_together], ends_[DiagonalBlocks::most_together], count_ = 0, chunk_ = 1;
   std::vector<A> memory_;
   // (together, padded): the states, or backward the gradients that are carried to the step before.
   A* states_;
@@ -444,13 +341,14 @@ class BlockSteps {
 
 // The batch elements [begin, end) of the part. Backward, if there are totals.
 template <class A>
-static void run_block(
-    const Scan& scan, const Blocks& blocks, const Part& part, int64_t block, int64_t begin, int64_t end, void* totals) {
+static void run_diagonal_block(
+    const Scan& scan, const DiagonalBlocks& blocks, const Part& part, int64_t block, int64_t begin, int64_t end,
+    void* totals) {
   with_type<A>(scan.storage, [&](auto type) {
     const int64_t most = blocks.sequences_together();
     for (int64_t last; begin < end; begin = last) {
       last = least_of(begin + most, end);
-      BlockSteps<decltype(type)> steps(scan, blocks, part, block, begin, last, totals);
+      BlockGRUSteps<decltype(type)> steps(scan, blocks, part, block, begin, last, totals);
       totals ? steps.backward(static_cast<A*>(totals)) : steps.forward();
     }
   });
