@@ -140,9 +140,11 @@ class LayerPlan:
 
     def child(self, module: Any, *types: type) -> Any:
         """Return a submodule on which the plan depends, and refuse all but these types."""
-        self._submodules.append(module)
-        self._types.append(type(module))
-        self._watch(module)
+        # `children` returns what other methods take as a child again.
+        if all(module is not each for each in self._submodules):
+            self._submodules.append(module)
+            self._types.append(type(module))
+            self._watch(module)
         self.require(type(module) in types)
         return module
 
@@ -213,7 +215,7 @@ class LayerPlan:
         # A cell without a kernel has no number.
         number = native.NUMBERS[spec.cell, spec.activation] | output_gate * native.FLAGS["output_gate"]
         self.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
-        has_bias, *others = [self._map(each) for own in directions for each in own]
+        has_bias, *others = [self._map(each, RecurrentMap) for own in directions for each in own]
         both = len(directions) == 2
         self.require({*others} <= {has_bias})
         self._numbers.append(spec.min_decay)
@@ -239,9 +241,9 @@ class LayerPlan:
         is_one_block = spec.cell == BLOCKS and 3 * recurrent.weight.shape[1] == len(recurrent.weight)
         return Prepared(how, (linear.weight, linear.bias), of_norm, of_state, is_one_block and norm is None)
 
-    def _map(self, linear: Any) -> bool:
-        """Take the weights of a linear map; return whether it has a bias."""
-        self.child(linear, *LINEAR_MAPS, RecurrentMap)
+    def _map(self, linear: Any, *others: type) -> bool:
+        """Take the weights of a linear map, or of a module of these types; return whether it has a bias."""
+        self.child(linear, *LINEAR_MAPS, *others)
         self.require(self._weight(linear, "weight"))
         return self._weight(linear, "bias")
 
