@@ -338,8 +338,6 @@ def export(name, module, shape, path):
 
 def against_gru(args, timer):
     """Print times of nn.GRU / those of its weights in a BlockGRU and of the layer accelerated: inference ; training."""
-    # With one thread, the processor's time, which other programs change less.
-    timer = partial(timer, clock=time.thread_time) if args.threads == 1 else timer
     shapes, found = [(batch, steps) for steps in (1, 20, 200) for batch in (1, 8, 32, 64)], {}
     for dims in args.gru:
         modules = {GRU: nn.GRU(dims, dims, batch_first=True)}

@@ -26,7 +26,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import mingru
 from mingru.ops.backends.triton.device import first_line
-from mingru.ops.cells import TIMED
 
 from .device import ROOT, Results, digest, parse, passes_of, supported
 
@@ -52,7 +51,7 @@ def configurations(count: int, seed: int, sizes: tuple[tuple[int, ...], ...] = S
         row = {name: draw.choice(values) for name, values in calls.FACTORS.items()}
         batch, steps, features = (draw.randint(1, most) for most in draw.choice(sizes))
         row |= {"batch": batch, "steps": steps, "features": (features + -features % calls.parts_of(row["cell"]),)}
-        if row["cell"] not in TIMED:
+        if row["cell"] not in calls.TIMED:
             row |= {"dt": False, "min_decay": 0.0}
         if row["cell"] in calls.SCANS:
             row |= {"activation": "linear", "layout": "batch first"}

@@ -35,11 +35,7 @@ SHAPE = (16, 256, 64, 64)
 
 
 def medians_ms(
-    calls: dict[str, Callable[[], Any]],
-    seconds: float = 4.0,
-    least: int = 5,
-    device: str = "cpu",
-    clock: Callable[[], float] = time.perf_counter,
+    calls: dict[str, Callable[[], Any]], seconds: float = 4.0, least: int = 5, device: str = "cpu"
 ) -> dict[str, float]:
     """Return the median time of each call, in milliseconds; with one CPU thread, it is processor time.
 
@@ -113,11 +109,10 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def compared(shape: Sequence[int], device: str, seconds: float) -> dict[str, tuple[float, float]]:
     """Return the times of forward, and of forward + backward, of each module, in milliseconds."""
     batch, steps, input_dims, hidden_dims = shape
-    sizes = input_dims, hidden_dims
     modules = {
-        "MinGRU": MinGRU(*sizes, num_layers=2, **OPTIONS).to(device),
-        "nn.GRU": nn.GRU(*sizes, batch_first=True, device=device),
-        "nn.LSTM": nn.LSTM(*sizes, batch_first=True, device=device),
+        "MinGRU": MinGRU(input_dims, hidden_dims, num_layers=2, **OPTIONS).to(device),
+        "nn.GRU": nn.GRU(input_dims, hidden_dims, batch_first=True, device=device),
+        "nn.LSTM": nn.LSTM(input_dims, hidden_dims, batch_first=True, device=device),
     }
     x = torch.randn(batch, steps, input_dims, device=device, requires_grad=True)
     calls = {name: (lambda module=module: output(module(x))) for name, module in modules.items()}

@@ -18,7 +18,7 @@ import mingru
 from mingru import ops
 from mingru.ops import Layout, Start, autograd, route, spec_of
 from mingru.ops.backends import torch_in_graphs
-from mingru.ops.cells import NUM_INPUTS, TIMED
+from mingru.ops.cells import NUM_INPUTS
 from mingru.ops.scan import LinearScan
 from mingru.ops.shape import accumulate_dtype, from_parts, to_parts
 
@@ -31,6 +31,7 @@ ALL = BACKENDS if INTERPRETED else [*BACKENDS, "traceable"]
 NOT_LOG = [name for name in ALL if name != "log"]
 SCANS = ("linear_scan", "complex_linear_scan", "quaternion_linear_scan")
 CELLS = [*NUM_INPUTS, *SCANS]
+TIMED = [name for name, cell in ops.cells.CELLS.items() if cell.not_timed is None]
 HALF = (torch.bfloat16, torch.float16)
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 

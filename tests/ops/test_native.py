@@ -17,13 +17,14 @@ from pathlib import Path
 import calls
 import pytest
 import torch
+from calls import TIMED
 from cover import cover
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 import mingru
 from mingru.ops.backends import native
-from mingru.ops.cells import NUM_INPUTS, TIMED
+from mingru.ops.cells import NUM_INPUTS
 
 ROOT = Path(__file__).parents[2]
 WHY_NOT = mingru.backends()["native"]
@@ -34,8 +35,8 @@ def call_of(cell, h, initial, reset=None, dt=None, batch_sizes=None, lengths=Non
     """Return a call as the operators take it; `flags` are those of csrc/call.h."""
     optional = {"reset": reset, "dt": dt, "batch_sizes": batch_sizes, "lengths": lengths}
     flags |= {f"has_{name}": x is not None for name, x in optional.items()}
-    how = native.NUMBERS[cell, "positive"] | sum(native.FLAGS[name] for name, flag in flags.items() if flag)
-    return [h, initial, *(x for x in optional.values() if x is not None)], how, min_decay
+    bits = native.NUMBERS[cell, "positive"] | sum(native.FLAGS[name] for name, flag in flags.items() if flag)
+    return [h, initial, *(x for x in optional.values() if x is not None)], bits, min_decay
 
 
 CONTRACTS = {
@@ -69,7 +70,7 @@ def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, rev
     x, weight = torch.randn(*leading, 4), torch.randn(parts, 4)
     product = torch.randn(out[..., 0].numel() if lengths is None else 28, parts)
     grad = (torch.randn_like(out), last)
-    _, how, _ = backward = call_of(cell, *tensors, min_decay=min_decay, needs_dt=is_timed, **order)
+    _, bits, _ = backward = call_of(cell, *tensors, min_decay=min_decay, needs_dt=is_timed, **order)
     both = {"needs_dt": is_timed, "needs_weight": with_reset, "needs_bias": reverse and with_bias, **order}
     own = {"keep": with_bias, "rms_norm": reverse, "keep_states": output_gate and with_reset, "needs_x": with_bias}
     with_lengths = call_of(cell, *tensors, lengths, min_decay, output_gate=output_gate, **both, **own)
@@ -82,7 +83,7 @@ def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, rev
     for operator, args in (
         ("recurrence_forward", (pre, *call) if layout == "packed" else scan),
         ("recurrence_forward", (apart, *call)),
-        ("recurrence_backward", (pre, backward[0], out, *grad, how, min_decay)),
+        ("recurrence_backward", (pre, backward[0], out, *grad, bits, min_decay)),
         ("linear_recurrence_forward", (x, weight, bias, *with_lengths)),
         ("causal_conv_forward", conv),
         ("causal_conv_backward", (*conv, torch.randn(3, 20, 5), last)),
@@ -116,9 +117,7 @@ def test_operators_refuse_what_would_read_past_the_end():
         (pair, [*one, mask], number, 0.0),
         (pair, one, number | 1 << 16, 0.0),
         (pair, one, number | 1 << 16 + len(native.FLAGS), 0.0),
-        (pair, one, number | 1 << 40, 0.0),
         (pair, one, number - 2**63, 0.0),
-        (pair, one, 255, 0.0),
         (pair, one, len(native.CELL_NUMBERS), 0.0),
         (pair, one, number | 3 << 8, 0.0),
         (pair, *call_of("minlstm", h, h)),
@@ -375,14 +374,6 @@ for keeps in (True, False):
     else:
         raise AssertionError(keeps)
 """)
-
-
-def test_a_layer_with_a_hook_is_not_taken_in_one_go():
-    rnn, x, seen = mingru.MinGRU(3, 4), torch.randn(5, 7, 3), []
-    expected = rnn(x)[0]
-    rnn.layers[0].linear.register_forward_hook(lambda module, args, pre: seen.append(pre.shape) or 2 * pre)
-    assert not torch.allclose(rnn(x)[0], expected)
-    assert seen == [(5, 7, 8)]
 
 
 def test_the_process_keeps_subnormals():

@@ -12,7 +12,7 @@ import calls
 import pytest
 import reference
 import torch
-from calls import ALL, BACKENDS, CELLS, INTERPRETED, NOT_LOG, SCANS, TIGHT, Row, each, make, parts_of, states
+from calls import ALL, BACKENDS, CELLS, INTERPRETED, NOT_LOG, SCANS, TIGHT, TIMED, Row, each, make, parts_of, states
 from cases import with_threads
 from cover import cover
 from torch.autograd import gradcheck, gradgradcheck
@@ -20,7 +20,7 @@ from torch.testing import assert_close
 
 import mingru
 from mingru import functional
-from mingru.ops.cells import NUM_INPUTS, TIMED
+from mingru.ops.cells import NUM_INPUTS
 
 KERNELS = [name for name in BACKENDS if name in ("native", "triton")]
 TURNING = ["mingru_rotation", "mingru_quaternion"]

@@ -175,7 +175,7 @@ def check_call(layer: Any, x: Any, h: Any, reset: Any, lengths: Any, dt: Any, ce
         expected = "None because a PackedSequence has its own lengths"
         require(layer.name, "lengths", lengths is None, expected, type(lengths).__name__)
         table = bind(layer, layer._forms.packed, x.data, layer._weight_of_x())
-        shape: Shape = (*x.data.shape, check_packing(layer, table, x))
+        shape: Shape = (*x.data.shape, check_packing(layer, x))
         reset, dt = _packed_like(layer.name, x, "reset", reset), _packed_like(layer.name, x, "dt", dt)
         x = x.data
     else:
@@ -247,7 +247,7 @@ def check_parameter(name: str, argument: str, x: Tensor, shape: tuple[int, ...])
         raise TypeError(expectation(name, argument, "of a floating-point dtype", str(x.dtype)))
 
 
-def check_packing(layer: Any, table: Table, x: PackedSequence) -> int:
+def check_packing(layer: Any, x: PackedSequence) -> int:
     """Check the sizes of a PackedSequence, by which kernels read and write memory, and return the size of its batch."""
     _, batch_sizes, *orders = x
     if not are_eager(batch_sizes):

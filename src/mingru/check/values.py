@@ -96,16 +96,6 @@ def check_flag(name: str, argument: str, flag: object, remedy: str = "") -> None
         raise TypeError(expectation(name, argument, "a bool", repr(flag), remedy))
 
 
-def check_residual(name: str, residual: object, input_dims: int, hidden_dims: int, bidirectional: bool) -> None:
-    if residual != "highway":
-        return
-    remedy = "use a layer for each direction"
-    require(name, "bidirectional", not bidirectional, "False because residual is 'highway'", "True", remedy)
-    expected = f"{input_dims} like input_dims because residual is 'highway'"
-    remedy = "change the size of x by a torch.nn.Linear before"
-    require(name, "hidden_dims", hidden_dims == input_dims, expected, str(hidden_dims), remedy)
-
-
 def check_int(name: str, argument: str, size: Any, expected: str = "an int", least: int = 1) -> None:
     if not isinstance(size, int) or isinstance(size, bool):
         remedy = "for layers of different sizes, use mingru.Stack" if isinstance(size, (list, tuple)) else ""

@@ -61,12 +61,12 @@ class MinGRUWrapper(nn.Module):
 
     def forward(self, observations: Tensor, state: dict[str, Any]) -> tuple[Any, Tensor]:
         """Return logits (B * S, *) and values (B, S) of whole sequences (B, S, *), or of one step (B, *)."""
-        num_dims = len(self.obs_shape)
         shape = tuple(observations.shape)
-        if shape[len(shape) - num_dims :] != self.obs_shape or len(shape) - num_dims not in (1, 2):
+        num_dims = len(shape) - len(self.obs_shape)
+        if shape[num_dims:] != self.obs_shape or num_dims not in (1, 2):
             letters = f"(B, S, *) or (B, *) with {dims(self.obs_shape)} in place of *"
             raise ValueError(expectation("MinGRUWrapper", "observations", letters, dims(shape)))
-        num_steps = shape[1] if len(shape) - num_dims == 2 else 1
+        num_steps = shape[1] if num_dims == 2 else 1
         logits, values, state["hidden"] = self._steps(observations.reshape(-1, *self.obs_shape), num_steps, state)
         return logits, values.reshape(-1, num_steps)
 

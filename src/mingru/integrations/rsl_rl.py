@@ -68,10 +68,9 @@ class MinGRUModel(RNNModel):
         **kwargs: Any,
     ) -> None:
         options = {**OPTIONS, **(rnn_options or {})}
-        is_learned = bool(options.get("learn_initial_state"))
         values.check_choice("MinGRUModel", "rnn_type", rnn_type, ("gru", "lstm"))
         expected = "False because rsl_rl begins episodes with 0"
-        values.require("MinGRUModel", "learn_initial_state", not is_learned, expected, "True")
+        values.require("MinGRUModel", "learn_initial_state", not options.get("learn_initial_state"), expected, "True")
         super().__init__(*args, rnn_hidden_dim=rnn_hidden_dim, **kwargs)
         layer = drop_in.GRU if rnn_type == "gru" else drop_in.LSTM
         self.rnn = _OnePass(layer(self.obs_dim, rnn_hidden_dim, rnn_num_layers, **options))

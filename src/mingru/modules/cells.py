@@ -204,4 +204,3 @@ class MinLSTMCell(RecurrentCell, planned=True):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
-        self.forget_bias = float(forget_bias)

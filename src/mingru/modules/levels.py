@@ -141,10 +141,10 @@ class Levels(Layer):
         for option, value in options.arguments.items():
             if option not in options.factory:
                 # A copy, so that later changes to the caller's list have no effect.
-                setattr(self, option, list(value) if isinstance(value, list) else value)
+                own: Any = list(value) if isinstance(value, list) else value
+                setattr(self, option, float(own) if option in ("dropout", "forget_bias") else own)
         self.gate = one_or_all(options.gates)
         self.candidate = one_or_all([layer.candidate for layer in layers])
-        self.dropout = float(options.dropout)
         self.num_directions = options.num_directions
         self.output_dims: int = self.num_directions * layers[-1].hidden_dims
         # Also set on the instance: TorchScript ignores class attributes.

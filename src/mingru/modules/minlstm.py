@@ -113,4 +113,3 @@ class MinLSTM(RecurrentLevels, planned=True):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
-        self.forget_bias = float(forget_bias)

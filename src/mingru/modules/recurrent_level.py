@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check.values import check_int, check_parts, check_residual, is_number, require
+from ..check.values import check_int, check_parts, is_number, require
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS, GATES
 from ..ops.graph import is_scripting
@@ -36,7 +36,12 @@ class RecurrentOptions(Options):
         super().check()
         for gate in dict.fromkeys(self.gates):
             check_parts(self.name, "hidden_dims", self.hidden_dims, gate)
-        check_residual(self.name, self.residual, self.input_dims, self.hidden_dims, self.bidirectional)
+        if self.residual == "highway":
+            expected, remedy = "False because residual is 'highway'", "use a layer for each direction"
+            require(self.name, "bidirectional", not self.bidirectional, expected, "True", remedy)
+            expected = f"{self.input_dims} like input_dims because residual is 'highway'"
+            is_equal, remedy = self.hidden_dims == self.input_dims, "change the size of x by a torch.nn.Linear before"
+            require(self.name, "hidden_dims", is_equal, expected, str(self.hidden_dims), remedy)
         gate = self.output_gate
         remedy = "gate the output yourself, by a torch.nn.Linear"
         excluding = {"residual": self.residual == "highway", "proj_size": self.proj_size > 0} if gate else {}

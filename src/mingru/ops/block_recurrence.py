@@ -68,11 +68,9 @@ def is_one_node(x: Tensor, start: Start, layout: Layout) -> bool:
     """Return whether a graph for ONNX has one node for this, which takes no resets. One step needs none."""
     if not is_onnx() or start.reset is not None:
         return False
-    return (
-        layout.lengths is None
-        if is_old_onnx()
-        else not is_true_for_all_sizes(x.size(0 if layout.time_first else 1) == 1)
-    )
+    if is_old_onnx():
+        return layout.lengths is None
+    return not is_true_for_all_sizes(x.size(0 if layout.time_first else 1) == 1)
 
 
 def in_onnx(call: Call) -> States:

@@ -42,7 +42,6 @@ CELLS = {
     "mingru_mixed": Cell(2, False, (2.0, 60.0)),
     "blockgru": Cell(3, False, None, "its gates see the state"),
 }
-TIMED = tuple(name for name, cell in CELLS.items() if cell.not_timed is None)
 # The cell of each gate of a minGRU.
 GATES = {
     "sigmoid": "mingru",

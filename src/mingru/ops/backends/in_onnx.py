@@ -119,7 +119,7 @@ class _Nodes:
         op, size = self.op, self.size
         zero = self.numbers(0.0)
         if self.num_steps == 1:
-            h = h if reset is None else op.Where(self._along(reset, b), zero, h)
+            h = h if reset is None else op.Where(op.Unsqueeze(reset, self.integers(*range(2, len(b.shape)))), zero, h)
             if self.parts > 1:
                 h = op.Unsqueeze(h, self.integers(-2))
             out = op.Add(self._product(self._matrix(a, -1), h, -1), b)
@@ -244,9 +244,6 @@ class _Nodes:
 
     def _flipped(self, x: Any, dim: int) -> Any:
         return self.op.Slice(x, *map(self.integers, (-1, -(1 << 62), dim, -1)))
-
-    def _along(self, reset: Any, like: Any) -> Any:
-        return self.op.Unsqueeze(reset, self.integers(*range(2, len(like.shape))))
 
     def _parts_first(self, x: Any, rest: int) -> Any:
         """Return (B, S, *, P) as (P, B, S, F)."""
