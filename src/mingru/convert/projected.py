@@ -10,10 +10,9 @@ from ..modules.layer import Layer
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 from ..modules.scripted import data_of, with_data
-from ..modules.shared import MaybeList, MaybeTensor, Outputs
 from ..ops import layout
 from ..ops.activation import g
-from ..ops.shape import States
+from ..ops.shape import MaybeList, MaybeTensor, Outputs, States
 from .state_dict import Checkpoint, loaded
 
 CLASSES_BY_NUM_PARTS: dict[int, type[MinGRU] | type[MinLSTM]] = {2: MinGRU, 3: MinLSTM}

@@ -11,9 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..check.values import check_type, require
 from ..modules.layer import Layer
 from ..modules.levels import Level
-from ..modules.shared import MaybeList
 from ..ops.call import Layout, Start
-from ..ops.shape import States
+from ..ops.shape import MaybeList, States
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -37,7 +37,6 @@ from ..modules.layer import Layer
 from ..modules.per_step import PerStep
 from ..modules.recurrent_level import RecurrentLevel
 from ..modules.recurrent_levels import RecurrentLevels
-from ..modules.shared import MaybeList
 from ..modules.stack import Stack
 from ..ops import route
 from ..ops.call import Call, Layout, Spec, Start, flattened, from_flat, with_steps
@@ -248,7 +247,7 @@ class _Layer(Part):
 class _LinearLayer(_Layer, RecurrentLevel):
     """A layer that stores x in place of its pre-activations if backward computes them again."""
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
+    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: list[Tensor] | None) -> States:
         linear = self.maps()[reverse]
         is_plain = type(linear) in LINEAR_MAPS and not route.is_hooked(linear) and not is_autocast(y)
         is_plain = is_plain and self.cell not in MIXTURES and not self.has_output_gate

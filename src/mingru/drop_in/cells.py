@@ -11,7 +11,7 @@ from ..check.values import dims, expectation
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
 from ..modules.options import Candidate, Gate, Memory, Norm, arguments_of
-from ..modules.shared import MaybeList, MaybeTensor
+from ..ops.shape import MaybeList, MaybeTensor
 from .interface import DropIn, Pair, as_pair, states_of
 
 

@@ -15,12 +15,13 @@ from ..check import names as meant
 from ..check.forms import Form, autocast_dtypes
 from ..check.values import check_int, dims, expectation, is_number, name_of, require, reworded
 from ..modules.marks import GUARDS
+from ..modules.options import arguments_of_class, defaults_of, not_default
 from ..modules.recurrent_levels import RecurrentLevels
-from ..modules.shared import MaybeList, arguments_of_class, defaults_of, not_default
 from ..ops.cells import BLOCKS
 from ..ops.graph import scripted_as, untraced
 from ..ops.linear_map import WeightAndBias
 from ..ops.names_of_torch import is_any_autocast_enabled
+from ..ops.shape import MaybeList
 
 Pair = tuple[Tensor, Tensor]
 

@@ -14,11 +14,11 @@ from ..check.forms import LAYER_OF_TORCH, check_call
 from ..check.values import check_type, dims, expectation, name_of, require
 from ..modules import scripted
 from ..modules.blockgru import BlockGRU
+from ..modules.layer import Steps, take_weights
 from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate, Residual, arguments_of
-from ..modules.shared import MaybeList, MaybeTensor, Outputs, Steps, copied, take_weights, without_dims
 from ..ops.cells import BLOCKS
 from ..ops.graph import is_captured, is_scripting, untraced
-from ..ops.shape import States
+from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, copied, without_dims
 from .interface import ONE_BLOCK, DropIn, Pair, as_pair, states_of
 
 State = TypeVar("State", Tensor, Pair)

@@ -16,15 +16,15 @@ from ..check.forms import BLOCK, Form, Shape, check_call, check_states
 from ..check.names import unknown_argument
 from ..check.values import check_choice, check_dropout, check_flag, check_int, check_number, reworded
 from ..modules.blockgru import BlockGRU
-from ..modules.layer import Composite
+from ..modules.layer import Composite, weight_of
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
-from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate
+from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate, arguments_of_class, not_default
 from ..modules.recurrent_level import NORMS
-from ..modules.shared import MaybeList, MaybeTensor, Outputs, arguments_of_class, not_default, weight_of
 from ..ops import layout
 from ..ops.graph import is_scripting
 from ..ops.inference import LayerPlan
+from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .causal_conv import CausalConv, plus_convolved
 
 LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM, "blockgru": BlockGRU}

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..check.values import check_int, check_number, check_type, dims, expectation, require
-from ..modules.shared import MaybeList, MaybeTensor, Outputs
-from ..ops.shape import accumulate_dtype
+from ..ops.shape import MaybeList, MaybeTensor, Outputs, accumulate_dtype
 
 NUM_RANDOM = 1024
 

@@ -14,11 +14,11 @@ from typing_extensions import Unpack
 from ..check.calls import arguments_checked
 from ..check.forms import LANGUAGE_MODEL, Shape, check_states, check_steps
 from ..check.values import check_int, check_min_decay, check_number, per_layer, require
-from ..modules.layer import Layer
+from ..modules.layer import Layer, typed_as
 from ..modules.recurrent_level import NORMS
-from ..modules.shared import MaybeList, MaybeTensor, Outputs, typed_as
 from ..modules.stack import Stack
 from ..ops.graph import is_scripting
+from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from . import files, generation
 from .block import Block, BlockOptions, check_layer_options
 

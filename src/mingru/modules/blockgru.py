@@ -13,9 +13,9 @@ from ..check.values import check_type, require, reworded
 from ..ops.block_recurrence import blocks_of, dense
 from ..ops.route import is_hooked
 from .cells import RecurrentCell
+from .layer import take_weights
 from .options import Memory, Norm, arguments_of
 from .recurrent_levels import RecurrentLevels
-from .shared import take_weights
 
 
 class BlockGRU(RecurrentLevels, planned=True):

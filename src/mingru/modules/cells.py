@@ -8,11 +8,12 @@ from torch import Tensor
 from ..check.calls import arguments_checked
 from ..check.forms import CELL
 from ..ops.call import Layout
+from ..ops.shape import MaybeList, MaybeTensor, Outputs, reshaped
 from . import scripted
+from .layer import typed_as
 from .levels import as_sequence
 from .options import Candidate, Gate, Memory, Norm, arguments_of
 from .recurrent_levels import RecurrentLevels
-from .shared import MaybeList, MaybeTensor, Outputs, reshaped, typed_as
 
 # The options of a layer that a cell does not have.
 ONE_LAYER: dict[str, Any] = {"num_layers": 1, "batch_first": True, "dropout": 0.0, "bidirectional": False}

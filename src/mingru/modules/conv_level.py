@@ -12,13 +12,12 @@ from ..ops.call import Layout, Spec, Start
 from ..ops.cells import GATES
 from ..ops.graph import is_autocast, is_scripting
 from ..ops.in_cache import Map
-from ..ops.shape import States, accumulate_dtype, unflattened
+from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, unflattened
 from .group_norm import GroupNorm
 from .initial_state import default_start, learned_state, reset_initial_state, start_option
 from .levels import Level
 from .marks import add_marks
 from .options import Options
-from .shared import MaybeList, MaybeTensor, Outputs
 
 # A list has one entry for each layer, a tuple one number for each spatial dimension.
 Sizes = int | tuple[int, ...] | list[Any]

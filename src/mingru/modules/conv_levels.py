@@ -14,11 +14,12 @@ from ..check.calls import arguments_checked
 from ..check.forms import CELL_OF_IMAGES, OF_IMAGES, check_call, check_parameter, check_states
 from ..check.values import expectation
 from ..ops.call import Layout
+from ..ops.shape import MaybeList, MaybeTensor, Outputs, reshaped
 from . import scripted
 from .conv_level import ConvLevel, ConvOptions, Sizes
+from .layer import typed_as
 from .levels import Levels, as_sequence
 from .options import Candidate, Gate, Gates, Memory, arguments_of
-from .shared import MaybeList, MaybeTensor, Outputs, reshaped, typed_as
 
 
 class ConvLevels(Levels, role="sequence"):

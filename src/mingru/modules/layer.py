@@ -1,7 +1,9 @@
 """The base class of layers, cells and stacks: everything that `Stack`, plans and export ask of them."""
 
+import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +16,20 @@ from ..check.values import check_choice, check_int, expectation, name_of
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import LayerPlan, plannable
+from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .marks import Marked
-from .shared import MaybeList, MaybeTensor, Outputs, reset_all, typed_as
 
+# What a call takes and returns, for type checkers: TorchScript reads the types of `forward`.
+Steps = TypeVar("Steps", Tensor, PackedSequence)
+M = TypeVar("M", bound=nn.Module)
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 ROLES = ("sequence", "step", "torch", "custom")
-
-
 STEP_ARGUMENTS = ("reset", "lengths", "dt")
+
+
+def typed_as(forward: Forward) -> Callable[[Any], Forward]:
+    """Give `__call__` the type of `forward`, for type checkers: some of them ignore what `__call__ = forward` says."""
+    return lambda _: forward
 
 
 class Layer(Marked):
@@ -269,3 +278,26 @@ def is_bidirectional(model: Any) -> bool:
     """Return whether a layer, or one inside a stack or block, also runs backward in time, and cannot take steps."""
     inside = (getattr(model, "rnn", None), *getattr(model, "layers", ()))
     return isinstance(model, Layer) and (getattr(model, "bidirectional", False) or any(map(is_bidirectional, inside)))
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """Return a tensor with the dtype and device of the weight, or None if a (quantized) module has no parameters.
+
+    It does not read `module.weight`, which a parametrized module computes at each access.
+    """
+    weight = module._parameters.get("weight")
+    return next(module.parameters(), None) if weight is None else weight
+
+
+def take_weights(module: M, other: nn.Module) -> M:
+    """Give a module the weights of another with equal parameters, trainable where those are, and return it."""
+    module.load_state_dict(other.state_dict())
+    for own, given in zip(module.parameters(), other.parameters(), strict=True):
+        own.requires_grad_(given.requires_grad)
+    return module.train(other.training)
+
+
+def reset_all(modules: Iterable[nn.Module]) -> None:
+    """Re-initialize the parameters of modules, and of their children if they have no method for that."""
+    for module in modules:
+        getattr(module, "reset_parameters", functools.partial(reset_all, module.children()))()

@@ -12,11 +12,10 @@ from ..ops.call import Layout, Spec, Start, spec_of
 from ..ops.cells import GATES, default_candidate, gate_biases, parts_of
 from ..ops.layout import in_reverse
 from ..ops.linear_map import gated
-from ..ops.shape import States
-from .layer import Layer
+from ..ops.shape import MaybeList, MaybeTensor, Outputs, States
+from .layer import Layer, reset_all, weight_of
 from .marks import Marked, key_of
-from .options import Options
-from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, one_or_all, reset_all, weight_of
+from .options import Options, defaults_of, not_default, one_or_all
 
 Self = TypeVar("Self", bound="Levels")
 # Models of transformers initialize each module and each parameter without this attribute, and then set it.

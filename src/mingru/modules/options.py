@@ -1,14 +1,17 @@
 """The options of layers: the arguments of their constructors, checked once."""
 
+import functools
+import inspect
 from collections.abc import Sequence
 from math import inf
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from ..check.values import check_choice, check_dropout, check_int, check_number, per_layer, require
-from ..ops.cells import CELLS, GATES, cells_of
+from ..ops.cells import BLOCKS, CELLS, GATES, cells_of, default_candidate
 
 # The values of options; a constructor refuses others, see `annotations`.
 Candidate = Literal["positive", "linear", "tanh"]
@@ -65,3 +68,44 @@ class Options(SimpleNamespace):
         require(self.name, "memory", min(first, last) > least, expected, repr(self.memory))
         # What the gate must last by itself, without the bound.
         return dict.fromkeys(cells_of(cell), (first / least, last / least))
+
+
+def one_or_all(values: Sequence[Any]) -> Any:
+    """Return the value that all layers have, or a tuple with one for each layer."""
+    return values[0] if values.count(values[0]) == len(values) else tuple(values)
+
+
+def arguments_of_class(cls: type) -> dict[str, Any]:
+    """Return the default of each argument of the constructor, from the class of this package that defines it.
+
+    The default of a required argument is `inspect.Parameter.empty`. Subclasses elsewhere may have other arguments.
+    """
+    package = __name__.partition(".")[0]
+    return _defaults(next(each for each in cls.__mro__ if each.__module__.partition(".")[0] == package))
+
+
+@functools.cache
+def _defaults(own: type) -> dict[str, Any]:
+    return {name: each.default for name, each in inspect.signature(own).parameters.items()}
+
+
+def defaults_of(module: nn.Module) -> dict[str, Any]:
+    """Return the default of each argument of the constructor; of `candidate`, the one for the module's gates."""
+    defaults = {**arguments_of_class(type(module))}
+    if "candidate" in defaults and "gate" in defaults:
+        gates = vars(module)["gate"]
+        gates = [gates] if isinstance(gates, str) else gates
+        of_gates = [default_candidate(GATES[gate]) for gate in gates]
+        defaults["candidate"] = "tanh" if vars(module).get("cell") == BLOCKS else one_or_all(of_gates)
+    return defaults
+
+
+def not_default(module: nn.Module, *names: str) -> str:
+    """Return ", name=value" for each of these options that differs from its default; without names, for all options."""
+    defaults = defaults_of(module)
+    text = ""
+    for name in names or defaults:
+        value = getattr(module, name, defaults[name])
+        if defaults[name] is not inspect.Parameter.empty and value != defaults[name]:
+            text += f", {name}={value!r}"
+    return text

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from ..check.forms import PER_STEP, check_call
 from ..ops import layout
+from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .layer import Composite
 from .scripted import data_of, with_data
-from .shared import MaybeList, MaybeTensor, Outputs
 
 # No number changes by the value of another.
 _OF_NUMBERS = (

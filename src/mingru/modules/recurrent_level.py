@@ -12,11 +12,10 @@ from ..ops.cells import BLOCKS, CELLS, GATES
 from ..ops.graph import is_scripting
 from ..ops.inference import LayerPlan, plannable
 from ..ops.linear_map import LINEAR_MAPS
-from ..ops.shape import States
+from ..ops.shape import MaybeList, Outputs, States
 from .levels import Level
 from .marks import add_marks
 from .options import Options
-from .shared import MaybeList, Outputs
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 

@@ -21,15 +21,15 @@ from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.inference import LayerPlan
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.names_of_torch import is_symbolic
-from ..ops.shape import States, accumulate_dtype, as_dtype
+from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, as_dtype, reshaped
 from . import scripted
 from .blockgru_level import BlockGRULevel, BlockGRUOptions
 from .initial_state import default_start, learned_state, reset_initial_state, start_option
+from .layer import Steps
 from .levels import Levels
 from .marks import GUARDS, add_marks
-from .options import Options
+from .options import Options, one_or_all
 from .recurrent_level import RecurrentLevel, RecurrentOptions
-from .shared import MaybeList, MaybeTensor, Outputs, Steps, one_or_all, reshaped
 
 
 class RecurrentLevels(Levels, role="sequence"):

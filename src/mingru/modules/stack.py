@@ -15,11 +15,12 @@ from ..check.values import check_dropout, check_type, expectation, require
 from ..ops import layout
 from ..ops.inference import LayerPlan
 from ..ops.names_of_torch import PREPARE_SCRIPTABLE
-from .layer import Composite, Layer, with_named
+from ..ops.shape import MaybeList, MaybeTensor, Outputs
+from .layer import Composite, Layer, Steps, with_named
 from .marks import add_marks
+from .options import not_default
 from .per_step import OF_TORCH, PerStep
 from .scripted import check_returned, check_same_shape, data_of, with_data
-from .shared import MaybeList, MaybeTensor, Outputs, Steps, not_default
 
 SCRIPTED_FORWARD = (
     "forward(self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None, "

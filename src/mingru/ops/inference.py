@@ -27,9 +27,9 @@ from .cells import BLOCKS, CELLS
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
 from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, RecurrentMap
+from .shape import Outputs
 
 _DTYPES = (torch.float32, torch.float64)
-Outputs = tuple[Tensor, list[Tensor]]
 _CALL, _SCANS = nn.Module.__call__, ("scan", "scan_both")
 _forward_of, _shape_of, _dtype_of, _is_cpu = map(operator.attrgetter, ("forward", "shape", "dtype", "is_cpu"))
 _NATIVE = route.Choice("native", False)

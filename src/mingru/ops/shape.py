@@ -4,8 +4,15 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .graph import is_captured
+from .names_of_torch import unsafe_view
+
 # The states of all steps, and the state after the last step, (B, 1, *).
 States = tuple[Tensor, Tensor]
+# The output of a layer, and its last states.
+Outputs = tuple[Tensor, list[Tensor]]
+MaybeTensor = Tensor | None
+MaybeList = list[Tensor] | None
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -115,3 +122,25 @@ def along(mask: Tensor, like: Tensor) -> Tensor:
     for _ in range(like.dim() - mask.dim()):
         mask = mask.unsqueeze(-1)
     return mask
+
+
+def reshaped(x: Tensor, shape: list[int]) -> Tensor:
+    """Return x in another shape as a tensor that autograd does not treat as a view, so that `detach_` works.
+
+    Autograd does not detect in-place changes of the result. Call it only if no operation has saved x for the backward
+    pass.
+    """
+    return x.view(shape) if is_captured() else unsafe_view(x, shape)
+
+
+def copied(view: Tensor) -> Tensor:
+    """Return a copy of a view, because a view cannot be detached in place. In a graph, return the view."""
+    return view if is_captured() else view.clone()
+
+
+def without_dims(state: Tensor, dims: list[int]) -> Tensor:
+    """Remove dimensions of size 1 from a new state that has no other references; `dims` must be in descending order."""
+    for dim in dims:
+        # In place, because `squeeze` would return a view, which cannot be detached in place.
+        state = state.squeeze(dim) if is_captured() else state.squeeze_(dim)
+    return state
