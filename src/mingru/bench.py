@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {value}")
     for name, can_run in backends().items():
         print(f"backend {name}: {'can run' if can_run is True else can_run}")
-    auto = choose(spec_of("mingru_mixed", "tanh", False, 0.0), torch.zeros(1, 1, 1, device=args.device)).backend
+    auto = choose(spec_of("mingru_mixed", "tanh", False, 0.0), torch.zeros(1, 1, 1, device=args.device))
     print(f"device {args.device}{_product(args.device)}: mingru uses the backend {auto!r}")
     options = ", ".join(f"{name}={value!r}" for name, value in OPTIONS.items())
     print(f"MinGRU: the README's model, num_layers=2, {options}")

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru
 from mingru.ops import route, spec_of
-from mingru.ops.backend import KernelFailure
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.plan import Plan
 
@@ -193,6 +192,9 @@ def test_nothing_waits_for_values(steps):
 # Transforms, graphs and errors.
 
 
+FALLS_BACK = "using slower tensor operations. .*no C compiler found"
+
+
 def as_operators_take_it(row):
     """Return the inputs, the other tensors, the cell and the order of a call."""
     inputs, h, initial, reset, dt, lengths, batch_sizes = drawn(row)[0].to(DEVICE)
@@ -245,7 +247,7 @@ def test_operators_fall_back_in_a_captured_graph(row, break_kernel, use_plan):
     expected = results()
     break_kernel()
     launch._compiled.clear()
-    with pytest.warns(RuntimeWarning, match="slower tensor operations in a captured graph.*no C compiler found"):
+    with pytest.warns(RuntimeWarning, match=FALLS_BACK):
         found = results()
     for one, other in zip(found, expected, strict=True):
         assert (one.stride(), one.dtype) == (other.stride(), other.dtype)
@@ -318,9 +320,6 @@ def break_kernel(monkeypatch):
     return lambda *args: monkeypatch.setattr(kernels, "recurrence_kernel", Broken(*args))
 
 
-FALLS_BACK = "using the slower backend 'torch'. .*no C compiler found"
-
-
 def results_of(function, *leaves):
     """Return the values of a function and the gradients of its tensors."""
     leaves = [x.detach().requires_grad_() for x in leaves]
@@ -328,9 +327,9 @@ def results_of(function, *leaves):
     return [out, *torch.autograd.grad(out.abs().square().sum(), leaves)]
 
 
-def second(x):
+def second(x, **how):
     leaf = x.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(mingru.functional.mingru(leaf, leaf).square().sum(), leaf, create_graph=True)
+    (grad,) = torch.autograd.grad(mingru.functional.mingru(leaf, leaf, **how).square().sum(), leaf, create_graph=True)
     return [grad, *torch.autograd.grad(grad.sum(), leaf)]
 
 
@@ -342,9 +341,10 @@ CALLS = {
     "mingru": lambda x: results_of(mingru.functional.mingru, x, x),
     "linear_scan": lambda x: results_of(mingru.functional.linear_scan, x, x),
     "complex linear_scan": lambda x: results_of(mingru.functional.linear_scan, x + 0j, x + 0j),
-    "a layer": lambda x: results_of(lambda x, dt: seeded(mingru.MinGRU, 8, 4)(x, dt=dt)[0], x, x[..., 0]),
+    "a layer": lambda x: results_of(lambda x, t: seeded(mingru.MinGRU, 8, 4)(x, None, t > 0.5, dt=t)[0], x, x[..., 0]),
     "images": lambda x: results_of(lambda x: seeded(mingru.MinConv1dGRU, 5, 4, 1, gate="rotation")(x[:, None])[0], x),
     "second derivatives": second,
+    "second derivatives of quaternions": lambda x: second(x, kind="quaternion"),
     "vmap": lambda x: results_of(mapped, x),
     "batched gradients": torch.vmap(torch.func.grad(lambda x: mapped(x[None]).square().sum())),
 }
@@ -368,7 +368,7 @@ def test_torch_runs_if_a_kernel_fails(call, fails, break_kernel):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         first, again = CALLS[call](x), CALLS[call](x)
-    messages = [str(warning.message) for warning in found if "slower backend" in str(warning.message)]
+    messages = [str(warning.message) for warning in found if "slower" in str(warning.message)]
     assert len(set(messages)) == len(messages)
     if fails == "every launch":
         assert messages
@@ -444,10 +444,9 @@ def test_a_failure_is_an_error_if_triton_was_selected(break_kernel):
 
     outs = [by_argument(), in_block()]
     break_kernel()
-    why = pytest.raises(KernelFailure, match=r"'triton' cannot run this because .*no C compiler found\); use 'torch'")
     # The backward passes run outside of the block, as in another thread.
     for run in (by_argument, in_block, *(out.sum().backward for out in outs)):
-        with why:
+        with pytest.raises(launch.KernelFailure, match=r"'triton' cannot run .*no C compiler found\); use 'torch'"):
             run()
 
 

@@ -23,7 +23,6 @@ from triton.compiler import CompiledKernel
 import mingru
 from benchmarks.gpu import smoke
 from benchmarks.gpu.host import NoDriver, without_gpu
-from mingru.ops.backend import KernelFailure
 from mingru.ops.backends.triton import device, kernels, launch
 
 CPU = torch.device("cpu")
@@ -128,7 +127,7 @@ def test_types_and_constants_select_a_kernel_and_values_do_not(change, count, dr
 
 PASSING = {
     torch.OutOfMemoryError: ["Triton Error [CUDA]: out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "hipErrorOutOfMemory"],
-    KernelFailure: ["[Errno 28] No space left on device: 'a.cubin'", "[Errno 24] Too many open files"],
+    launch.KernelFailure: ["[Errno 28] No space left on device: 'a.cubin'", "[Errno 24] Too many open files"],
 }
 PASSING[torch.OutOfMemoryError] += ["UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", "UR_RESULT_ERROR_OUT_OF_HOST_MEMORY"]
 

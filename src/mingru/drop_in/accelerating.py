@@ -14,7 +14,6 @@ from ..ops.cells import BLOCKS
 from ..ops.graph import is_compiling
 from ..ops.linear_map import are_recomputed
 from ..ops.names_of_torch import PREPARE_SCRIPTABLE, len_torch_dispatch_stack
-from ..ops.route import Choice
 from .twins import SUBCLASS, described, is_recurrent
 
 _FORWARD = nn.modules.GRU.forward
@@ -139,7 +138,7 @@ def _recurrence(x: Tensor, h: Tensor, weights: list[Tensor], reverse: bool, layo
     start = Start(before, before, None, None, of_state, own)
     call = Call(spec_of(BLOCKS, "tanh", reverse, 0.0), [x, of_input, bias], start, layout)
     keep = not are_recomputed(x, None)
-    out, last = autograd.run_kernel("linear_kernel", Choice("native", False), call, keep)
+    out, last = autograd.run_kernel("linear_kernel", "native", call, keep)
     return out, last.squeeze(1)
 
 

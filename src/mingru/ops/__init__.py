@@ -6,7 +6,6 @@ tensors before the call.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from .in_cache import Map
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
 from .linear_map import LINEAR_MAPS, are_recomputed, gated
 from .names_of_torch import is_tracing
-from .route import Choice
 from .scan import LinearScan, in_accumulation_dtype
 from .shape import States, as_dtype
 
@@ -41,14 +39,12 @@ def linear_scan(
     if lengths is not None:
         a, b = kept_in_padding(a, b, lengths, 1)
         reset = None if reset is None else reset.masked_fill(padding_of(lengths, b), False)
-    scan = LinearScan(a, b, h, reset, reverse, 1)
-
-    spec = SCANS["linear_scan", reverse]
-    choice = route.choose(spec, b, backend)
+    scan = LinearScan(a, b, h, reset, reverse)
+    backend = route.choose(SCANS["linear_scan", reverse], b, backend)
     if is_tracing() or b.numel() == 0:
         out, last = torch_in_graphs.linear_scan(*in_accumulation_dtype(scan)[:5])
     else:
-        out, last = route.run_or_other(partial(autograd.scan, call=scan), choice, spec, b)
+        out, last = autograd.scan(backend, scan)
     out = out if lengths is None else without_padding(out, lengths, False)
     if out.dtype == b.dtype and last.dtype == h.dtype:
         return out, last
@@ -60,8 +56,7 @@ def recurrence(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout = BATCH_FIRST, backend: str = "auto"
 ) -> States:
     """Compute the recurrence of a cell from its pre-activations."""
-    call, x = Call(spec, list(inputs), start, layout), inputs[0]
-    return route.run_or_other(lambda choice: _run(choice, call), route.choose(spec, x, backend), spec, x)
+    return _run(route.choose(spec, inputs[0], backend), Call(spec, list(inputs), start, layout))
 
 
 def linear_recurrence(
@@ -78,28 +73,22 @@ def linear_recurrence(
 
     `recompute` is that of `are_recomputed`. The last of the pre-activations may be an output gate of the states.
     """
-
-    num_parts = CELLS[spec.cell].num_inputs + output_gate
-
-    def run(choice: Choice) -> States:
-        y, call = x, route.fused_with(linear, choice.backend, Call(spec, [x], start, layout), norm, output_gate)
-        if call is None and norm is not None:
-            y = norm(x)
-            call = route.fused_with(linear, choice.backend, Call(spec, [y], start, layout), None, output_gate)
-        if spec.cell == BLOCKS and block_recurrence.is_one_node(y, start, layout):
-            own = [y, linear.weight, linear.bias]
-            if type(linear) not in LINEAR_MAPS or route.is_hooked(linear):
-                y = linear(y)
-                own = [y, torch.eye(y.size(-1), dtype=y.dtype, device=y.device), None]
-            return block_recurrence.in_onnx(Call(spec, own, start, layout))
-        if call is None:
-            inputs = list(linear(y).chunk(num_parts, -1))
-            gate = inputs.pop() if output_gate else None
-            return gated(_run(choice, Call(spec, inputs, start, layout)), gate)
-        keep = not are_recomputed(y, recompute)
-        return autograd.run_kernel("linear_kernel", choice, call, keep)
-
-    return route.run_or_other(run, route.choose(spec, x), spec, x)
+    backend = route.choose(spec, x)
+    call = route.fused_with(linear, backend, Call(spec, [x], start, layout), norm, output_gate)
+    if call is None and norm is not None:
+        x = norm(x)
+        call = route.fused_with(linear, backend, Call(spec, [x], start, layout), None, output_gate)
+    if spec.cell == BLOCKS and block_recurrence.is_one_node(x, start, layout):
+        own = [x, linear.weight, linear.bias]
+        if type(linear) not in LINEAR_MAPS or route.is_hooked(linear):
+            x = linear(x)
+            own = [x, torch.eye(x.size(-1), dtype=x.dtype, device=x.device), None]
+        return block_recurrence.in_onnx(Call(spec, own, start, layout))
+    if call is None:
+        inputs = list(linear(x).chunk(CELLS[spec.cell].num_inputs + output_gate, -1))
+        gate = inputs.pop() if output_gate else None
+        return gated(_run(backend, Call(spec, inputs, start, layout)), gate)
+    return autograd.run_kernel("linear_kernel", backend, call, not are_recomputed(x, recompute))
 
 
 def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layout) -> States:
@@ -117,16 +106,16 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layo
     return run(call) if sizes is None else in_cache.in_blocks(run, call, of, sizes)
 
 
-def _run(choice: Choice, call: Call) -> States:
+def _run(backend: str, call: Call) -> States:
     if is_tracing() or call.tensors[0].numel() == 0:
         return torch_in_graphs.traced_recurrence(*call)
     if call.spec.cell in MIXTURES:
         step = torch_in_graphs.mixed_step(call)
-        return step or joined([_run(choice, each) for each in divided(call)], call.layout)
-    kernel = route.kernel_of(choice.backend, call)
+        return step or joined([_run(backend, each) for each in divided(call)], call.layout)
+    kernel = route.kernel_of(backend, call)
     if kernel is None:
-        return autograd.composed(choice, call)
+        return autograd.composed(backend, call)
     if kernel.packed or (call.layout.batch_sizes is None and call.layout.lengths is None):
-        return autograd.run_kernel("kernel", choice, call, False)
-    states = autograd.run_kernel("kernel", choice, padded_call(call), False)
+        return autograd.run_kernel("kernel", backend, call, False)
+    states = autograd.run_kernel("kernel", backend, padded_call(call), False)
     return in_layout(states, call)

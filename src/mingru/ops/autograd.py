@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import block_recurrence
-from .backend import SCANS, Kernel, scan_backward_by, scan_by
+from .backend import Kernel, scan_backward_by, scan_by
 from .backends import torch_in_graphs
 from .call import FIRST_INPUT, Call, Spec, flattened, from_flat
 from .cells import BLOCKS, CELLS
@@ -25,51 +25,51 @@ from .graph import are_batched, is_compiling, without_autocast
 from .layout import as_linear_scan, divided, in_layout, is_transposed, joined, padded_call, without_padding
 from .linear_map import gated, normalized
 from .names_of_torch import is_exporting, jvp_nesting
-from .route import Choice, backend_of, run_or_other
+from .route import backend_of
 from .scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
 from .shape import States, as_dtype, conjugate, times
 
 
-def composed(choice: Choice, call: Call) -> States:
+def composed(backend: str, call: Call) -> States:
     """Compute a recurrence by differentiable operations and the linear scan of a backend."""
     padded = padded_call(call)
     if call.spec.cell == BLOCKS:
         with without_autocast(call.tensors[0]):
             return in_layout(block_recurrence.composed(padded), call)
-    own = backend_of(choice.backend).recurrence
+    own = backend_of(backend).recurrence
     if own is not None:
         return in_layout(own(padded), call)
     linear = as_linear_scan(padded)
     if linear.parts == 1:
-        return in_layout(scan(choice, linear), call)
+        return in_layout(scan(backend, linear), call)
     if is_compiling():
         # Compilers and exported graphs may not support complex numbers.
         return in_layout(torch_in_graphs.scan(linear), call)
     if linear.parts == 2:
         a, b, h = (torch.view_as_complex(x.contiguous()) for x in linear[:3])
-        out, last = map(torch.view_as_real, scan(choice, linear._replace(a=a, b=b, h=h, parts=1)))
+        out, last = map(torch.view_as_real, scan(backend, linear._replace(a=a, b=b, h=h, parts=1)))
     else:
-        out, last = scan(choice, linear)
+        out, last = scan(backend, linear)
     out, last = in_layout((out, last), call)
     # Copies, because outputs must not be views.
     return out.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
 
 
-def scan(choice: Choice, call: LinearScan) -> States:
+def scan(backend: str, call: LinearScan) -> States:
     """Compute the linear scan by a backend, so that it is differentiable."""
-    backend = backend_of(choice.backend)
-    if backend.scan is not None:
+    own = backend_of(backend)
+    if own.scan is not None:
         # Kernels convert numbers when they load them.
         call = in_accumulation_dtype(call)
-        if backend.kernel is None:
-            return backend.scan(call)
+        if own.kernel is None:
+            return own.scan(call)
     in_compile = is_compiling() and not is_exporting()
     if in_compile and not (torch.is_grad_enabled() and any(x.requires_grad for x in call[:3])):
         # Dynamo cannot trace the functions below if no tensor requires gradients. The kernel alone has no derivatives,
         # which transforms such as `torch.func.grad` may need.
         return _scan_in_graphs(call)
     function = ScanInGraph if is_compiling() else Scan
-    states: States = function.apply(choice, *call)  # type: ignore[no-untyped-call]
+    states: States = function.apply(backend, *call)  # type: ignore[no-untyped-call]
     return states
 
 
@@ -85,13 +85,13 @@ class ScanInGraph(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(choice: Choice, *call: Any) -> States:
-        backend = backend_of(choice.backend)
-        return scan_by(backend.kernel, LinearScan(*call)) if backend.scan is None else backend.scan(LinearScan(*call))
+    def forward(backend: str, *call: Any) -> States:
+        own = backend_of(backend)
+        return scan_by(own.kernel, LinearScan(*call)) if own.scan is None else own.scan(LinearScan(*call))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
-        ctx.choice, a, _, h, reset, *ctx.constants = inputs
+        ctx.backend, a, _, h, reset, *ctx.constants = inputs
         ctx.save_for_backward(a, h, reset, output[0])
         ctx.save_for_forward(a, h, reset, output[0])
 
@@ -101,21 +101,17 @@ class ScanInGraph(torch.autograd.Function):
         # No gradient depends on b, so b was not saved; `out` fills its field.
         call = LinearScan(a, out, h, reset, *ctx.constants)
         batched = are_batched(*grad)
-
-        def run(choice: Choice) -> tuple[Tensor | None, ...]:
-            backend = backend_of(choice.backend)
-            if backend.scan is None and not torch.is_grad_enabled() and not batched:
-                return scan_backward_by(backend.kernel, call, out, *grad)
-            # Kernels have no rule for batched gradients.
-            delta = adjoint(_scan_in_graphs if batched else partial(scan, choice), call, grad)
-            grad_a = grad_h = None
-            if ctx.needs_input_grad[1]:
-                grad_a = times(delta, conjugate(previous_states(call, out), call.parts), call.parts)
-            if ctx.needs_input_grad[3]:
-                grad_h = grad_of_h(call, delta)
-            return grad_a, delta, grad_h
-
-        return None, *run_or_other(run, ctx.choice, SCANS["linear_scan", call.reverse], out), None, None, None
+        own = backend_of(ctx.backend)
+        if own.scan is None and not torch.is_grad_enabled() and not batched:
+            return None, *scan_backward_by(own.kernel, call, out, *grad), None, None, None
+        # Kernels have no rule for batched gradients.
+        delta = adjoint(_scan_in_graphs if batched else partial(scan, ctx.backend), call, grad)
+        grad_a = grad_h = None
+        if ctx.needs_input_grad[1]:
+            grad_a = times(delta, conjugate(previous_states(call, out), call.parts), call.parts)
+        if ctx.needs_input_grad[3]:
+            grad_h = grad_of_h(call, delta)
+        return None, grad_a, delta, grad_h, None, None, None
 
 
 class Scan(ScanInGraph):
@@ -133,22 +129,22 @@ class Scan(ScanInGraph):
         drive = torch.zeros_like(out) if db is None else db
         if da is not None:
             drive = drive + as_dtype(times(da, previous_states(call, out), call.parts), out.dtype)
-        return scan(ctx.choice, call._replace(b=drive, h=torch.zeros_like(h) if dh is None else dh))
+        return scan(ctx.backend, call._replace(b=drive, h=torch.zeros_like(h) if dh is None else dh))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], choice: Choice, *call: Any) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], backend: str, *call: Any) -> Any:
         def fold(arg: Any, dim: int | None) -> Any:
             if not isinstance(arg, Tensor):
                 return arg
             batched = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             return batched.flatten(0, 1)
 
-        states = scan(choice, LinearScan(*(fold(arg, dim) for arg, dim in zip(call, in_dims[1:], strict=True))))
+        states = scan(backend, LinearScan(*(fold(arg, dim) for arg, dim in zip(call, in_dims[1:], strict=True))))
         out, last = (torch.unflatten(tensor, 0, [info.batch_size, -1]) for tensor in states)
         return (out, last), (0, 0)
 
 
-def run_kernel(name: str, choice: Choice, call: Call, keep: bool) -> States:
+def run_kernel(name: str, backend: str, call: Call, keep: bool) -> States:
     """Run a kernel of the backend, so that it is differentiable. `name`: of its field, "kernel" or "linear_kernel"."""
     spec, tensors, start, layout = call
     if name == "kernel" and tensors[0].dim() > 3 and is_compiling():
@@ -156,21 +152,21 @@ def run_kernel(name: str, choice: Choice, call: Call, keep: bool) -> States:
         flat = [x.flatten(2).contiguous() for x in tensors]
         initial_state = start.initial_state.expand_as(start.h)
         flat_start = start._replace(h=start.h.flatten(2), initial_state=initial_state.flatten(2))
-        out, last = run_kernel(name, choice, Call(spec, flat, flat_start, layout), keep)
+        out, last = run_kernel(name, backend, Call(spec, flat, flat_start, layout), keep)
         return out.view(tensors[0].shape), last.view(start.h.shape)
-    kernel: Kernel = getattr(backend_of(choice.backend), name)
+    kernel: Kernel = getattr(backend_of(backend), name)
     given: list[Any] = [*flattened(start, layout), *tensors]
     if torch.is_grad_enabled() and kernel.backward is not None:
         if start.reset is None:
             given[1] = None  # the initial state, which nothing reads
         # A flat list, because autograd ignores tensors inside tuples.
         run: Callable[..., States] = Recurrence.apply if is_compiling() else apply
-        return run((name, choice, spec, layout.time_first, keep), *given)
+        return run((name, backend, spec, layout.time_first, keep), *given)
     out, last, *_ = kernel.forward(spec, given, layout.time_first, None)
     return out, last
 
 
-How = tuple[str, Choice, Spec, bool, bool]
+How = tuple[str, str, Spec, bool, bool]
 
 
 class Recurrence(torch.autograd.Function):
@@ -178,8 +174,8 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, how: How, *tensors: Any) -> States:
-        name, choice, spec, time_first, keep = how
-        kernel: Kernel = getattr(backend_of(choice.backend), name)
+        name, backend, spec, time_first, keep = how
+        kernel: Kernel = getattr(backend_of(backend), name)
         out, last, kept, *states = kernel.forward(spec, tensors, time_first, keep)
         ctx.how, ctx.is_transposed = how, kept is not None and is_transposed(tensors[FIRST_INPUT])
         ctx.save_for_backward(*(states or [out]), kept, *tensors)
@@ -187,33 +183,30 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
-        (name, chosen, spec, time_first, _), (states, kept, *tensors) = ctx.how, ctx.saved_tensors
+        (name, backend, spec, time_first, _), (states, kept, *tensors) = ctx.how, ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
-
-        def run(choice: Choice) -> Any:
-            if choice.backend != chosen.backend or torch.is_grad_enabled() or are_batched(*grad):
-                return differentiable(partial(_again, name, choice, spec, time_first), tensors, needs, grad)
-            # A saved-tensor hook may change the memory order of x, which is the order of the kept pre-activations.
-            has_moved = kept is not None and is_transposed(tensors[FIRST_INPUT]) != ctx.is_transposed
-            own = kept.new_empty(0) if has_moved else kept
-            kernel: Kernel = getattr(backend_of(choice.backend), name)
-            return kernel.backward(spec, tensors, time_first, (states, own, *grad), needs)
-
-        return None, *run_or_other(run, chosen, spec, states)
+        if torch.is_grad_enabled() or are_batched(*grad):
+            again = partial(_again, name, backend, spec, time_first)
+            return None, *differentiable(again, tensors, needs, grad)
+        # A saved-tensor hook may change the memory order of x, which is the order of the kept pre-activations.
+        if kept is not None and is_transposed(tensors[FIRST_INPUT]) != ctx.is_transposed:
+            kept = kept.new_empty(0)
+        kernel: Kernel = getattr(backend_of(backend), name)
+        return None, *kernel.backward(spec, tensors, time_first, (states, kept, *grad), needs)
 
 
 # Without what `Function.apply` does for transforms, in which no kernel runs.
 apply: Any = super(torch.autograd.Function, Recurrence).apply
 
 
-def _again(name: str, choice: Choice, spec: Spec, time_first: bool, *tensors: Any) -> States:
+def _again(name: str, backend: str, spec: Spec, time_first: bool, *tensors: Any) -> States:
     """Compute the same as a kernel by differentiable operations."""
     call = from_flat(spec, tensors, time_first)
     if call.start.reset is None:
         # The initial state was not saved, and nothing reads it.
         call = call._replace(start=call.start._replace(initial_state=call.start.h))
     if name != "linear_kernel":
-        return composed(choice, call)
+        return composed(backend, call)
     (x, weight, bias), layout = call.tensors, call.layout
     if layout.lengths is not None:
         # Otherwise a NaN in the padding would reach the gradients of the weights.
@@ -222,7 +215,7 @@ def _again(name: str, choice: Choice, spec: Spec, time_first: bool, *tensors: An
         x = normalized(x, spec.norm, spec.eps)
     inputs = list(F.linear(x, weight, bias).chunk(CELLS[spec.cell].num_inputs + spec.output_gate, -1))
     gate = inputs.pop() if spec.output_gate else None
-    parts = [composed(choice, part) for part in divided(call._replace(tensors=inputs))]
+    parts = [composed(backend, part) for part in divided(call._replace(tensors=inputs))]
     return gated(joined(parts, layout), gate)
 
 

@@ -1,4 +1,4 @@
-"""The description of a backend: its functions, what it supports, and how it fails."""
+"""The description of a backend: its functions, and what it supports."""
 
 import functools
 import warnings
@@ -107,10 +107,6 @@ def on_one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
         return shapes(*args)
 
     return run
-
-
-class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what failed)
-    """A kernel cannot be compiled or launched on this machine."""
 
 
 @functools.cache

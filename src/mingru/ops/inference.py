@@ -32,7 +32,6 @@ from .shape import Outputs
 _DTYPES = (torch.float32, torch.float64)
 _CALL, _SCANS = nn.Module.__call__, ("scan", "scan_both")
 _forward_of, _shape_of, _dtype_of, _is_cpu = map(operator.attrgetter, ("forward", "shape", "dtype", "is_cpu"))
-_NATIVE = route.Choice("native", False)
 FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, RecurrentMap)})
 
 
@@ -232,7 +231,7 @@ class LayerPlan:
         keep, how, none = not linear_map.are_recomputed(linear.weight, recompute), {}, (None, None)
         for dtype, time_first in product(_DTYPES, (False, True)):
             own = spec if norm is None else linear_map.with_norm(spec, norm, dtype)
-            how[dtype, time_first] = "linear_kernel", _NATIVE, own, time_first, keep
+            how[dtype, time_first] = "linear_kernel", "native", own, time_first, keep
         of_norm = none if norm is None else linear_map.weights_of_norm(norm)
         sizes = zip((linear.bias, *of_norm), (0, 1, 1), strict=True)
         # Of other sizes, the modules raise the errors.

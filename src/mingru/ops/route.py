@@ -6,14 +6,14 @@ To add a backend, write a module in `backends/` that defines a `Backend`, and ad
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..context import context_manager
-from .backend import Backend, Kernel, KernelFailure, warn_once
+from .backend import Backend, Kernel, warn_once
 from .backends import in_log_space, native, sequential, torch_in_graphs, torch_in_place, triton
 from .call import Call, Spec
 from .cells import BLOCKS, CELLS, cells_of, parts_of
@@ -32,6 +32,8 @@ BACKENDS: dict[Any, Backend] = {
 }
 # Backends that "auto" tries, in this order. "torch" supports everything.
 FASTEST_FIRST = ("native", "triton", "torch")
+# What runs if the caller selected "triton": an error if a kernel fails.
+_SELECTED = {"triton": "triton alone"}
 VARIABLE = "MINGRU_BACKEND"
 # What `os.environ` looks up; its own `get` would take longer than everything else here.
 _environment, _KEY = vars(os.environ)["_data"], os.environ.encodekey(VARIABLE)
@@ -39,7 +41,6 @@ _environment, _KEY = vars(os.environ)["_data"], os.environ.encodekey(VARIABLE)
 _CASTS = 256
 # The last cell of a mixture, which fewer backends compute than the first.
 _RAREST = {cell: cells_of(cell)[-1] for cell in CELLS}
-T = TypeVar("T")
 _BY_VARIABLE = f"the environment variable {VARIABLE}"
 
 
@@ -101,15 +102,6 @@ def use_backend(name: BackendName) -> Iterator[None]:
         del _open[block]
 
 
-class Choice(NamedTuple):
-    """What runs a call. It has no functions, so that a captured graph can contain it."""
-
-    backend: str
-    """Name of the backend."""
-    selected: bool
-    """Whether the caller selected it: by the argument `backend`, by `use_backend` or by the environment."""
-
-
 def _selected(backend: str) -> tuple[str, str]:
     """Return the backend that the caller selected, or "auto", and by which means."""
     if backend != "auto":
@@ -133,43 +125,33 @@ def is_for_native(x: Tensor, *others: Any) -> bool:
     return is_native() and are_eager(x, *others) and x.is_cpu and not is_autocast(x)
 
 
-def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> Choice:
-    """Choose the backend that runs this spec on this tensor."""
+def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
+    """Return the name of the backend that runs this spec on this tensor, for `backend_of`."""
     name, selected_by = _selected(backend)
     if name != "auto":
         _check_name(name, f"{spec.cell}: {selected_by}")
     # An exported graph may run where the kernels of this package are not installed.
     if is_tracing() or (name == "auto" and is_exporting()):
-        return Choice("torch", False)
+        return "torch"
     if name == "auto":
         for name in FASTEST_FIRST:
             if _why_not(name, sequence, spec) is None:
                 break
         if name == "torch" and not is_compiling():
             _warn_if_kernels_are_missing(sequence, spec)
-        return Choice(name, False)
+        return name
     why = _why_not(name, sequence, spec)
     if why is not None:
         selected_by = f"{spec.cell}: {selected_by}"
         raise ValueError(f"{selected_by} selects {name!r}, which cannot run this because {why}; use 'auto'")
-    return Choice(name, True)
-
-
-def run_or_other(run: Callable[[Choice], T], choice: Choice, spec: Spec, sequence: Tensor) -> T:
-    """Run on the chosen backend. If its kernel fails and the caller did not select the backend, run on another."""
-    try:
-        return run(choice)
-    except KernelFailure as failure:
-        if choice.selected:
-            raise
-        name = next(each for each in FASTEST_FIRST if each != choice.backend and not _why_not(each, sequence, spec))
-        warn_once(f"using the slower backend {name!r}. {failure}")
-    return run(Choice(name, False))
+    return _SELECTED.get(name, name)
 
 
 def backend_of(name: str) -> Backend:
-    """Return the backend of this name. While a graph is captured, "torch" is its traceable version."""
-    return torch_in_graphs.BACKEND if name == "torch" and is_symbolic() else BACKENDS[name]
+    """Return the backend that was chosen. While a graph is captured, "torch" is its traceable version."""
+    if name == "torch" and is_symbolic():
+        return torch_in_graphs.BACKEND
+    return triton.ALONE if name == "triton alone" else BACKENDS[name]
 
 
 def kernel_of(name: str, call: Call) -> Kernel | None:

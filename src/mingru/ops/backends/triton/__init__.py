@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backend import Backend, Kernel, KernelFailure, grads_of_start, on_one_device, warn_once
+from ...backend import Backend, Kernel, grads_of_start, on_one_device, warn_once
 from ...call import FIRST_INPUT, Call, Spec, from_flat, spec_of
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, without_autocast
@@ -25,8 +25,22 @@ from . import fallback, launch
 from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
 from .plan import KEEPING
 
-__all__ = ["BACKEND", "DEVICES"]
+__all__ = ["ALONE", "BACKEND", "DEVICES"]
 Given = Sequence[Any]
+
+
+def _alone(name: str, call: Call, *of_pass: Any) -> Any:
+    """Run a pass, "forward" or "backward", by its kernel."""
+    return getattr(launch, name)(call, *of_pass)
+
+
+def _or_torch(name: str, call: Call, *of_pass: Any) -> Any:
+    """Run a pass by its kernel, or if that fails, by tensor operations."""
+    try:
+        return _alone(name, call, *of_pass)
+    except launch.KernelFailure as failure:
+        warn_once(f"using slower tensor operations. {failure}")
+    return getattr(fallback, name)(call, *of_pass)
 
 
 _LIBRARY: Any = torch.library.Library("mingru", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -39,7 +53,7 @@ def _register(name: str, saved: str, num_results: int) -> None:
     tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
     def called(function: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """Call a function with the arguments of the operator. Results that are not needed are empty."""
+        """Call a function of a call with the arguments of the operator. Results that are not needed are empty."""
         inputs, given, *of_pass, (cell, activation), min_decay, (reverse, time_first, *needs) = arguments
         tensors = [*given[:4], None, None, *given[4:], *inputs]  # without recurrent weights
         call = from_flat(spec_of(cell, activation, reverse, min_decay), tensors, time_first)
@@ -47,12 +61,7 @@ def _register(name: str, saved: str, num_results: int) -> None:
         return tuple(empty() if x is None else x for x in function(call, *of_pass, *needs))
 
     def run(*args: Any) -> tuple[Tensor, ...]:
-        """Call the kernel, or if it fails, tensor operations."""
-        try:
-            return called(getattr(launch, name), args)
-        except KernelFailure as failure:
-            warn_once(f"using slower tensor operations in a captured graph. {failure}")
-        return called(getattr(fallback, name), args)
+        return called(partial(_or_torch, name), args)
 
     def shapes(*args: Any) -> tuple[Tensor, ...]:
         return called(getattr(launch, f"{name}_results"), args)
@@ -70,11 +79,13 @@ _register("forward", "", 2)
 _register("backward", "Tensor[] saved, ", 5)
 
 
-def _run(name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
-    """Run a pass. `of_pass`, only for "backward": out, grad_out and grad_last; whether dt and a bias need gradients."""
-    # A call may skip the dispatcher if nothing else could take it.
+def _run(eager: Any, name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
+    """Run a pass, by the function `eager` if the call may skip the dispatcher, because nothing else could take it.
+
+    `of_pass`, only for "backward": out, grad_out and grad_last; whether dt and a bias need gradients.
+    """
     if are_eager(*call.tensors) and not len_torch_dispatch_stack():
-        return getattr(launch, name)(call, *of_pass)  # type: ignore[no-any-return]
+        return eager(name, call, *of_pass)  # type: ignore[no-any-return]
     spec, inputs, start, layout = call
     initial_state: Any = start.initial_state.expand_as(start.h) if launch.has_initial_state(call) else None
     given, needs = [start.h, initial_state, *start[2:4], *layout[1:]], of_pass[1:]
@@ -84,14 +95,14 @@ def _run(name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
     return tuple(run(inputs, given, *of_pass[:1], [spec.cell, spec.activation], spec.min_decay, flags))
 
 
-def _recurrence(spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Tensor, Tensor, None]:
-    out, last = _run("forward", from_flat(spec, given, time_first))
+def _recurrence(eager: Any, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+    out, last = _run(eager, "forward", from_flat(spec, given, time_first))
     return out, last, None
 
 
-def _recurrence_backward(spec: Spec, given: Given, time_first: bool, saved: Any, needs: Sequence[bool]) -> Any:
+def _recurrence_backward(eager: Any, spec: Spec, given: Given, time_first: bool, saved: Any, needs: Any) -> Any:
     call, needs_dt, (out, _, *grad) = from_flat(spec, given, time_first), needs[3], saved
-    grads, *of_states, grad_dt, _ = _run("backward", call, [out, *grad], needs_dt, False)
+    grads, *of_states, grad_dt, _ = _run(eager, "backward", call, [out, *grad], needs_dt, False)
     parts = grads.chunk(len(call.tensors), -1)
     of_inputs = [part.view(x.shape) for part, x in zip(parts, call.tensors, strict=True)]
     return *grads_of_start(given, of_states, grad_dt if needs_dt else None), *of_inputs
@@ -111,20 +122,20 @@ def _mapped(call: Call, kept: Tensor | None) -> tuple[Tensor, Call]:
     return pre, Call(spec, list(inputs), start, layout)
 
 
-def _linear_recurrence(spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _linear_recurrence(eager: Any, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
     pre, mapped = _mapped(from_flat(spec, given, time_first), None)
-    out, last = _run("forward", mapped)
+    out, last = _run(eager, "forward", mapped)
     return out, last, pre if keep else None
 
 
-def _linear_recurrence_backward(spec: Spec, given: Given, time_first: bool, saved: Any, needs: Sequence[bool]) -> Any:
+def _linear_recurrence_backward(eager: Any, spec: Spec, given: Given, time_first: bool, saved: Any, needs: Any) -> Any:
     call, (out, kept, *grad) = from_flat(spec, given, time_first), saved
     x, weight, bias = call.tensors
     needs_dt, (needs_x, needs_weight, needs_bias) = needs[3], needs[FIRST_INPUT:]
     # The tensors are in the dtype in which autocast computes.
     with without_autocast(x):
         _, mapped = _mapped(call, kept if kept is not None and kept.numel() else None)
-        grads, *of_states, grad_dt, grad_bias = _run("backward", mapped, [out, *grad], needs_dt, needs_bias)
+        grads, *of_states, grad_dt, grad_bias = _run(eager, "backward", mapped, [out, *grad], needs_dt, needs_bias)
         rows = _in_memory_order(x)
         # One matrix of the gradients of all inputs, for both products.
         matrix = (grads.transpose(0, 1) if is_transposed(mapped.tensors[0]) else grads).flatten(0, -2)
@@ -135,11 +146,13 @@ def _linear_recurrence_backward(spec: Spec, given: Given, time_first: bool, save
     return *grads_of_start(given, of_states, grad_dt if needs_dt else None), grad_x, grad_weight, of_bias
 
 
-BACKEND = Backend(
-    unavailable=unavailable,
-    unsupported=unsupported,
-    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, lengths=True, cells=KEEPING),
-    linear_kernel=Kernel(
-        _linear_recurrence, _linear_recurrence_backward, packed=True, lengths=True, autocast=True, cells=KEEPING
-    ),
-)
+def _backend(eager: Any) -> Backend:
+    """Return the backend whose eager passes this function runs."""
+    options: Any = {"packed": True, "lengths": True, "cells": KEEPING}
+    kernel = Kernel(partial(_recurrence, eager), partial(_recurrence_backward, eager), **options)
+    passes = partial(_linear_recurrence, eager), partial(_linear_recurrence_backward, eager)
+    return Backend(unavailable, unsupported, kernel=kernel, linear_kernel=Kernel(*passes, autocast=True, **options))
+
+
+# If the caller selected the backend, a kernel that fails is an error.
+BACKEND, ALONE = _backend(_or_torch), _backend(_alone)

@@ -1,4 +1,4 @@
-"""The operators of this backend by tensor operations: a captured graph whose kernel failed cannot choose again."""
+"""The passes by tensor operations, for a kernel that failed: a captured graph cannot choose another backend."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from ...call import Call
-from ...cells import NUM_INPUTS
+from ...cells import NUM_INPUTS, parts_of
 from ...scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
-from ...shape import States
+from ...shape import States, conjugate, times
 from .. import torch_in_graphs, torch_in_place
-from .launch import Results, Tensors, backward_results, forward_results
+from .launch import Results, Tensors, backward_results, forward_results, has_initial_state
 
 
 def _scan(call: Call, *others: Tensor) -> tuple[LinearScan, list[Tensor]]:
     """Return a linear scan and other tensors, as complex numbers if they are pairs."""
-    found = [*call.tensors, call.start.h, *others]
-    if call.spec.cell == "complex_linear_scan":
-        found = [torch.view_as_complex(x.contiguous()) for x in found]
-    scan = LinearScan(found[0], found[1], found[2], call.start.reset, call.spec.reverse)
+    found, parts = [*call.tensors, call.start.h, *others], parts_of(call.spec.cell)
+    if parts == 2:
+        found, parts = [torch.view_as_complex(x.contiguous()) for x in found], 1
+    scan = LinearScan(found[0], found[1], found[2], call.start.reset, call.spec.reverse, parts)
     return in_accumulation_dtype(scan), found[3:]
 
 
@@ -38,12 +38,13 @@ def forward(call: Call) -> States:
 def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Results:
     results, inputs = backward_results(call, saved, needs_dt, needs_bias), call.tensors
     h, initial_state, _, dt, *_ = call.start
+    after_reset = initial_state.expand_as(h) if has_initial_state(call) else None
     grads, *of_start, of_bias = results
     wanted: list[Any] = [*grads.chunk(len(inputs), -1), *of_start]
     found: Sequence[Any]
     if call.spec.cell in NUM_INPUTS:
         with torch.enable_grad():
-            all_of = *inputs, h, initial_state, dt
+            all_of = *inputs, h, after_reset, dt
             leaves: list[Any] = [x if x is None else x.detach().requires_grad_() for x in all_of]
             own = call.start._replace(h=leaves[-3], initial_state=leaves[-2], dt=leaves[-1])
             states = torch_in_graphs.recurrence(call.spec, leaves[:-3], own, call.layout)
@@ -53,7 +54,8 @@ def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Re
     else:
         scan, (out, grad_out, grad_last) = _scan(call, *saved)
         delta = adjoint(torch_in_place.scan, scan, (grad_out, grad_last))
-        found = delta * previous_states(scan, out.to(delta.dtype)).conj(), delta, grad_of_h(scan, delta)
+        before = conjugate(previous_states(scan, out.to(delta.dtype)), scan.parts)
+        found = times(delta, before, scan.parts), delta, grad_of_h(scan, delta)
     _copied(wanted[: len(found)], found)
     if of_bias is not None:
         of_bias.copy_(grads.flatten(0, -2).sum(0, dtype=of_bias.dtype))

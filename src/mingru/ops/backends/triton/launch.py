@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...backend import KernelFailure
 from ...call import Call
 from ...cells import NUM_INPUTS
 from ...layout import is_packing, is_transposed
@@ -42,6 +41,10 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 _failures: dict[tuple[Any, ...], str] = {}
 # One object for equal types and constants, whose hash takes less time. Two threads could take the same number.
 _types: dict[tuple[Any, ...], object] = {}
+
+
+class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what failed)
+    """A kernel cannot be compiled or launched on this machine."""
 
 
 def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
