@@ -113,30 +113,31 @@ def _in_memory_order(x: Tensor) -> Tensor:
     return x.transpose(0, 1) if is_transposed(x) else x
 
 
-def _mapped(call: Call, kept: Tensor | None) -> tuple[Tensor, Call]:
-    """Return the pre-activations in the order of memory, and their call; `kept`: those that forward returned."""
-    spec, (x, weight, bias), start, layout = call
-    rows = _in_memory_order(x)
+def _mapped(spec: Spec, given: Given, time_first: bool, rows: Tensor, kept: Tensor | None) -> tuple[Tensor, Call]:
+    """Return the pre-activations in the order of memory, and their call.
+
+    `rows`: x in this order. `kept`: the pre-activations that forward returned.
+    """
+    x, weight, bias = given[FIRST_INPUT:]
     pre = F.linear(rows, weight, bias) if kept is None else kept
     inputs = (pre if rows is x else pre.transpose(0, 1)).chunk(NUM_INPUTS[spec.cell], -1)
-    return pre, Call(spec, list(inputs), start, layout)
+    return pre, from_flat(spec, [*given[:FIRST_INPUT], *inputs], time_first)
 
 
 def _linear_recurrence(eager: Any, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
-    pre, mapped = _mapped(from_flat(spec, given, time_first), None)
+    pre, mapped = _mapped(spec, given, time_first, _in_memory_order(given[FIRST_INPUT]), None)
     out, last = _run(eager, "forward", mapped)
     return out, last, pre if keep else None
 
 
 def _linear_recurrence_backward(eager: Any, spec: Spec, given: Given, time_first: bool, saved: Any, needs: Any) -> Any:
-    call, (out, kept, *grad) = from_flat(spec, given, time_first), saved
-    x, weight, bias = call.tensors
+    (x, weight, bias), (out, kept, *grad) = given[FIRST_INPUT:], saved
     needs_dt, (needs_x, needs_weight, needs_bias) = needs[3], needs[FIRST_INPUT:]
+    rows = _in_memory_order(x)
     # The tensors are in the dtype in which autocast computes.
     with without_autocast(x):
-        _, mapped = _mapped(call, kept if kept is not None and kept.numel() else None)
+        _, mapped = _mapped(spec, given, time_first, rows, kept if kept is not None and kept.numel() else None)
         grads, *of_states, grad_dt, grad_bias = _run(eager, "backward", mapped, [out, *grad], needs_dt, needs_bias)
-        rows = _in_memory_order(x)
         # One matrix of the gradients of all inputs, for both products.
         matrix = (grads.transpose(0, 1) if is_transposed(mapped.tensors[0]) else grads).flatten(0, -2)
         grad_rows = torch.mm(matrix, weight).view(rows.shape) if needs_x else None
