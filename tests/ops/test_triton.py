@@ -337,11 +337,13 @@ def mapped(x):
     return torch.vmap(lambda x: mingru.functional.mingru(x[None], x[None])[0])(x)
 
 
+MORE = {"norm": "rms", "residual": True, "bidirectional": True}
 CALLS = {
     "mingru": lambda x: results_of(mingru.functional.mingru, x, x),
     "linear_scan": lambda x: results_of(mingru.functional.linear_scan, x, x),
     "complex linear_scan": lambda x: results_of(mingru.functional.linear_scan, x + 0j, x + 0j),
     "a layer": lambda x: results_of(lambda x, t: seeded(mingru.MinGRU, 8, 4)(x, None, t > 0.5, dt=t)[0], x, x[..., 0]),
+    "a plan": lambda x: results_of(lambda x: seeded(mingru.MinLSTM, 8, 4, 2, **MORE)(x, None, x[..., 0] > 0.5)[0], x),
     "images": lambda x: results_of(lambda x: seeded(mingru.MinConv1dGRU, 5, 4, 1, gate="rotation")(x[:, None])[0], x),
     "second derivatives": second,
     "second derivatives of quaternions": lambda x: second(x, kind="quaternion"),

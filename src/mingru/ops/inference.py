@@ -3,7 +3,8 @@
 The method `_write_plan` of a class with `planned=True` writes the instructions of its modules into a `LayerPlan`. An
 instruction checks that the module that it replaces is exactly what it computes, and refuses every other one. After any
 change of a module or its submodules, the plan is made again. Without gradients, one operator computes all instructions,
-and checks the sizes. With gradients, `_trained` computes them one by one, each recurrence by one autograd function.
+and checks the sizes. With gradients, or on a GPU, `_trained` computes them one by one, each recurrence by one autograd
+function.
 
 `run` returns None whenever the modules must be called one by one: with hooks, autocast, transforms, graph capture, a
 refused module or unusual arguments. If an argument is wrong, that ordinary call raises the error.
@@ -22,16 +23,20 @@ from torch import Tensor, nn
 
 from . import autograd, linear_map, names_of_torch, route
 from .backends import native
+from .backends.triton.plan import KEEPING
 from .call import Layout, Spec, Start
 from .cells import BLOCKS, CELLS
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
 from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, RecurrentMap
-from .shape import Outputs
+from .shape import Outputs, States
 
 _DTYPES = (torch.float32, torch.float64)
+_OF_GPU = "triton", "triton alone"
 _CALL, _SCANS = nn.Module.__call__, ("scan", "scan_both")
-_forward_of, _shape_of, _dtype_of, _is_cpu = map(operator.attrgetter, ("forward", "shape", "dtype", "is_cpu"))
+_forward_of, _shape_of, _dtype_of, _device_of, _is_cpu = map(
+    operator.attrgetter, ("forward", "shape", "dtype", "device", "is_cpu")
+)
 FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, RecurrentMap)})
 
 
@@ -45,7 +50,9 @@ class Prepared(NamedTuple):
     """What the recurrence of one layer and direction is computed from, except x and the states."""
 
     how: dict[Any, autograd.How]
-    """For each dtype of x, on which the default of eps depends, and order of dimensions."""
+    """For each backend, dtype of x, on which the default of eps depends, and order of dimensions."""
+    norm: Any
+    """Norm before the linear map, or None. The kernels of the CPU include it."""
     map: tuple[Tensor, Tensor | None]
     """Weight and bias of the linear map."""
     of_norm: tuple[Tensor | None, Tensor | None]
@@ -71,6 +78,8 @@ class LayerPlan:
         self.steps: list[tuple[str, Any]] = []
         # Whether one operator can compute them, whether they hold with gradients, and whether all are recurrences.
         self.is_operator = self.is_trained = self.is_scan = True
+        # Whether the kernels of GPUs compute the recurrences.
+        self.is_for_gpu = True
         self._instructions: list[tuple[int, int, int, int]] = []
         self._numbers: list[float] = []
         self._type = type(module)
@@ -123,12 +132,12 @@ class LayerPlan:
             and not (self.shapes and any(x is not None and x.shape != shape for x, shape in self.shapes))
         )
 
-    def can_train(self, dtype: torch.dtype) -> bool:
-        """Return whether recurrences with gradients take the weights that there are now."""
+    def can_train(self, x: Tensor, backend: str) -> bool:
+        """Return whether recurrences of x with gradients take the weights that there are now."""
         return (
             self.is_trained
-            and {*map(_dtype_of, self.weights)} == {dtype}
-            and all(map(_is_cpu, self.weights))
+            and (backend == "native" or self.is_for_gpu)
+            and _fit(x, self.weights)
             and list(map(_shape_of, self.weights)) == self._shapes_of_weights
         )
 
@@ -220,6 +229,7 @@ class LayerPlan:
         self._numbers.append(spec.min_decay)
         self.is_bidirectional |= both
         spec, before = spec._replace(output_gate=output_gate), self.steps[-1][0] if self.steps else ""
+        self.is_for_gpu &= spec.cell in KEEPING and not output_gate
         # Kernels include the norm, unless several maps read its result.
         norm = self.steps.pop()[1] if before == "norm" and not both else None
         ways = zip(directions, (False, True), strict=False)
@@ -228,17 +238,18 @@ class LayerPlan:
 
     def _prepared(self, spec: Spec, norm: Any, recompute: Any, linear: Any, recurrent: Any = None) -> Prepared:
         """Prepare the recurrence of a norm or None, a linear map, and recurrent weights if there are some."""
-        keep, how, none = not linear_map.are_recomputed(linear.weight, recompute), {}, (None, None)
-        for dtype, time_first in product(_DTYPES, (False, True)):
-            own = spec if norm is None else linear_map.with_norm(spec, norm, dtype)
-            how[dtype, time_first] = "linear_kernel", "native", own, time_first, keep
+        how, none = {}, (None, None)
+        for name, dtype, time_first in product(("native", *_OF_GPU), _DTYPES, (False, True)):
+            own = spec if norm is None or name in _OF_GPU else linear_map.with_norm(spec, norm, dtype)
+            keep = not (recompute if name in _OF_GPU else linear_map.are_recomputed(linear.weight, recompute))
+            how[name, dtype, time_first] = "linear_kernel", name, own, time_first, keep
         of_norm = none if norm is None else linear_map.weights_of_norm(norm)
         sizes = zip((linear.bias, *of_norm), (0, 1, 1), strict=True)
         # Of other sizes, the modules raise the errors.
         self.is_trained &= all(x is None or x.shape == linear.weight.shape[dim : dim + 1] for x, dim in sizes)
         of_state = none if recurrent is None else (recurrent.weight, recurrent.bias)
         is_one_block = spec.cell == BLOCKS and 3 * recurrent.weight.shape[1] == len(recurrent.weight)
-        return Prepared(how, (linear.weight, linear.bias), of_norm, of_state, is_one_block and norm is None)
+        return Prepared(how, norm, (linear.weight, linear.bias), of_norm, of_state, is_one_block and norm is None)
 
     def _map(self, linear: Any, *others: type) -> bool:
         """Take the weights of a linear map, or of a module of these types; return whether it has a bias."""
@@ -270,17 +281,23 @@ def current_plan(module: Any) -> LayerPlan:
     return plan
 
 
-def _is_plain(x: Any) -> bool:
-    """Return whether kernels compute x, and nothing sees operations: no trace, transform, dispatch mode or hook."""
+def _fit(x: Tensor, tensors: Any) -> bool:
+    """Return whether tensors have the dtype and the device of x."""
+    are_there = all(map(_is_cpu, tensors)) if x.is_cpu else {*map(_device_of, tensors)} <= {x.device}
+    return are_there and {*map(_dtype_of, tensors)} == {x.dtype}
+
+
+def _backend_of(x: Any) -> str | None:
+    """Return whose kernels compute x, if nothing sees operations: no trace, transform, dispatch mode or hook."""
     is_seen = names_of_torch.len_torch_dispatch_stack() or names_of_torch.has_any_global_hook()
-    is_plain = type(x) is Tensor and x.is_cpu and names_of_torch.is_untransformed() and not is_autocast(x)
-    return is_plain and not is_seen and route.is_native()
+    is_plain = type(x) is Tensor and names_of_torch.is_untransformed() and not is_autocast(x)
+    return route.kernels_for(x) if is_plain and not is_seen else None
 
 
 def skips_padding(module: Any, x: Tensor) -> bool:
     """Return whether a module computes only recurrences of linear maps, by kernels that take lengths."""
-    plan = current_plan(module) if _is_plain(x) else None
-    return plan is not None and plan.is_scan and plan.is_open() and plan.can_train(x.dtype)
+    plan = current_plan(module) if _backend_of(x) == "native" else None
+    return plan is not None and plan.is_scan and plan.is_open() and plan.can_train(x, "native")
 
 
 # None without the kernels.
@@ -301,13 +318,15 @@ def run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any 
 
 
 def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any) -> Outputs | None:
-    trains = torch.is_grad_enabled()
-    if not _is_plain(x) or x.dtype not in _DTYPES or (trains and dt is not None):
+    backend = _backend_of(x)
+    # On a GPU, each recurrence is one kernel without gradients too.
+    trains = torch.is_grad_enabled() or backend in _OF_GPU
+    if backend is None or x.dtype not in _DTYPES or (trains and dt is not None):
         return None
     shape, plan = x.shape, current_plan(module)
     if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:
         return None
-    if (0 in shape or not plan.can_train(x.dtype)) if trains else not plan.is_operator:
+    if (0 in shape or not plan.can_train(x, backend)) if trains else not plan.is_operator:
         return None
     time_first = time_first and len(shape) == 3  # a cell has no time dimension
     batch = shape[1 if time_first else 0]
@@ -334,7 +353,7 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
         pairs = zip(start[2:4], others[2:4], strict=True)
         resets, times = ([] if pair[0] is None else [*pair] for pair in pairs)
     if trains:
-        return _trained(plan, x, states, initial_states, resets, time_first)
+        return _trained(plan, backend, x, states, initial_states, resets, time_first)
     try:
         out, last = _operator(
             x, plan.weights, states, initial_states, resets, times, plan.code, plan.numbers, time_first
@@ -344,13 +363,14 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     return (out, last) if last else None
 
 
-def _trained(plan: LayerPlan, x: Tensor, states: Any, initials: Any, resets: Any, time_first: bool) -> Outputs | None:
-    """Compute the instructions with gradients, or return None for tensors that the ordinary call refuses."""
-    tensors = [*states, *initials]
-    fits = {*map(_dtype_of, tensors)} == {x.dtype} and all(map(_is_cpu, [*tensors, *resets]))
-    if not fits or (resets and resets[0].dtype != torch.bool):
+def _trained(
+    plan: LayerPlan, backend: str, x: Tensor, states: Any, initials: Any, resets: Any, time_first: bool
+) -> Outputs | None:
+    """Compute the instructions one by one, or return None for tensors that the ordinary call refuses."""
+    if not _fit(x, [*states, *initials]) or any((y.dtype, y.device) != (torch.bool, x.device) for y in resets):
         return None
     befores, starts = [*map(_layers_of, states)], [*map(_layers_of, initials)]
+    is_native = backend == "native"
     kept: list[Tensor] = []
     found: list[Any] = [[] for _ in states]
     x = x.unsqueeze(1) if x.dim() == 2 else x
@@ -362,12 +382,13 @@ def _trained(plan: LayerPlan, x: Tensor, states: Any, initials: Any, resets: Any
                 return None
             for own, reset in zip(directions, resets or [None, None], strict=False):
                 start = None if reset is None else next(starts[state])
-                given = next(befores[state]), start, reset, None, *own.recurrent, None, None, x
-                linear = linear_map.map_with_norm(*own.map, *own.of_norm)
+                linear = linear_map.map_with_norm(*own.map, *own.of_norm) if is_native else own.map
+                y = x if is_native or own.norm is None else own.norm(x)
+                given = next(befores[state]), start, reset, None, *own.recurrent, None, None, y
                 if own.is_of_torch and x.shape[0 if time_first else 1] == 1:
                     out, last = _by_cell(own, given[0], start, reset, x, time_first)
                 else:
-                    out, last = autograd.apply(own.how[x.dtype, time_first], *given, *linear)
+                    out, last = autograd.apply(own.how[backend, x.dtype, time_first], *given, *linear)
                 outs.append(out)
                 found[state].append(last)
             x = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
@@ -387,9 +408,7 @@ def _trained(plan: LayerPlan, x: Tensor, states: Any, initials: Any, resets: Any
     return x, [_state_of(*each) for each in zip(found, states, strict=True)]
 
 
-def _by_cell(
-    own: Prepared, h: Tensor, start: Tensor | None, reset: Tensor | None, x: Tensor, time_first: bool
-) -> tuple[Tensor, Tensor]:
+def _by_cell(own: Prepared, h: Tensor, start: Any, reset: Any, x: Tensor, time_first: bool) -> States:
     """Compute one step by the cell of torch, as new tensors."""
     if start is not None and reset is not None:
         h = torch.where(reset.view(-1, 1, 1), start, h)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..context import context_manager
-from .backend import Backend, Kernel, warn_once
+from .backend import SCANS, Backend, Kernel, warn_once
 from .backends import in_log_space, native, sequential, torch_in_graphs, torch_in_place, triton
 from .call import Call, Spec
 from .cells import BLOCKS, CELLS, cells_of, parts_of
@@ -114,15 +114,20 @@ def _selected(backend: str) -> tuple[str, str]:
     return (_KEY in _environment and os.environ[VARIABLE]) or "auto", _BY_VARIABLE
 
 
-def is_native() -> bool:
-    """Return whether calls on the CPU run in the compiled kernels, if these have a kernel for the cell."""
+def kernels_for(x: Tensor) -> str | None:
+    """Return the backend whose kernels compute eager calls for x, or None."""
     name, _ = _selected("auto")
-    return (FASTEST_FIRST[0] if name == "auto" else name) == "native" and BACKENDS["native"].unavailable() is None
+    names = FASTEST_FIRST if name == "auto" else (name,)
+    if x.is_cpu and names[0] == "native":
+        return None if BACKENDS["native"].unavailable() else "native"
+    if "triton" in names and _why_not("triton", x, SCANS["linear_scan", False]) is None:
+        return _SELECTED.get(name, "triton")
+    return None
 
 
 def is_for_native(x: Tensor, *others: Any) -> bool:
     """Return whether an eager call computes these tensors, some of which may be None, in the compiled kernels."""
-    return is_native() and are_eager(x, *others) and x.is_cpu and not is_autocast(x)
+    return x.is_cpu and are_eager(x, *others) and kernels_for(x) == "native" and not is_autocast(x)
 
 
 def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
