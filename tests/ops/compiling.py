@@ -78,7 +78,7 @@ def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
     start = Start(h, initial_state, reset, empty(*leading) if case.has_dt else None)
     call = Call(spec, inputs, start, Layout(False, batch_sizes, lengths))
     launches = []
-    launch._prepared.cache_clear()
+    launch._recipes.clear()
     facts = target.warp_size, target.backend == "hip", PROCESSORS[target.arch]
     with (
         mock.patch.object(launch, "run", lambda name, num_programs, *found: launches.append(found)),

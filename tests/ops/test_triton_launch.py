@@ -162,7 +162,7 @@ def test_segments_are_as_many_as_processors_hold_programs(number, programs, driv
         return number
 
     monkeypatch.setattr(device, "num_resident", num_resident)
-    launch._prepared.cache_clear()
+    launch._recipes.clear()
     x = torch.zeros(1, 1, 32).expand(1, 2**18, 32)
     mingru.functional.mingru(x, x, backend="triton")
     assert asked == [(8, Kernel, [])]

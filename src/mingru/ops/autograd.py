@@ -106,11 +106,9 @@ class ScanInGraph(torch.autograd.Function):
             return None, *scan_backward_by(own.kernel, call, out, *grad), None, None, None
         # Kernels have no rule for batched gradients.
         delta = adjoint(_scan_in_graphs if batched else partial(scan, ctx.backend), call, grad)
-        grad_a = grad_h = None
-        if ctx.needs_input_grad[1]:
-            grad_a = times(delta, conjugate(previous_states(call, out), call.parts), call.parts)
-        if ctx.needs_input_grad[3]:
-            grad_h = grad_of_h(call, delta)
+        needs = ctx.needs_input_grad
+        grad_a = times(delta, conjugate(previous_states(call, out), call.parts), call.parts) if needs[1] else None
+        grad_h = grad_of_h(call, delta) if needs[3] else None
         return None, grad_a, delta, grad_h, None, None, None
 
 

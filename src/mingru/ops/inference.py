@@ -34,9 +34,8 @@ from .shape import Outputs, States
 _DTYPES = (torch.float32, torch.float64)
 _OF_GPU = "triton", "triton alone"
 _CALL, _SCANS = nn.Module.__call__, ("scan", "scan_both")
-_forward_of, _shape_of, _dtype_of, _device_of, _is_cpu = map(
-    operator.attrgetter, ("forward", "shape", "dtype", "device", "is_cpu")
-)
+_forward_of, _shape_of, _dtype_of, _is_cpu = map(operator.attrgetter, ("forward", "shape", "dtype", "is_cpu"))
+_device_of = operator.attrgetter("device")
 FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, RecurrentMap)})
 
 
@@ -134,12 +133,8 @@ class LayerPlan:
 
     def can_train(self, x: Tensor, backend: str) -> bool:
         """Return whether recurrences of x with gradients take the weights that there are now."""
-        return (
-            self.is_trained
-            and (backend == "native" or self.is_for_gpu)
-            and _fit(x, self.weights)
-            and list(map(_shape_of, self.weights)) == self._shapes_of_weights
-        )
+        fits = self.is_trained and (backend == "native" or self.is_for_gpu) and _fit(x, self.weights)
+        return fits and list(map(_shape_of, self.weights)) == self._shapes_of_weights
 
     def require(self, *conditions: bool) -> None:
         """Refuse the module if an assumption of the instructions does not hold."""
@@ -363,16 +358,14 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     return (out, last) if last else None
 
 
-def _trained(
-    plan: LayerPlan, backend: str, x: Tensor, states: Any, initials: Any, resets: Any, time_first: bool
-) -> Outputs | None:
+def _trained(plan: Any, backend: str, x: Any, h: Any, initials: Any, resets: Any, time_first: bool) -> Outputs | None:
     """Compute the instructions one by one, or return None for tensors that the ordinary call refuses."""
-    if not _fit(x, [*states, *initials]) or any((y.dtype, y.device) != (torch.bool, x.device) for y in resets):
+    if not _fit(x, [*h, *initials]) or any((y.dtype, y.device) != (torch.bool, x.device) for y in resets):
         return None
-    befores, starts = [*map(_layers_of, states)], [*map(_layers_of, initials)]
+    befores, starts = [*map(_layers_of, h)], [*map(_layers_of, initials)]
     is_native = backend == "native"
     kept: list[Tensor] = []
-    found: list[Any] = [[] for _ in states]
+    found: list[Any] = [[] for _ in h]
     x = x.unsqueeze(1) if x.dim() == 2 else x
     for name, of in plan.steps:
         if name in _SCANS:
@@ -402,10 +395,10 @@ def _trained(
             x = x + before
         elif name == "causal_conv":
             conv, state = of
-            x, found[state] = conv(x, states[state], resets[0] if resets else None, adds_x=True)
+            x, found[state] = conv(x, h[state], resets[0] if resets else None, adds_x=True)
         else:
             x = of(x)
-    return x, [_state_of(*each) for each in zip(found, states, strict=True)]
+    return x, [_state_of(*each) for each in zip(found, h, strict=True)]
 
 
 def _by_cell(own: Prepared, h: Tensor, start: Any, reset: Any, x: Tensor, time_first: bool) -> States:

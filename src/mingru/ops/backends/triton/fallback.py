@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...call import Call
 from ...cells import NUM_INPUTS, parts_of
@@ -14,24 +13,20 @@ from .. import torch_in_graphs, torch_in_place
 from .launch import Results, Tensors, backward_results, forward_results, has_initial_state
 
 
-def _scan(call: Call, *others: Tensor) -> tuple[LinearScan, list[Tensor]]:
-    """Return a linear scan and other tensors, as complex numbers if they are pairs."""
-    found, parts = [*call.tensors, call.start.h, *others], parts_of(call.spec.cell)
-    if parts == 2:
-        found, parts = [torch.view_as_complex(x.contiguous()) for x in found], 1
-    scan = LinearScan(found[0], found[1], found[2], call.start.reset, call.spec.reverse, parts)
-    return in_accumulation_dtype(scan), found[3:]
+def _scan(call: Call) -> LinearScan:
+    (a, b), start, spec = call.tensors, call.start, call.spec
+    return in_accumulation_dtype(LinearScan(a, b, start.h, start.reset, spec.reverse, parts_of(spec.cell)))
 
 
 def _copied(results: Tensors, found: Sequence[Any]) -> None:
     """Copy what was found into the results."""
     for result, x in zip(results, found, strict=True):
-        result.copy_((torch.view_as_real(x) if x.is_complex() else x).reshape(result.shape))
+        result.copy_(x.reshape(result.shape))
 
 
 def forward(call: Call) -> States:
     results, is_cell = forward_results(call), call.spec.cell in NUM_INPUTS
-    _copied(results, torch_in_graphs.recurrence(*call) if is_cell else torch_in_place.scan(_scan(call)[0]))
+    _copied(results, torch_in_graphs.recurrence(*call) if is_cell else torch_in_place.scan(_scan(call)))
     return results
 
 
@@ -52,7 +47,7 @@ def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Re
         wanted = [result for result in wanted if result is not None]
         found = torch.autograd.grad(states, needed, list(saved[1:]), materialize_grads=True)
     else:
-        scan, (out, grad_out, grad_last) = _scan(call, *saved)
+        scan, (out, grad_out, grad_last) = _scan(call), saved
         delta = adjoint(torch_in_place.scan, scan, (grad_out, grad_last))
         before = conjugate(previous_states(scan, out.to(delta.dtype)), scan.parts)
         found = times(delta, before, scan.parts), delta, grad_of_h(scan, delta)

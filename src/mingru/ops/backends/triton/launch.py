@@ -24,13 +24,15 @@ Results = tuple[Any, ...]
 # The memory of a launch by the names of the kernel's arguments; inputs and summaries have several.
 Memory = list[tuple[str, Any]]
 # Its names, dtypes, strides, and addresses modulo 16. Only sequences and states need the last two.
-Forms = tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
+Forms = Sequence[tuple[str, torch.dtype, tuple[int, ...], int]]
 
 _SEVERAL = ("inputs", "summaries")
 # Sequences of features, other sequences, and states of which any batch stride is taken. All other memory is dense.
 _FEATURES, _STEPS, _STATES = ("inputs", "out", "grad_out", "grads"), ("reset", "dt"), ("h", "initial_state")
-# Sums over the steps or features of a program.
-_SUMS = ("grad_initial_state", "grad_dt", "grad_bias")
+# What the backward pass reads besides, and the results of each pass. The last three are sums over the steps or features
+# of a program.
+_SAVED = ("out", "grad_out", "grad_last")
+_WRITTEN = {"forward": ("out", "after"), "backward": ("grads", "after", "grad_initial_state", "grad_dt", "grad_bias")}
 # What the first of two launches reads, if time is divided into segments.
 _OF_SUMMARIES = (*_SEVERAL, "grad_out", *_STEPS, "initial_state", "offsets", "lengths")
 
@@ -131,20 +133,55 @@ def types_of(args: dict[str, Any]) -> object:
     return _types.setdefault(types, object())
 
 
-@functools.lru_cache(4096)
-def _prepared(planned: Any, name: str, call: Any, device: Any, sizes: Any, forms: Forms, held: int = 16) -> Any:
-    """Return the plan of a pass, the shape of its summaries, how many sums each result has and in which dimension, and
-    for each launch the arguments without the memory, and the strides of each memory, or None if it is dense.
+# What passes do, by what `_pass` knows of the memory.
+_recipes: dict[Any, Any] = {}
 
-    Calls with memory of the same forms share them. `call`: the spec, and whether sequences are time-first. `sizes`:
-    numbers of sequences, steps and features. `held`: see `Work`.
+
+def _recipe(planned: Any, name: str, call: Call, memory: Memory, results: Memory, held: int = 16) -> Any:
+    """Return the plan of a pass, and what it does with memory of the same forms.
+
+    This is: functions that convert given memory, by its index; of each result its name, dtype, shape in memory, and the
+    function that returns it, or None; the shape of the summaries; and for each launch the arguments without the memory,
+    and the strides of each memory, or None if it is dense. `held`: see `Work`.
     """
-    (spec, time_first), (num_sequences, num_steps, num_features), dtype = call, sizes, forms[0][1]
+    (spec, (first, *_), (h, *_), (_, batch_sizes, _)), dtype = call, call.tensors[0].dtype
+    num_dims, num_sequences, num_steps = 3 if batch_sizes is None else 2, h.shape[0], _num_steps(call)
+    flat = functools.partial(_flat, num_dims=num_dims)
+    found = [(flat if kind in _FEATURES else _state if kind in _STATES else Tensor.contiguous) for kind, _ in memory]
+    dense = [convert(x) for convert, (_, x) in zip(found, memory, strict=True)]
+    conversions = [(at, found[at]) for at, x in enumerate(dense) if x is not memory[at][1]]
+    forms = [(kind, x.dtype, x.stride(), x.data_ptr() & 15) for x, (kind, _) in zip(dense, memory, strict=True)]
+    num_features = math.prod(first.shape[num_dims - 1 :])
     kinds, unit = {kind for kind, *_ in forms}, unit_of(num_features, forms)
     is_timed, is_packed = spec.min_decay != 0 or "dt" in kinds, "offsets" in kinds
-    facts = name == "backward", "reset" in kinds, is_packed, is_timed, *devices.facts_of(device)
+    facts = name == "backward", "reset" in kinds, is_packed, is_timed, *devices.facts_of(first.device)
     plan = planned(Work(spec.cell, dtype.itemsize, num_sequences, num_steps, num_features, *facts, held))
-    tile = plan.chunks * plan.steps
+    # Each program has a sum of its own.
+    counts = {"grad_initial_state": (plan.segments, 1), "grad_dt": (num_features // unit, 1 if is_packed else 2)}
+    counts["grad_bias"] = num_sequences * plan.segments, 0
+    written: list[Any] = []
+    for kind, x in results:
+        forms.append((kind, x.dtype, flat(x).stride() if kind in _FEATURES else (), 0))
+        (count, dim), shape, finish = counts.get(kind, (1, 0)), x.shape, None
+        if count > 1:
+            shape, finish = (*shape[:dim], count, *shape[dim:]), functools.partial(torch.sum, dim=dim)
+        elif not x.is_contiguous():
+            shape, finish = x.transpose(0, 1).shape, functools.partial(torch.transpose, dim0=0, dim1=1)
+        written.append((kind, x.dtype, shape, finish))
+    launches, filled = _launches(name, call, plan, unit, num_features, forms)
+    if plan.segments > 1 and held == 16:
+        load = functools.partial(started, name, first.device, 0, plan, filled)
+        if devices.num_resident(first.device, plan.warps, load) == 1:
+            return _recipe(planned, name, call, memory, results, plan.warps)
+    shape = 2, num_sequences, plan.segments, plan.chunks, num_features
+    return plan, conversions, written, shape, launches
+
+
+def _launches(name: str, call: Call, plan: Plan, unit: int, num_features: int, forms: list[Any]) -> Any:
+    """Return for each launch the arguments without the memory, and the strides of each memory, or None if it is dense;
+    and the arguments of the last with stand-ins for memory of these forms."""
+    (spec, _, _, (time_first, batch_sizes, _)), num_steps = call, _num_steps(call)
+    tile, is_packed = plan.chunks * plan.steps, batch_sizes is not None
     # A whole number of tiles.
     segment_steps = -(-num_steps // (plan.segments * tile)) * tile
     args = {"CELL": spec.cell, "ACTIVATION": spec.activation, "KEEPING": KEEPING[spec.cell], "V": unit}
@@ -152,27 +189,21 @@ def _prepared(planned: Any, name: str, call: Any, device: Any, sizes: Any, forms
     args |= {"EVEN": num_features % plan.features == 0, "backwards": int(spec.reverse != (name == "backward"))}
     args |= {"num_steps": num_steps, "num_segments": plan.segments, "segment_steps": segment_steps}
     args |= {"num_units": num_features // unit, "bound": _bound(spec.min_decay)}
-    launches: list[tuple[dict[str, Any], list[Any]]] = []
-    for memory in _of_launches([*forms], 2 * [("summaries", accumulate_dtype(dtype), (), 0)], plan):
+    launches: list[Any] = []
+    for own_forms in _of_launches(forms, 2 * [("summaries", accumulate_dtype(forms[0][1]), (), 0)], plan):
         found: list[Any] = []
         before = None
-        for kind, _, strides, _ in memory:
+        for kind, _, strides, _ in own_forms:
             own, is_shared, before = unit if kind in _FEATURES else 1, (kind, strides) == before, (kind, strides)
             if kind in _FEATURES or kind in _STEPS:
                 batch, step = (0, strides[0]) if is_packed else strides[:2][:: -1 if time_first else 1]
                 found.append(() if is_shared else (batch // own, step // own))
             else:
                 found.append(strides[:1] if kind in _STATES else None)
-        filled = _filled(args, [(kind, _pointer(dtype)) for kind, dtype, *_ in memory], found)
+        filled = _filled(args, [(kind, _pointer(dtype)) for kind, dtype, *_ in own_forms], found)
         filled["TYPES"] = types_of(filled)
         launches.append((args | {"TYPES": filled["TYPES"]}, found))
-    if plan.segments > 1 and held == 16:
-        load = functools.partial(started, name, device, 0, plan, filled)
-        if devices.num_resident(device, plan.warps, load) == 1:
-            return _prepared(planned, name, call, device, sizes, forms, plan.warps)
-    counts = {"grad_initial_state": (plan.segments, 1), "grad_dt": (num_features // unit, 1 if is_packed else 2)}
-    counts["grad_bias"] = num_sequences * plan.segments, 0
-    return plan, (2, num_sequences, plan.segments, plan.chunks, num_features), counts, launches
+    return launches, filled
 
 
 def _of_launches(memory: list[Any], summaries: list[Any], plan: Plan) -> list[list[Any]]:
@@ -202,14 +233,8 @@ def unit_of(num_features: int, forms: Forms) -> int:
     return bits & -bits
 
 
-def _written(x: Tensor) -> Tensor:
-    """Return a tensor whose values are in memory; a negative view and a ZeroTensor have other values, or no memory."""
-    return x.clone() if x.is_neg() or x._is_zerotensor() else x
-
-
 def _state(h: Tensor) -> Tensor:
     """Return a state (B, *) whose elements are dense in each batch element, or which is expanded from one."""
-    h = _written(h)
     if h.is_contiguous():
         return h
     return h[:1].contiguous().expand_as(h) if h.stride(0) == 0 else h.contiguous()
@@ -227,45 +252,51 @@ def _num_steps(call: Call) -> int:
 
 def _flat(x: Tensor, num_dims: int) -> Tensor:
     """Return a sequence with contiguous features in one last dimension."""
-    x = _written(x)
     x = x if x.dim() == num_dims else x.flatten(num_dims - 1)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _prepare(name: str, call: Call, sequences: Memory, others: Memory, sums: Any = ()) -> tuple[Memory, Any]:
-    """Return the memory of a pass, of these sequences and others and what both passes read, and what is `_prepared`.
-
-    `sums`: names of memory that is allocated later.
-    """
-    spec, inputs, (h, initial_state, reset, dt, *_), (time_first, batch_sizes, lengths) = call
-    # A sequence has its features in one last dimension.
-    num_dims = 3 if batch_sizes is None else 2
-    memory: Memory = [("inputs", _flat(each, num_dims)) for each in inputs]
-    x = memory[0][1]
+def _given(call: Call, saved: Tensors) -> Memory:
+    """Return what a pass reads."""
+    _, inputs, (h, initial_state, reset, dt, *_), (_, batch_sizes, lengths) = call
+    memory: Memory = [("inputs", x) for x in inputs]
     if batch_sizes is not None:
-        offsets, lengths = _packing(batch_sizes, x)
+        offsets, lengths = _packing(batch_sizes, inputs[0])
         memory.append(("offsets", offsets))
     # The kernel writes the gradients of dt with the strides of dt.
-    for kind, each in (("lengths", lengths), ("dt", dt), ("reset", reset)):
-        if each is not None:
-            memory.append((kind, _written(each).contiguous()))
+    memory += [(kind, x) for kind, x in (("lengths", lengths), ("dt", dt), ("reset", reset)) if x is not None]
     if has_initial_state(call):
-        memory.append(("initial_state", _state(initial_state.expand_as(h))))
-    memory += [(kind, _flat(each, num_dims)) for kind, each in sequences]
-    memory += [("h", _state(h)), *others]
-    sizes = h.shape[0], _num_steps(call), x.shape[-1]
-    forms = [(n, y.dtype, y.stride(), y.data_ptr() & 15) for n, y in memory]
-    forms += [(each, accumulate_dtype(x.dtype), (), 0) for each in sums]
-    return memory, _prepared(plan_of, name, (spec, time_first), x.device, sizes, tuple(forms))
+        memory.append(("initial_state", initial_state.expand_as(h)))
+    memory += [("h", h), *zip(_SAVED, saved, strict=False)]
+    # A negative view and a ZeroTensor have other values than their memory, or no memory.
+    return [(kind, x.clone() if x.is_neg() or x._is_zerotensor() else x) for kind, x in memory]
 
 
-def _launch(name: str, memory: Memory, prepared: tuple[Any, ...]) -> None:
-    (plan, shape, _, launches), summaries, x = prepared, [], memory[0][1]
-    if plan.segments > 1:
-        summaries = [("summaries", each) for each in empty(x, accumulate_dtype(x.dtype), *shape).unbind()]
+def _pass(name: str, call: Call, saved: Tensors, *needs: bool) -> dict[str, Tensor]:
+    """Run a pass, and return its results by their names."""
+    memory, (spec, (x, *_), (h, *_), (time_first, batch_sizes, _)) = _given(call, saved), call
+    forms = [(kind, y.dtype, y.stride(), y.data_ptr() & 15) for kind, y in memory]
+    num_steps = None if batch_sizes is None else batch_sizes.shape
+    key = plan_of, name, spec, time_first, needs, x.device, x.shape, h.shape[0], num_steps, *forms
+    recipe = _recipes.get(key)
+    if recipe is None:
+        if len(_recipes) >= 4096:
+            _recipes.clear()
+        results: Any = forward_results(call) if name == "forward" else backward_results(call, saved, *needs)
+        # The forms alone, without the memory.
+        results = [(kind, y.to("meta")) for kind, y in zip(_WRITTEN[name], results, strict=True) if y is not None]
+        recipe = _recipes[key] = _recipe(plan_of, name, call, memory, results)
+    plan, conversions, written, shape, launches = recipe
+    for at, convert in conversions:
+        memory[at] = memory[at][0], convert(memory[at][1])
+    new = [(kind, empty(x, dtype, *own_shape)) for kind, dtype, own_shape, _ in written]
+    memory += new
+    both = empty(x, accumulate_dtype(x.dtype), *shape).unbind() if plan.segments > 1 else ()
+    summaries = [("summaries", each) for each in both]
     num_programs = -(-shape[-1] // plan.features) * shape[1] * plan.segments
     for each, (args, strides) in zip(_of_launches(memory, summaries, plan), launches, strict=True):
         run(name, num_programs, plan, _filled(args, each, strides))
+    return {kind: y if own[3] is None else own[3](y) for (kind, y), own in zip(new, written, strict=True)}
 
 
 # For each tensor of batch sizes, because a module calls the kernel many times with the same one.
@@ -321,9 +352,8 @@ def empty(like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
 
 def forward(call: Call) -> States:
     """Return the states of all steps, and the last state."""
-    out, last = forward_results(call)
-    _launch("forward", *_prepare("forward", call, [("out", out)], [("after", last)]))
-    return out, last
+    found = _pass("forward", call, ())
+    return found["out"], found["after"]
 
 
 def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Results:
@@ -332,25 +362,13 @@ def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Re
     The last three are sums in the accumulation dtype, or None if they are not needed. `saved`: out, grad_out,
     grad_last.
     """
-    results, (out, grad_out, grad_last) = backward_results(call, saved, needs_dt, needs_bias), saved
-    grads, grad_h, *sums = results
     # To read the gradients of few steps again moves less memory than a sum for each sequence.
-    is_short = needs_bias and _num_steps(call) * grads.element_size() <= 8
-    wanted = {name: x for name, x in zip(_SUMS, sums[: 3 - is_short], strict=False) if x is not None}
-    sequences, others = [("out", out), ("grad_out", grad_out), ("grads", grads)], [("after", grad_h)]
-    others.append(("grad_last", _written(grad_last).contiguous()))
-    memory, prepared = _prepare("backward", call, sequences, others, wanted)
-    # Each program has a sum of its own.
-    for name, x in wanted.items():
-        count, dim = prepared[2][name]
-        memory.append((name, x if count == 1 else empty(x, x.dtype, *x.shape[:dim], count, *x.shape[dim:])))
-    _launch("backward", memory, prepared)
-    for name, part in memory[len(memory) - len(wanted) :]:
-        if part is not wanted[name]:
-            torch.sum(part, prepared[2][name][1], out=wanted[name])
+    is_short = needs_bias and _num_steps(call) * call.tensors[0].element_size() <= 8
+    found = _pass("backward", call, saved, needs_dt, needs_bias and not is_short)
     if is_short:
-        torch.sum(grads, [*range(grads.dim() - 1)], dtype=sums[2].dtype, out=sums[2])
-    return results
+        grads = found["grads"]
+        found["grad_bias"] = grads.sum([*range(grads.dim() - 1)], dtype=accumulate_dtype(grads.dtype))
+    return tuple(map(found.get, _WRITTEN["backward"]))
 
 
 def forward_results(call: Call) -> States:
