@@ -7,10 +7,11 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import assert_equal, graded, tensors, with_threads
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.utils import prune, weight_norm
+from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import mingru
@@ -159,13 +160,23 @@ def autocast(model, x):
         return model(x)
 
 
+def doubled(model, x):
+    return torch.func.functional_call(model, {name: 2 * each for name, each in model.named_parameters()}, x)
+
+
+def in_ddp(model, x):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return trained(nn.parallel.DistributedDataParallel(model), x)
+    finally:
+        dist.destroy_process_group()
+
+
 STEPS, THREE = 12, 3
 # What a program does with a model. The result is the same, whether its layers are accelerated or not.
 MODES = {
-    "call": lambda model, x: model(x),
     "state": with_state,
     "packed": packed,
-    "no grad": torch.no_grad()(lambda model, x: model(x)),
     "inference mode": torch.inference_mode()(lambda model, x: model(x)),
     "gradients": lambda model, x: list(graded(model, model, (x,)).values()),
     "ten training steps": trained,
@@ -180,7 +191,10 @@ MODES = {
     "16 threads": lambda model, x: with_threads((16,), lambda: model(x))[0],
     "edited weight": after(lambda model: nn.init.normal_(model.rnn.weight_hh_l0)),
     "new weight": after(lambda model: setattr(model.rnn, "weight_hh_l0", nn.Parameter(model.rnn.weight_hh_l0 * 2))),
+    "functional_call": lambda model, x: list(graded(model, lambda x: doubled(model, x), (x,)).values()),
+    "parametrizations": after(lambda model: parametrizations.orthogonal(model.rnn, "weight_hh_l0"), trained),
     "prune": after(lambda model: prune.l1_unstructured(model.rnn, "weight_hh_l0", 0.5)),
+    "DDP": in_ddp,
     "weight_norm": after(lambda model: weight_norm(model.rnn, "weight_hh_l0"), trained),
     "quantize_dynamic": after(lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.GRU})),
     "script": after(torch.jit.script),
@@ -196,9 +210,7 @@ MODES = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["", "two layers and directions"]
-)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_accelerated_layers_compute_the_same(mode, options):
     model, x = Rnn(H, **options), torch.randn(THREE, STEPS, IN)

@@ -50,7 +50,7 @@ class AcceleratedGRU(nn.modules.GRU, metaclass=_Equal):
     """A `torch.nn.GRU` with its own weights, which computes by the kernels where these take less time."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        found = None if is_compiling() else _sequence(self, input, hx)
+        found = None if is_compiling() else _outputs(self, input, hx)
         return _FORWARD(self, input, hx) if found is None else found
 
 
@@ -75,7 +75,7 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
 
     The layers stay the same objects with the same parameters, names, `state_dict`, hooks, states and outputs. Only
     their class becomes a subclass, whose `forward` calls torch's on other devices, in other dtypes, in graphs, under
-    autocast and transforms, and for few steps. A copied or saved model stays accelerated, so a program that loads the
+    autocast and transforms. For few steps, it calls `torch.gru`. A copied or saved model stays accelerated, so a program that loads the
     whole model needs this package: call this with `undo=True` before saving it for others. `torch.jit.script` gives
     the layers their own class again.
 
@@ -142,8 +142,8 @@ def _recurrence(x: Tensor, h: Tensor, weights: list[Tensor], reverse: bool, layo
     return out, last.squeeze(1)
 
 
-def _sequence(layer: Any, given: Any, hx: Any) -> Any:
-    """Return the outputs of a layer by the kernels, or None if torch's own code must compute them."""
+def _outputs(layer: Any, given: Any, hx: Any) -> Any:
+    """Return the outputs of a layer, or None if torch's `forward` must compute them, or raise an error."""
     is_packed = isinstance(given, PackedSequence)
     if is_packed:
         batch, steps = int(given.batch_sizes[0]), len(given.batch_sizes)
@@ -151,27 +151,29 @@ def _sequence(layer: Any, given: Any, hx: Any) -> Any:
         batch, steps = given.size(1 - layer.batch_first), given.size(int(layer.batch_first))
     else:
         return None
-    # First, because it takes no time that a step of torch's would notice.
-    if not is_faster(layer.hidden_size, batch, steps):
-        return None
     x, batch_sizes, order, original = given if is_packed else (given, None, None, None)
-    weights, directions = layer._flat_weights, 2 if layer.bidirectional else 1
+    # As they are now: `functional_call` and parametrizations do not edit `_flat_weights`.
+    weights, directions = layer.all_weights, 2 if layer.bidirectional else 1
     shape = (layer.num_layers * directions, batch, layer.hidden_size)
-    # Torch raises the errors.
-    fits = x.shape[-1] == layer.input_size and (hx is None or (isinstance(hx, Tensor) and hx.shape == shape))
-    count = 4 if layer.bias else 2
-    # Others would be the weights of blocks.
-    fits &= all(each.shape == (3 * layer.hidden_size, layer.hidden_size) for each in weights[1::count])
-    if not fits or not _is_possible(x, hx, *weights):
+    fits = x.shape[-1] == layer.input_size and x.dtype == weights[0][0].dtype
+    if not fits or not (hx is None or (isinstance(hx, Tensor) and hx.shape == shape)):
         return None
     h = x.new_zeros(shape) if hx is None else layer.permute_hidden(hx, order)
+    flat = [each for own in weights for each in own]
+    if not is_faster(layer.hidden_size, batch, steps):
+        # The rest of torch's `forward` takes a third of the time of a step.
+        options = layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional, layer.batch_first
+        return None if is_packed else torch.gru(x, h, flat, *options)
+    # Recurrent weights of other shapes would be those of blocks.
+    fits = all(own[1].shape == (3 * layer.hidden_size, layer.hidden_size) for own in weights)
+    if not fits or not _is_possible(x, hx, *flat):
+        return None
     layout = Layout(not (layer.batch_first or is_packed), batch_sizes)
     lasts: list[Tensor] = []
     for index in range(layer.num_layers):
         outs = []
         for at in range(index * directions, (index + 1) * directions):
-            own = weights[at * count : (at + 1) * count]
-            out, last = _recurrence(x, h[at], own, at % directions == 1, layout)
+            out, last = _recurrence(x, h[at], weights[at], at % directions == 1, layout)
             outs.append(out)
             lasts.append(last)
         x = outs[0] if directions == 1 else torch.cat(outs, -1)
