@@ -49,13 +49,10 @@ def test_texts_say_the_date(held_out):
 
 
 def test_no_date_of_a_test_is_in_training():
-    kinds = [
-        {(date.toordinal() - script.FIRST) % 10 for date in texts_and_dates(2000, out)[1]} for out in (True, False)
-    ]
-    assert kinds == [{0}, set(range(1, 10))]
-    for held_out in (True, False):
-        years = {date.year for date in texts_and_dates(2000, held_out)[1]}
-        assert years == set(range(1900, 2100))
+    for held_out, kinds in ((True, {0}), (False, set(range(1, 10)))):
+        dates = texts_and_dates(2000, held_out)[1]
+        assert {(date.toordinal() - script.FIRST) % 10 for date in dates} == kinds
+        assert {date.year for date in dates} == set(range(1900, 2100))
 
 
 def data(size=6):

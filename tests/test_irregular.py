@@ -97,9 +97,8 @@ def test_errors_of_known_forecasts():
     no_change = script.evaluate(script.baseline("no change", series), series)
     assert no_change[0] == pytest.approx(10, rel=1e-4)
     assert no_change == pytest.approx([10] * len(script.GAPS), rel=0.1)
-    assert script.evaluate(lambda batch: batch.target + 0.5, series) == pytest.approx(
-        [series.scale / 2] * len(script.GAPS)
-    )
+    half = pytest.approx([series.scale / 2] * len(script.GAPS))
+    assert script.evaluate(lambda batch: batch.target + 0.5, series) == half
     alike = series._replace(values=series.values[:1].expand(2, -1))
     assert script.evaluate(script.baseline("daily mean", alike), alike) == pytest.approx([0] * 5, abs=1e-3)
 

@@ -65,9 +65,8 @@ def test_advantages():
 def test_only_first_episodes_are_evaluated(monkeypatch):
     reset = torch.tensor([[1, 1], [0, 0], [0, 1], [1, 0]]).bool()
     reward = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    played = SimpleNamespace(
-        play=lambda policy, num_steps, is_greedy: (SimpleNamespace(reset=reset, reward=reward), None, [])
-    )
+    found = SimpleNamespace(reset=reset, reward=reward), None, []
+    played = SimpleNamespace(play=lambda policy, num_steps, is_greedy: found)
     monkeypatch.setattr(script, "Player", lambda *_: played)
     assert script.evaluate(None, 0) == 1.5
 

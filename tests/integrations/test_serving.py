@@ -48,9 +48,8 @@ def test_litserve(tmp_path):
         with ThreadPoolExecutor(8) as pool:
             answers = [[*pool.map(post, "ab", part)] for part in x.split([5, 1, 6], 1)]
             steps = [answer["steps"] for answer in pool.map(post, "b" * 8, x[0, :8, None])]
-        torch.testing.assert_close(
-            torch.cat([torch.tensor([each["y"] for each in two]) for two in answers], 1), model(x)[0]
-        )
+        out = torch.cat([torch.tensor([each["y"] for each in two]) for two in answers], 1)
+        torch.testing.assert_close(out, model(x)[0])
         assert sorted(steps) == [*range(13, 21)]
         # "c" takes the slot of "a", which has paused longest, and ends. "a" begins again in its slot.
         assert [post(name, x[0], end=name == "c")["steps"] for name in "cab"] == [12, 12, 32]
