@@ -34,15 +34,11 @@ def test_texts_say_the_date(held_out):
         assert numbers[0] == date.day
         assert numbers[-1] == date.year
         month = re.search("|".join(name[:3] for name in script.MONTHS), text)
-        if month is None:
-            assert numbers[1] == date.month
-        else:
-            assert script.MONTHS[date.month - 1][:3] == month[0]
+        assert numbers[1] == date.month if month is None else script.MONTHS[date.month - 1][:3] == month[0]
         for day in script.DAYS:
             assert day not in text or script.DAYS[date.weekday()] == day
         if ending := re.search(r"\d(st|nd|rd|th)", text):
-            endings = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st"}
-            assert ending[1] == endings.get(date.day, "th")
+            assert ending[1] == {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st"}.get(date.day, "th")
         seen.add(re.sub(r"\d+", "0", re.sub(r"[A-Z]\w+", "A", re.sub(r"(?<=\d)(st|nd|rd)", "th", text))))
     # "May" is as long as its short form, and "th" hides the rest: as many forms as there are.
     assert len(seen) == len(script.FORMS)

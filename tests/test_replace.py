@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import mingru
 from mingru import drop_in
-from mingru.ops import autograd
+from mingru.ops import autograd, block_recurrence
 
 S, B, IN, H = 5, 2, 3, 4
 
@@ -143,23 +143,6 @@ def second_derivatives(model, x):
     return torch.autograd.grad(grad.square().sum(), [x, *model.rnn.parameters()])
 
 
-def forward_mode(model, x):
-    return torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]
-
-
-def packed(model, x):
-    return model(pack_padded_sequence(x, torch.tensor([4, STEPS, 9]), True, enforce_sorted=False))
-
-
-def with_state(model, x):
-    return model(x, torch.ones(model.rnn.num_layers * (1 + model.rnn.bidirectional), len(x), model.rnn.hidden_size))
-
-
-def autocast(model, x):
-    with torch.autocast("cpu", torch.bfloat16):
-        return model(x)
-
-
 def doubled(model, x):
     return torch.func.functional_call(model, {name: 2 * each for name, each in model.named_parameters()}, x)
 
@@ -175,16 +158,16 @@ def in_ddp(model, x):
 STEPS, THREE = 12, 3
 # What a program does with a model. The result is the same, whether its layers are accelerated or not.
 MODES = {
-    "state": with_state,
-    "packed": packed,
+    "state": lambda model, x: model(x, torch.ones(len(model.rnn.all_weights), THREE, H)),
+    "packed": lambda model, x: model(pack_padded_sequence(x, torch.tensor([4, STEPS, 9]), True, enforce_sorted=False)),
     "inference mode": torch.inference_mode()(lambda model, x: model(x)),
     "gradients": lambda model, x: list(graded(model, model, (x,)).values()),
     "ten training steps": trained,
     "second derivatives": second_derivatives,
-    "forward mode": forward_mode,
+    "forward mode": lambda model, x: torch.func.jvp(model, (x,), (torch.ones_like(x),))[1],
     "float64": after(nn.Module.double, lambda model, x: model(x.double())),
     "bfloat16": after(nn.Module.bfloat16, lambda model, x: model(x.bfloat16())),
-    "autocast": autocast,
+    "autocast": torch.autocast("cpu", torch.bfloat16)(lambda model, x: model(x)),
     "one step": lambda model, x: model(x[:, :1]),
     "one sequence": lambda model, x: model(x[0]),
     "dropout of everything": after(lambda model: setattr(model.rnn, "dropout", 1.0)),
@@ -242,6 +225,20 @@ def test_accelerated_layers_use_the_kernels(bias, hidden, monkeypatch):
     own.weight_hh_l0 = nn.Parameter(torch.zeros(3 * hidden, 2))  # of blocks
     with pytest.raises(RuntimeError, match="shapes"):
         own(x)
+
+
+@pytest.mark.parametrize(("dtype", "has_avx512", "features"), [(torch.float, False, 256), (torch.double, True, 128)])
+def test_torch_computes_many_sequences_with_large_matrices(dtype, has_avx512, features, monkeypatch):
+    calls, by_torch = [], block_recurrence.by_torch
+    monkeypatch.setattr(block_recurrence, "by_torch", lambda *args: calls.append(args) or by_torch(*args))
+    monkeypatch.setattr("mingru.ops.backends.native.HAS_AVX512", has_avx512)
+    for batch, size, is_faster in ((32, features, True), (31, features + 1, True), (32, features + 1, False)):
+        assert drop_in.accelerating.is_faster(size, batch, 20, dtype) is is_faster
+        mingru.BlockGRU(1, size, block_size=size, dtype=dtype)(torch.ones(batch, 2, 1, dtype=dtype))
+        assert len(calls) == 1 - is_faster
+    assert torch.no_grad()(drop_in.accelerating.is_faster)(size, batch, 20, dtype)
+    monkeypatch.setattr("mingru.ops.backends.native.HAS_AVX512", True)
+    assert drop_in.accelerating.is_faster(size, batch, 20, torch.float)
 
 
 def test_accelerate_reports_each_layer():

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..check.values import check_flag, check_type
 from ..ops import autograd, route
+from ..ops.backends.native import is_slower
 from ..ops.call import Call, Layout, Start, spec_of
 from ..ops.cells import BLOCKS
 from ..ops.graph import is_compiling
@@ -19,14 +20,15 @@ from .twins import SUBCLASS, described, is_recurrent
 _FORWARD = nn.modules.GRU.forward
 
 
-def is_faster(features: int, batch: int, steps: int) -> bool:
+def is_faster(features: int, batch: int, steps: int, dtype: torch.dtype) -> bool:
     """Return whether the kernels take less time than torch for H features, in a call with or without gradients.
 
     For few steps, what comes before and after the kernels takes longer than they save. With gradients, they compute the
     products of the states again, which is the larger part where products take longer than the calls of operators.
     """
-    is_large = features >= 192 or batch >= 32
-    return steps >= ((8 if is_large else 4) if torch.is_grad_enabled() else 6)
+    if not torch.is_grad_enabled():
+        return steps >= 6
+    return steps >= (8 if features >= 192 or batch >= 32 else 4) and not is_slower(batch, features, dtype)
 
 
 class _Equal(type):
@@ -39,11 +41,10 @@ class _Equal(type):
         return hash(cls.__base__)
 
 
-def _with_own_class(layer: Any) -> nn.Module:
+def _with_own_class(layer: Any) -> Any:
     """Return the layer with torch's class, whose `forward` TorchScript compiles."""
     layer.__class__ = type(layer).__base__
-    own: nn.Module = layer
-    return own
+    return layer
 
 
 class AcceleratedGRU(nn.modules.GRU, metaclass=_Equal):
@@ -75,9 +76,9 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
 
     The layers stay the same objects with the same parameters, names, `state_dict`, hooks, states and outputs. Only
     their class becomes a subclass, whose `forward` calls torch's on other devices, in other dtypes, in graphs, under
-    autocast and transforms. For few steps, it calls `torch.gru`. A copied or saved model stays accelerated, so a program that loads the
-    whole model needs this package: call this with `undo=True` before saving it for others. `torch.jit.script` gives
-    the layers their own class again.
+    autocast and transforms. For few steps, it calls `torch.gru`. A copied or saved model stays accelerated, so a
+    program that loads the whole model needs this package: call this with `undo=True` before saving it for others.
+    `torch.jit.script` gives the layers their own class again.
 
     Args:
         model: Model, or a layer itself.
@@ -126,17 +127,14 @@ def _is_possible(x: Tensor, *others: Any) -> bool:
     return fits and all(each is None or (each.is_cpu and each.dtype == x.dtype) for each in others)
 
 
-def _recurrence(x: Tensor, h: Tensor, weights: list[Tensor], reverse: bool, layout: Layout) -> tuple[Tensor, Tensor]:
+def _recurrence(x: Tensor, h: Tensor, weights: list[Any], reverse: bool, layout: Layout) -> tuple[Tensor, Tensor]:
     """Compute a layer in one direction, from and to a state (B, H)."""
     of_input, of_state, *biases = weights
-    bias: Any = None
-    own: Any = None
-    if biases:
-        features = of_state.shape[-1]
-        bias, own = biases[0] + F.pad(biases[1][: 2 * features], (0, features)), biases[1][2 * features :]
+    size = of_state.shape[-1]
+    own: Any = (biases[0] + F.pad(biases[1][:-size], (0, size)), biases[1][-size:]) if biases else (None, None)
     before = h.unsqueeze(1)
-    start = Start(before, before, None, None, of_state, own)
-    call = Call(spec_of(BLOCKS, "tanh", reverse, 0.0), [x, of_input, bias], start, layout)
+    start = Start(before, before, None, None, of_state, own[1])
+    call = Call(spec_of(BLOCKS, "tanh", reverse, 0.0), [x, of_input, own[0]], start, layout)
     keep = not are_recomputed(x, None)
     out, last = autograd.run_kernel("linear_kernel", "native", call, keep)
     return out, last.squeeze(1)
@@ -160,7 +158,7 @@ def _outputs(layer: Any, given: Any, hx: Any) -> Any:
         return None
     h = x.new_zeros(shape) if hx is None else layer.permute_hidden(hx, order)
     flat = [each for own in weights for each in own]
-    if not is_faster(layer.hidden_size, batch, steps):
+    if not is_faster(layer.hidden_size, batch, steps, x.dtype):
         # The rest of torch's `forward` takes a third of the time of a step.
         options = layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional, layer.batch_first
         return None if is_packed else torch.gru(x, h, flat, *options)
@@ -171,12 +169,10 @@ def _outputs(layer: Any, given: Any, hx: Any) -> Any:
     layout = Layout(not (layer.batch_first or is_packed), batch_sizes)
     lasts: list[Tensor] = []
     for index in range(layer.num_layers):
-        outs = []
-        for at in range(index * directions, (index + 1) * directions):
-            out, last = _recurrence(x, h[at], weights[at], at % directions == 1, layout)
-            outs.append(out)
-            lasts.append(last)
-        x = outs[0] if directions == 1 else torch.cat(outs, -1)
+        both = range(index * directions, (index + 1) * directions)
+        found = [_recurrence(x, h[at], weights[at], at % directions == 1, layout) for at in both]
+        lasts += [last for _, last in found]
+        x = found[0][0] if directions == 1 else torch.cat([out for out, _ in found], -1)
         if index < layer.num_layers - 1 and layer.dropout > 0:
             x = F.dropout(x, layer.dropout, layer.training)
     last = layer.permute_hidden(torch.stack(lasts), original)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import autograd, linear_map, names_of_torch, route
+from . import autograd, block_recurrence, linear_map, names_of_torch, route
 from .backends import native
 from .backends.triton.plan import KEEPING
 from .call import Layout, Spec, Start
@@ -56,7 +56,7 @@ class Prepared(NamedTuple):
     """Weight and bias of the linear map."""
     of_norm: tuple[Tensor | None, Tensor | None]
     """Weight and bias of the norm before it."""
-    recurrent: tuple[Tensor | None, Tensor | None]
+    recurrent: tuple[Any, Tensor | None]
     """Recurrent weight and bias."""
     is_of_torch: bool
     """Whether it is a GRU of torch, whose cell computes one step with gradients in less time than the kernel."""
@@ -378,8 +378,9 @@ def _trained(plan: Any, backend: str, x: Any, h: Any, initials: Any, resets: Any
                 linear = linear_map.map_with_norm(*own.map, *own.of_norm) if is_native else own.map
                 y = x if is_native or own.norm is None else own.norm(x)
                 given = next(befores[state]), start, reset, None, *own.recurrent, None, None, y
-                if own.is_of_torch and x.shape[0 if time_first else 1] == 1:
-                    out, last = _by_cell(own, given[0], start, reset, x, time_first)
+                is_step = x.shape[0 if time_first else 1] == 1
+                if own.is_of_torch and (is_step or native.is_slower(len(given[0]), given[0].shape[2], x.dtype)):
+                    out, last = _by_torch(own, [*given, *linear], is_step, time_first)
                 else:
                     out, last = autograd.apply(own.how[backend, x.dtype, time_first], *given, *linear)
                 outs.append(out)
@@ -401,11 +402,13 @@ def _trained(plan: Any, backend: str, x: Any, h: Any, initials: Any, resets: Any
     return x, [_state_of(*each) for each in zip(found, h, strict=True)]
 
 
-def _by_cell(own: Prepared, h: Tensor, start: Any, reset: Any, x: Tensor, time_first: bool) -> States:
-    """Compute one step by the cell of torch, as new tensors."""
+def _by_torch(own: Prepared, given: list[Any], is_step: bool, time_first: bool) -> States:
+    """Compute a GRU of torch by torch, and one step by its cell, as new tensors."""
+    h, start, reset, *_, x, _, _ = given
+    if not is_step:
+        return block_recurrence.by_torch(own.how["native", x.dtype, time_first][2], given, time_first)[:2]
     if start is not None and reset is not None:
         h = torch.where(reset.view(-1, 1, 1), start, h)
-    weight: Any
     weight, bias = own.recurrent
     of_state = None if bias is None else F.pad(bias, (2 * len(bias), 0))
     step = torch.gru_cell(x.flatten(0, 1), h.squeeze(1), own.map[0], weight, own.map[1], of_state)

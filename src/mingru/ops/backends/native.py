@@ -131,6 +131,19 @@ FLAGS = {name: 1 << _FIRST_FLAG + number for name, number in _flags.items()}
 NUMBERS = {(cell, name): n | m << 8 for cell, n in CELL_NUMBERS.items() for name, m in _activations.items()}
 
 
+# Of float32. The kernels for float64 have registers of 256 bits.
+HAS_AVX512 = "avx512" in (os.environ.get("MINGRU_ISA") or ("" if _WHY_NOT else torch.ops.mingru.instruction_sets()))
+
+
+def is_slower(batch: int, features: int, dtype: torch.dtype) -> bool:
+    """Return whether one block with gradients takes longer than `torch.gru`, from some steps on.
+
+    In registers of 256 bits, the products of many sequences with large matrices take longer than those of torch.
+    """
+    is_float = dtype == torch.float32
+    return batch >= 32 and features > (256 if is_float else 128) and not (is_float and HAS_AVX512)
+
+
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     if not sequence.is_cpu:
         return f"it only runs on the CPU, and the tensors are on {sequence.device}"
