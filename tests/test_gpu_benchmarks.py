@@ -29,6 +29,13 @@ calls = smoke.calls
 ROW = calls.Row(layout="packed", activation="tanh", min_decay=0.1, reverse=True, reset=True, dt=True, steps=7)
 
 
+def test_random_configurations_have_all_options():
+    found = list(smoke.configurations(80, 0))
+    for name, values in calls.FACTORS.items():
+        assert {getattr(row, name) for row in found} == set(values)
+    assert found == list(smoke.configurations(80, 0)) != list(smoke.configurations(80, 1))
+
+
 def test_two_runs_that_differ_and_a_call_that_does_not_run_in_triton_are_found(monkeypatch):
     assert 0 < smoke.check(ROW, CPU, BACKEND) < 1
     run, counter = calls.run, itertools.count()

@@ -105,6 +105,15 @@ def test_accuracy_and_training():
     assert common.accuracy(model, sample, 100, 0) > 0.95
 
 
+def test_the_package_of_a_folder_must_be_there(tmp_path):
+    with pytest.raises(SystemExit, match="pip install --no-deps --target"):
+        words.layers("mingru-scans log", str(tmp_path))
+    (tmp_path / "mingru").mkdir()
+    source = "def MinGRUStack(*args, **options):\n    return (args, options)\n"
+    (tmp_path / "mingru" / "__init__.py").write_text(source, encoding="utf-8")
+    assert words.layers("mingru-scans log", str(tmp_path)) == ((64, 64), {"n_layers": 1, "mixer": "log"})
+
+
 def test_the_page_has_the_results():
     """Run python -m benchmarks.reproduce.page if this fails."""
     assert page.cell([0.5, 0.7, 0.9], 3) == "70.0 ± 20.0"

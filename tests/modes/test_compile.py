@@ -137,8 +137,8 @@ def test_lengths_of_any_size():
     """The spec of a scan is a constant, because a symbol cannot be shared by two functions."""
     module, x, lengths = mingru.MinGRU(3, 4, 2, bidirectional=True), torch.randn(2, 5, 3), torch.tensor([3, 5])
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
-    for given in ({"dt": torch.rand(2, 5)}, {"reset": torch.rand(2, 5) < 0.3}):
-        assert_equal(compiled(x, lengths=lengths, **given), module(x, lengths=lengths, **given))
+    for own in ({"dt": torch.rand(2, 5)}, {"reset": torch.rand(2, 5) < 0.3}):
+        assert_equal(compiled(x, lengths=lengths, **own), module(x, lengths=lengths, **own))
 
 
 @pytest.mark.parametrize(
