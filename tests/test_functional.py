@@ -171,6 +171,8 @@ def test_half_width_input_takes_states_and_times_of_float32(dtype):
     x, states, dt = torch.randn(2, 20, 3).to(dtype), torch.randn(2, 3).to(dtype), torch.ones(2, 20)
     narrow, wide = (functional.mingru(x, x, h[0], initial_state=h[1], dt=dt) for h in (states, states.float()))
     assert narrow.dtype == wide.dtype == dtype and torch.equal(narrow, wide)
+    with pytest.raises(TypeError, match=f"mingru: candidate must be {dtype} like gate, got torch.float32; "):
+        functional.mingru(x, x.float())
 
 
 @half_widths
