@@ -83,8 +83,11 @@ CALLS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("make", "names", "options", "sizes"), CALLS.values(), ids=CALLS)
+QUICK = "a step of quaternions", "a node of ONNX", "a step"
+ROWS = [pytest.param(*row, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, row in CALLS.items()]
+
+
+@pytest.mark.parametrize(("make", "names", "options", "sizes"), ROWS)
 def test_calls(make, names, options, sizes, path):
     module = make().requires_grad_(False)
 
