@@ -28,6 +28,8 @@ import time
 import warnings
 from copy import deepcopy
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -270,11 +272,12 @@ def tagger(args):
 def deploy(args):
     """exported models of two layers in ONNX Runtime, with their state as input and output, with an exported nn.GRU
 
-    The batch size is dynamic; in files for sequences the length is dynamic too, up to 512 steps. Each call allocates
-    its outputs.
+    The batch size is dynamic; in files for sequences the length is dynamic too, up to that of the shape. Each call
+    allocates its outputs. If ExecuTorch is installed, it runs single steps, and of MinGRU sequences of any length.
     """
     import onnxruntime
 
+    has_executorch = bool(find_spec("executorch") and import_module("executorch.exir"))
     for shape in args.shape or [(1, 1, 256, 256), (1, 512, 256, 256), (8, 512, 256, 256)]:
         options = {"num_layers": 2, "norm": "rms", "residual": True}
         modules = {GRU: nn.GRU(*shape[2:], 2, batch_first=True), "MinGRU": mingru.MinGRU(*shape[2:], **options)}
@@ -282,7 +285,7 @@ def deploy(args):
         modules |= {"BlockGRU": mingru.BlockGRU(*shape[2:], **options)}
         with tempfile.TemporaryDirectory() as folder:
             paths = {name: Path(folder, f"{name}.onnx") for name in modules}
-            rows = []
+            rows, methods = [], {}
             for name, module in modules.items():
                 given, sizes = example(name, 2, min(shape[1], 20), *shape[2:]), {0: Dim.AUTO, 1: Dim.AUTO(max=shape[1])}
                 seconds = [processor_seconds(export, name, module, shape, paths[name])[0]]
@@ -290,8 +293,12 @@ def deploy(args):
                     capture = partial(torch.export.export, module.eval(), given, dynamic_shapes=(sizes, {1: Dim.AUTO}))
                     more, program = processor_seconds(capture)
                     seconds += [more, processor_seconds(torch._inductor.aoti_compile_and_package, program)[0]]
-                rows.append([name, f"{paths[name].stat().st_size / 1000:.0f}", *(f"{each:.1f}" for each in seconds)])
-            columns = ["", "kB of ONNX", "processor seconds of ONNX", "torch.export", "then AOTInductor"]
+                    if has_executorch and (shape[1] == 1 or name.startswith("MinGRU")):
+                        more, call = processor_seconds(in_executorch, name, module, shape, folder)
+                        seconds, methods[f"{name} in ExecuTorch"] = [*seconds, more], call
+                cells = [f"{each:.1f}" for each in seconds]
+                rows.append([name, f"{paths[name].stat().st_size / 1000:.0f}", *cells, *[""] * (4 - len(cells))])
+            columns = ["", "kB of ONNX", "processor seconds of ONNX", "torch.export", "then AOTInductor", "ExecuTorch"]
             print_table(f"(B, S, I, H) = {shape}, exported", columns, rows)
             for threads in (1, 2):
                 options = onnxruntime.SessionOptions()
@@ -308,7 +315,8 @@ def deploy(args):
                     with torch.no_grad():
                         expected = output(module(*given))
                     torch.testing.assert_close(torch.from_numpy(calls[name]()[0]), expected, rtol=1e-4, atol=1e-5)
-                yield Table(f"(B, S, I, H) = {shape}, ONNX Runtime, threads: {threads}", calls, plain=True)
+                table = f"(B, S, I, H) = {shape}, ONNX Runtime, threads: {threads}"
+                yield Table(table, calls | (methods if threads == 1 else {}), plain=True)
 
 
 def processor_seconds(function, *args, **kwargs):
@@ -316,6 +324,17 @@ def processor_seconds(function, *args, **kwargs):
     start = time.process_time()
     result = function(*args, **kwargs)
     return time.process_time() - start, result
+
+
+def in_executorch(name, module, shape, folder):
+    """Export a module to the portable operators of ExecuTorch, and return a function that runs it."""
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    given, path = [*example(name, *shape)], f"{folder}/{name}.pte"
+    program = torch.export.export(module, tuple(given), dynamic_shapes=({1: Dim.AUTO(max=shape[1])}, None))
+    to_edge_transform_and_lower(program).to_executorch().save(path)
+    return partial(Runtime.get().load_program(path).load_method("forward").execute, given)
 
 
 def example(name, batch, count, input_dims, hidden_dims):

@@ -50,14 +50,13 @@ def check_errors(module, args, dtype):
     return list(dtypes.values()), gradients
 
 
-def half_widths(mode_of):
-    """Run a test in both half widths, of which each is a mode."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}.items()
-    modes = [pytest.param(dtype, marks=pytest.mark.mode(mode_of.format(name))) for name, dtype in dtypes]
-    return pytest.mark.parametrize("dtype", modes)
-
-
-@half_widths("autocast to {} on the CPU")
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.bfloat16, marks=pytest.mark.mode("autocast to bf16 on the CPU")),
+        pytest.param(torch.float16, marks=pytest.mark.mode("autocast to fp16 on the CPU")),
+    ],
+)
 @each_case()
 def test_autocast(case, dtype):
     module, args = make(case)
@@ -77,7 +76,13 @@ def test_autocast_rounds_no_state_of_the_torch_backend():
     assert_equal(out, mingru.functional.mingru(*x[:2], h, kind="quaternion"))
 
 
-@half_widths("pure {}")
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.bfloat16, marks=pytest.mark.mode("pure bf16")),
+        pytest.param(torch.float16, marks=pytest.mark.mode("pure fp16")),
+    ],
+)
 @each_case()
 def test_half_width(case, dtype):
     outputs, gradients = check_errors(*make(case, dtype=dtype), dtype)
