@@ -103,7 +103,7 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layo
     def run(part: Call) -> States:
         return recurrence(spec, of.inputs(part.tensors[0]), part.start, layout)
 
-    return run(call) if sizes is None else in_cache.in_blocks(run, call, of, sizes)
+    return run(call) if sizes is None else in_cache.in_slices(run, call, of, sizes)
 
 
 def _run(backend: str, call: Call) -> States:

@@ -47,7 +47,7 @@ def sizes_of(x: Tensor, of: Map, num_inputs: int) -> tuple[int, int] | None:
     return max(1, count // inner), min(inner, count)
 
 
-def in_blocks(run: Callable[[Call], States], call: Call, of: Map, sizes: tuple[int, int]) -> States:
+def in_slices(run: Callable[[Call], States], call: Call, of: Map, sizes: tuple[int, int]) -> States:
     """Call `run` on one slice of x after the other."""
     spec, (x,), start, layout = call
     time, batch = (0, 1) if layout.time_first else (1, 0)
