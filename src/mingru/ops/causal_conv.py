@@ -74,16 +74,8 @@ class _Fused(torch.autograd.Function):
             again = partial(composed, num_past=ctx.num_past, adds_x=ctx.adds_x)
             return None, None, *differentiable(again, tensors, ctx.needs_input_grad[2:], grad)
         x, weight, bias, state = torch.ops.mingru.causal_conv_backward(*_arguments(*tensors), ctx.adds_x, *grad)
-        return (
-            None,
-            None,
-            x,
-            weight,
-            None if tensors[2] is None else bias,
-            as_dtype(state, tensors[3].dtype),
-            None,
-            None,
-        )
+        of_bias = None if tensors[2] is None else bias
+        return None, None, x, weight, of_bias, as_dtype(state, tensors[3].dtype), None, None
 
 
 def _arguments(x: Tensor, weight: Tensor, bias: Maybe, state: Tensor, reset: Maybe, lengths: Maybe) -> tuple[Any, ...]:
