@@ -86,6 +86,8 @@ def test_what_is_timed():
     assert x.grad is None
 
 
-@pytest.mark.parametrize(("number", "text"), [(0.0012, "0.00120"), (1.0, "1.00"), (123.4, "123"), (4321.0, "4321")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.001234, "0.00123"), (1.0, "1.00"), (9.5, "9.50"), (123.4, "123"), (4321.0, "4321")]
+)
 def test_figures_have_three_digits(number, text):
     assert bench._figure(number) == text

@@ -89,12 +89,15 @@ def test_generate_with_compiled_blocks():
 
 
 @pytest.mark.usefixtures("_scripts_are_freed")
-def test_a_scripted_model_equals_eager():
+def test_a_scripted_model_equals_eager_and_rejects_a_wrong_number_of_states():
     lm = make()
     run = torch.jit.script(lm)
     args = arguments(lm, GIVEN["all"])
     with torch.no_grad():
         assert_close(run(**args), lm(**args))
+    args["state"].pop()
+    with pytest.raises(torch.jit.Error, match="must be 4 tensors, got 3"):
+        run(**args)
 
 
 # Activation checkpointing

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from mingru.models import LanguageModel, generation, map_state
 from mingru.models.generation import Sampling
@@ -260,6 +261,18 @@ def test_the_modes_between_the_steps_of_a_stream(with_grad):
     assert inside == [False] * 6
 
 
+def test_training_between_the_steps_of_a_stream():
+    """No parameter or buffer becomes an inference tensor, which could not be trained."""
+    lm = make(dropout=0.1)
+    optimizer = torch.optim.SGD(lm.parameters(), lr=0.1)
+    ids = torch.stack(make_prompts(9, 9))
+    for tokens in lm.stream(ids, 4, seed=1):
+        logits, _ = lm(torch.cat([ids, tokens.unsqueeze(1)], 1)[:, -9:])
+        F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+    assert all(not tensor.is_inference() for tensor in lm.state_dict().values())
+
+
 def test_two_streams_at_the_same_time_while_modes_change():
     lm = make(dropout=0.5)
     expected = [list(lm.eval().stream(make_prompts(3, seed=seed), 6, seed=seed)) for seed in (1, 2)]
@@ -296,6 +309,14 @@ def test_another_default_device():
     with torch.device("meta"):
         assert same(lm.generate(prompts, 6, seed=1, stop=2, top_p=0.9), expected)
         assert len(lm.generate(prompts, 1)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_of_the_model(dtype):
+    lm, prompts = make().to(dtype), make_prompts(2, 5)
+    texts = lm.generate(prompts, 20, seed=1, top_k=5, top_p=0.9, min_p=0.01)
+    alone = (lm.generate([each], 20, seed=seed, top_k=5, top_p=0.9, min_p=0.01) for seed, each in enumerate(prompts, 1))
+    assert same(texts, [text for (text,) in alone])
 
 
 # Distribution
@@ -343,6 +364,20 @@ def test_filters(logits, temperature, top_k, top_p, min_p):
     probabilities = sampling.probabilities(rows)[0]
     torch.testing.assert_close(probabilities / probabilities.sum(), torch.tensor(expected, dtype=torch.double))
     assert [probability > 0 for probability in probabilities.tolist()] == [each > 0 for each in expected]
+
+
+def test_uniform_numbers_give_the_distribution():
+    """Equally spaced random numbers give each token as often as its probability says, up to one."""
+    logits = torch.randn(40) * 3
+    logits[7] = -math.inf
+    count = 100_000
+    uniform = (torch.arange(count) + 0.5) / count
+    for options in ({}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05}):
+        sampling = Sampling("test", 0.8, **options)
+        tokens = sampling.sample(logits.double().expand(count, -1), uniform)
+        probabilities = sampling.probabilities(logits.double().unsqueeze(0))[0]
+        expected = count * probabilities / probabilities.sum()
+        assert ((torch.bincount(tokens, minlength=40) - expected).abs() <= 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.double])

@@ -100,6 +100,15 @@ def test_the_logits_of_the_first_steps():
         assert 0.5 < logits.std() < 2
 
 
+def test_map_state():
+    lm = make(conv=3)
+    _, state = lm(ids_of())
+    doubled = map_state(lambda each: each * 2, tuple(state))
+    assert isinstance(doubled, list)
+    assert all(torch.equal(one, 2 * other) for one, other in zip(doubled, state, strict=True))
+    assert not any(each.requires_grad for each in map_state(torch.Tensor.detach, state))
+
+
 # Groups of an optimizer
 
 WITH_DECAY = "embedding head conv rnn.layers.0.linear out mlp.1 mlp.3".split()

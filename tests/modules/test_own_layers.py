@@ -181,6 +181,8 @@ def test_defaults():
     layer.reset_parameters()
     with torch.no_grad():
         assert_close(mingru.Stack([layer], residual=True)(x), (2 * x, [torch.ones(1, 1, DIMS)]))
+    with pytest.raises(TypeError, match=r"^Plain: no argument 'hx'; use h"):
+        layer(x, hx=None)
 
 
 def made(name, role=None, **attributes):
@@ -200,6 +202,8 @@ BAD = {
 def test_what_is_missing_is_named(cls):
     with pytest.raises(TypeError, match=BAD[cls]):
         mingru.Stack([cls()])
+    with pytest.raises(ValueError, match=r"layers\[1\] must be a layer with input_dims=8, the output features of"):
+        mingru.Stack([Doubled(4), Plain()])
     with pytest.raises(ValueError, match=r"Wrong: role must be one of \('sequence', 'step', .*, got 'seq'"):
         made("Wrong", role="seq")
 
