@@ -108,11 +108,19 @@ class Counted(torch.nn.Module):
         return 2 * weight
 
 
-def test_a_computed_weight_is_computed_once():
-    rnn, counted = mingru.MinGRU(IN, H), Counted()
+def test_weights_that_do_not_lie_dense_or_are_computed():
+    rnn, twin, x = mingru.MinGRU(IN, H), mingru.MinGRU(IN, H), torch.randn(B, S, IN)
+    twin.load_state_dict(rnn.state_dict())
+    linear = twin.layers[0].linear
+    linear.weight = torch.nn.Parameter(linear.weight.detach().t().contiguous().t())
+    linear.bias = torch.nn.Parameter(torch.stack([linear.bias.detach()] * 2, 1)[:, 0])
+    assert not linear.weight.is_contiguous() and not linear.bias.is_contiguous()
+    assert_close(twin(x), rnn(x))
+    assert_close(*(torch.autograd.grad(each(x)[0].square().sum(), each.parameters()) for each in (twin, rnn)))
+    counted = Counted()
     torch.nn.utils.parametrize.register_parametrization(rnn.layers[0].linear, "weight", counted)
     counted.count = 0
-    rnn(torch.randn(B, S, IN))
+    rnn(x)
     assert counted.count == 1
 
 
