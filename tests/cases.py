@@ -108,8 +108,8 @@ class Case:
         return module
 
     @cached_property
-    def loops(self) -> bool:
-        """Whether a captured graph has a loop over the steps of its example, and takes no others."""
+    def unrolls(self) -> bool:
+        """Whether a graph of `torch.compile` has each step of its example, and takes no other length."""
         return any(getattr(each, "cell", None) == "blockgru" for each in self.module.modules())
 
     @cached_property

@@ -60,9 +60,9 @@ FEATURES_OF_EACH = [
     case("MinConv2dGRU", mingru.MinConv2dGRU, 3, 8, 3, 2, space=2, padding=1, bidirectional=True, norm="group"),
     case("Block", Block, 8, cell="minlstm", conv=3, mlp=2, checkpoint=True),
 ]
-LAYERS = [case for case in [*FEATURES, *IMAGES, *STACKS[2:], *BLOCKS, *MODELS] if not case.loops]
+LAYERS = [case for case in [*FEATURES, *IMAGES, *STACKS[2:], *BLOCKS, *MODELS] if not case.unrolls]
 # A fused norm rounds bfloat16 elsewhere than the norm before a part.
-WITHOUT_NORM = [case for case in FEATURES if not case.loops and case.module.norm is None]
+WITHOUT_NORM = [case for case in FEATURES if not case.unrolls and case.module.norm is None]
 
 
 def random_parts(size):

@@ -180,11 +180,7 @@ def test_without_onnx(package, path, monkeypatch):
 
 
 # Those that are refused before the packages are imported: data/refusals.txt.
-WITH_RESET = (torch.zeros(1, 51, 3), None, torch.zeros(1, 51, dtype=torch.bool))
 BAD_CALLS = {
-    r"x must be of at most 50 steps, .* of 'layers.0', a BlockGRU, got 51 steps; leave out the resets": (
-        *(mingru.BlockGRU(3, 4), WITH_RESET, "sequence"),
-    ),
     r"x must be of one step .*, got \(2, 5, 3\); use x.narrow\(1, 0, 1\)": (RNN, X, "step"),
     "max_steps must be at least the 5 steps of the example, got 4": (RNN, X, "sequence", 4),
     "max_steps must be None because x has no time": (mingru.MinGRUCell(3, 4), X[0], "sequence", 4),

@@ -22,14 +22,11 @@ from .models import LanguageModel
 from .models.generation import in_eval_mode
 from .modules.layer import Layer, is_bidirectional
 from .ops.backends import in_onnx, torch_in_graphs
-from .ops.cells import BLOCKS
 from .ops.names_of_torch import ONNX_REGISTRATION_LOG, pytree
 
 __all__ = ["onnx"]
 
 _NAME = "export.onnx"
-# A step of a BlockGRU with resets takes a second.
-_MOST_LOOPS = 50
 
 
 def __getattr__(name: str) -> Any:
@@ -49,10 +46,10 @@ def onnx(
 ) -> None:
     """Export a model to an ONNX file, for whole sequences or for one step.
 
-    Of a class of this library, the batch size is dynamic, and so is the number of steps of a sequence, except of a
-    `BlockGRU` with resets, whose file has the steps of the example one after the other. Without resets it has one node,
-    `GRU`, for each layer and direction. The file has no custom operators and no loops, and runs without this library.
-    The model is exported in eval mode; its training mode is restored afterwards.
+    Of a class of this library, the batch size is dynamic, and so is the number of steps of a sequence. The file has no
+    custom operators, and runs without this library. It has no loops, except of a `BlockGRU`: one node, `GRU`, for each
+    layer and direction, or with resets `Scan`. The model is exported in eval mode; its training mode is restored
+    afterwards.
 
     Args:
         model: Layer, cell or stack of this library or of `mingru.drop_in`, or your own model that contains such
@@ -180,21 +177,13 @@ def _with_dynamic_shapes(
     of_state = 0 if model.num_space_dims > 0 else forms["h"].dim("B")
     # Only x names its dimensions, because the exporter warns about a name that is used twice.
     of_x: dict[int, Any] = {} if batch is None else {batch: Dim("batch")}
-    # The node of a GRU takes no resets, and without it there are as many steps as in the example.
-    has_reset = inspect.signature(model.forward).bind(*args).arguments.get("reset") is not None
-    loops = [name for name, each in model.named_modules() if has_reset and getattr(each, "cell", None) == BLOCKS]
     if time is None:
         require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
     elif kind == "sequence":
         num_steps = x.shape[time]
         is_enough = max_steps is None or num_steps <= max_steps
         require(_NAME, "max_steps", is_enough, f"at least the {num_steps} steps of the example", str(max_steps))
-        if loops:
-            why = f"each has its own nodes for a reset of {loops[-1]!r}, a BlockGRU"
-            expected = f"of at most {_MOST_LOOPS} steps, because {why}"
-            remedy = "leave out the resets, and pass what is between them as sequences; or use kind='step'"
-            require(_NAME, "x", num_steps <= _MOST_LOOPS, expected, f"{num_steps} steps", remedy)
-        of_x |= {} if loops else {time: Dim("time")}
+        of_x[time] = Dim("time")
     else:
         expected = f"of one step in dimension {time} because kind is 'step'"
         remedy = f"use x.narrow({time}, 0, 1)"

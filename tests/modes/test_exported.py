@@ -22,21 +22,16 @@ pytestmark = [
 
 
 def export(case, module, reset=False, strict=False):
-    of_x, of_h = case.dynamic(BATCH, None if case.loops else STEPS)
+    of_x, of_h = case.dynamic(BATCH, None if case.unrolls and strict else STEPS)
     shapes = (of_x, of_h, of_x)[: 2 + reset]
     with small_chunks():
         inputs = given(case, count=2 + reset)
         return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=strict)
 
 
-def sizes_of(case, sizes=SIZES):
-    """The sizes that a program takes."""
-    return [(batch, 7 if case.loops else steps) for batch, steps in sizes]
-
-
-def check(case, run, module, reset=False):
-    for size in sizes_of(case):
-        inputs = given(case, *size, 2 + reset)
+def check(case, run, module, reset=False, steps=None):
+    for batch, any_steps in SIZES:
+        inputs = given(case, batch, steps or any_steps, 2 + reset)
         assert_equal(run(*inputs), module(*inputs))
 
 
@@ -54,16 +49,17 @@ def exported():
     return of
 
 
-@mode("torch.export, any batch and length (BlockGRU: the length of the example)", FEW)
+@mode("torch.export, any batch and length", FEW)
 def test_export(case, exported):
     module, program = exported(case)
     check(case, program.module(), module)
 
 
-@mode("torch.export, strict, with resets", [])
+@mode("torch.export, strict, with resets (BlockGRU: the length of the example)", [])
 def test_export_strictly(case):
     module = case.make()
-    check(case, export(case, module, True, strict=True).module(), module, reset=True)
+    program = export(case, module, True, strict=True).module()
+    check(case, program, module, reset=True, steps=7 if case.unrolls else None)
 
 
 @mode("torch.export, core ATen", [])
@@ -71,7 +67,10 @@ def test_core_aten(case, exported):
     """No operator of ours is left, and none that a runtime for core ATen would not know."""
     module, program = exported(case)
     core = program.run_decompositions()
-    operators = {node.target for node in core.graph.nodes if node.op == "call_function"}
+    # The loop of a BlockGRU has a graph of its own.
+    graphs = [each.graph for each in core.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+    operators = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    operators -= {torch.ops.higher_order.scan}
     of_torch = {each for each in operators if isinstance(each, torch._ops.OperatorBase)}
     # The others count sizes.
     assert of_torch and {each.__module__ for each in operators - of_torch} <= {"_operator", "math"}
@@ -86,7 +85,7 @@ def loaded(exported, tmp_path_factory, request):
     inputs = {}
     for index, case in enumerate(selected_cases(request)):
         torch.export.save(exported(case)[1], folder / f"{index}.pt2")
-        inputs[case.name] = [given(case, *size, 2) for size in sizes_of(case)]
+        inputs[case.name] = [given(case, *size, 2) for size in SIZES]
     script = """
         for index, (name, examples) in enumerate(given.items()):
             run = torch.export.load(f"{index}.pt2").module()
@@ -109,7 +108,7 @@ def test_aot_inductor(case, exported, tmp_path):
     # Not vectorised, which takes g++ half the time.
     plain = {"cpp.simdlen": 1}
     aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"), inductor_configs=plain)
-    examples = [given(case, *size, 2) for size in sizes_of(case)]
+    examples = [given(case, *size, 2) for size in SIZES]
     script = """
         run = torch._inductor.aoti_load_package("model.pt2")
         results["all"] = [run(*inputs) for inputs in given]
@@ -138,13 +137,13 @@ def test_kernels_stay_where_they_are_asked_for():
 @mode("torch.export, lengths", [], CASES_WITH_LENGTHS)
 def test_lengths(case):
     module, (x, h, _, *dt) = case.make(), case.args().values()
-    of_x, of_h = case.dynamic(BATCH, None if case.loops else Dim("steps", max=40))
+    of_x, of_h = case.dynamic(BATCH, Dim("steps", max=40))
     program = torch.export.export(
         module,
         (x, h, None, torch.tensor([3, 7]), *dt),
         dynamic_shapes=(of_x, of_h, None, {0: BATCH}, *(of_x for _ in dt)),
     )
-    for batch, steps in sizes_of(case, [(2, 7), (1, 1), (3, 16), (2, 17), (1, 40)]):
+    for batch, steps in [(2, 7), (1, 1), (3, 16), (2, 17), (1, 40)]:
         lengths = torch.randint(0, steps + 1, (batch,))
         x, h, _, *dt = case.args(batch, steps).values()
         args = x, h, None, lengths, *dt

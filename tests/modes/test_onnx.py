@@ -79,6 +79,10 @@ CALLS = {
         lambda: mingru.BlockGRU(3, 4, 2, block_size=2, bidirectional=True),
         *(("h", "lengths"), {}, [(3, 17), (2, 300)]),
     ),
+    "a loop of ONNX": (
+        lambda: mingru.BlockGRU(3, 4, 2, block_size=2, bidirectional=True),
+        *(("h", "reset", "lengths"), {}, [(3, 17), (2, 300)]),
+    ),
     "a step": (lambda: mingru.MinGRU(3, 4, 2), ("h", "reset", "dt"), {"kind": "step"}, [(4, 1)]),
 }
 

@@ -8,7 +8,7 @@ From the pre-activations r_t, z_t and c_t, with the recurrent weights U and the 
 The weights are (3 H, K), with the rows of torch.nn.GRU: r, z, c. Each row has those of the K features of its block.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,26 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 from .call import Call, Layout, Spec, Start, from_flat
-from .graph import is_old_onnx, is_onnx, is_true_for_all_sizes, without_autocast
-from .layout import in_layout, padded_call, without_padding
+from .graph import is_old_onnx, is_onnx, is_true_for_all_sizes, scripted_as, without_autocast
+from .layout import in_layout, padded_call, padding_of, without_padding
+from .names_of_torch import is_exporting, loop
 from .shape import States, accumulate_dtype, as_dtype
+
+
+class _Steps(NamedTuple):
+    """What each step has, in the order of the pass: pre-activations (S, 3, blocks, B, K), and masks (S, B, 1)."""
+
+    x: Tensor
+    reset: Tensor | None
+    padding: Tensor | None
+
+
+class _Own(NamedTuple):
+    """What all steps share: weights (blocks, K, 3 K), bias (blocks, 1, K), and the state after a reset."""
+
+    weight: Tensor
+    bias: Tensor | None
+    initial_state: Tensor
 
 
 def composed(call: Call) -> States:
@@ -26,33 +43,73 @@ def composed(call: Call) -> States:
     start, lengths, reverse = call.start, call.layout.lengths, call.spec.reverse
     weight, bias, reset = start.recurrent, start.recurrent_bias, start.reset
     assert weight is not None
-    dtype = accumulate_dtype(call.tensors[0].dtype)
-    r, z, c = [as_dtype(x, dtype) for x in call.tensors]
-    size, features = weight.size(1), weight.size(0) // 3
-    # (blocks, K, 3 K): the product with the states, (blocks, B, K), does not mix blocks.
-    maps = as_dtype(weight, dtype).view(3, -1, size, size).permute(1, 3, 0, 2).reshape(-1, size, 3 * size)
-    state = as_dtype(start.h, dtype).squeeze(1)
-    states: list[Tensor] = []
-    for done in range(r.size(1)):
-        t = r.size(1) - 1 - done if reverse else done
-        if reset is not None:
-            state = torch.where(reset[:, t].unsqueeze(1), as_dtype(start.initial_state, dtype).squeeze(1), state)
-        blocks = state.reshape(-1, features // size, size).transpose(0, 1)
-        sums = torch.bmm(blocks, maps).view(-1, state.size(0), 3, size).permute(2, 1, 0, 3).reshape(3, -1, features)
-        candidate = sums[2]
-        if bias is not None:
-            candidate = candidate + as_dtype(bias, dtype)
-        candidate = (c[:, t] + (r[:, t] + sums[0]).sigmoid() * candidate).tanh()
-        update = z[:, t] + sums[1]
-        # sigma(-update), because 1 - sigma(update) would cancel near 1.
-        new = (-update).sigmoid() * candidate + update.sigmoid() * state
-        if lengths is not None:
-            new = torch.where((lengths.to(r.device) <= t).unsqueeze(1), state, new)
-        state = new
-        states.append(state)
+    dtype, size = accumulate_dtype(call.tensors[0].dtype), weight.size(1)
+    # The product with the states, (blocks, B, K), does not mix blocks.
+    weight = as_dtype(weight, dtype).view(3, -1, size, size).permute(1, 3, 0, 2).reshape(-1, size, 3 * size)
+    bias = None if bias is None else as_dtype(bias, dtype).view(-1, 1, size)
+    h, initial_state = [_in_blocks(as_dtype(x, dtype), size)[0] for x in [start.h, start.initial_state]]
+    x = torch.stack([_in_blocks(as_dtype(x, dtype), size) for x in call.tensors], 1)
+    reset = None if reset is None else reset.t().unsqueeze(2)
+    padding = None if lengths is None else padding_of(lengths, call.tensors[0]).t().unsqueeze(2)
     if reverse:
-        states.reverse()
-    return torch.stack(states, 1), state.unsqueeze(1)
+        x, reset = x.flip(0), None if reset is None else reset.flip(0)
+        padding = None if padding is None else padding.flip(0)
+    out, last = _all_steps(h, _Steps(x, reset, padding), _Own(weight, bias, initial_state))
+    out, last = [x.permute(2, 0, 1, 3).flatten(2) for x in [out.flip(0) if reverse else out, last.unsqueeze(0)]]
+    return out, last
+
+
+def _in_blocks(x: Tensor, size: int) -> Tensor:
+    """Return (B, S, H) as (S, blocks, B, K)."""
+    return torch.unflatten(x, 2, [-1, size]).permute(1, 2, 0, 3)
+
+
+def _step(h: Tensor, now: _Steps, own: _Own) -> Tensor:
+    """Return the next state, (blocks, B, K)."""
+    x, bias = now.x, own.bias
+    reset, padding = now.reset, now.padding
+    if reset is not None:
+        h = torch.where(reset, own.initial_state, h)
+    sums = torch.bmm(h, own.weight).chunk(3, 2)
+    candidate = sums[2] if bias is None else sums[2] + bias
+    candidate = (x[2] + (x[0] + sums[0]).sigmoid() * candidate).tanh()
+    update = x[1] + sums[1]
+    # sigma(-update), because 1 - sigma(update) would cancel near 1.
+    new = (-update).sigmoid() * candidate + update.sigmoid() * h
+    return new if padding is None else torch.where(padding, h, new)
+
+
+def _each_step(h: Tensor, steps: _Steps, own: _Own) -> States:
+    """Return the states (S, blocks, B, K) and the last state."""
+    reset, padding = steps.reset, steps.padding
+    states: list[Tensor] = []
+    for t in range(steps.x.size(0)):
+        of_t = None if reset is None else reset[t], None if padding is None else padding[t]
+        h = _step(h, _Steps(steps.x[t], of_t[0], of_t[1]), own)
+        states.append(h)
+    return torch.stack(states), h
+
+
+@scripted_as(_each_step)
+def _all_steps(h: Tensor, steps: _Steps, own: _Own) -> States:
+    """Call `_each_step`; `torch.export` captures a loop, so that the number of steps is not that of the example."""
+    is_one = is_true_for_all_sizes(steps.x.size(0) == 1)
+    if is_one or loop is None or not is_exporting() or torch.compiler.is_dynamo_compiling():
+        return _each_step(h, steps, own)
+
+    def step(h: Tensor, *tensors: Any) -> list[Tensor]:
+        rest = iter(tensors)
+        now, same = ([None if each is None else next(rest) for each in some] for some in (steps, own))
+        # Outputs must not share memory. The states before the steps, because AOTInductor fails if it can write what
+        # follows, such as a sum, into an output of the loop.
+        return [_step(h, _Steps._make(now), _Own._make(same)), h.clone()]
+
+    xs, others = ([each for each in some if each is not None] for some in (steps, own))
+    # AOTInductor finds sizes only among the inputs of the loop.
+    sizes = [size for size in h.shape if isinstance(size, torch.SymInt)]
+    # A copy, which has the strides of the next state also where a size is 1.
+    last, before = loop(step, [h.clone(memory_format=torch.contiguous_format)], xs, (*others, *sizes))
+    return torch.cat([before, last.unsqueeze(0)])[1:], last
 
 
 def dense(weight: Tensor) -> Tensor:

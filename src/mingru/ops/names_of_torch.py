@@ -62,6 +62,8 @@ set_tracing_state = _of_torch("_C._set_tracing_state", None)
 can_pause_trace = is_tracing is not _is_tracing and set_tracing_state is not None
 # A result in another shape is a copy.
 unsafe_view = _of_torch("ops.aten._unsafe_view", _copied)
+# A program of `torch.export` of a `BlockGRU` has the steps of its example.
+loop = _of_torch("ops.higher_order.scan", None)
 # `mingru.export.onnx` raises an error.
 pytree = _of_torch("utils._pytree", _Missing())
 # Layers cannot be captured by `make_fx` if a check depends on values.
