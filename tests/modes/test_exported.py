@@ -119,6 +119,17 @@ def test_aot_inductor(case, exported, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sum_after_a_loop(tmp_path):
+    """AOTInductor would write it into an output of the loop, and fail."""
+    module, x = mingru.BlockGRU(3, 3, residual=True).eval(), torch.randn(2, 7, 3)
+    program = torch.export.export(module, (x,), dynamic_shapes=({1: STEPS},))
+    run = torch._inductor.aoti_load_package(aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2")))
+    for steps in (1, 7, 20):
+        x = torch.randn(2, steps, 3)
+        assert_equal(run(x), module(x))
+
+
+@pytest.mark.slow
 def test_kernels_stay_where_they_are_asked_for():
     """`use_backend` is the switch: kernels in the graph, for processes that have this package."""
     module, targets = mingru.MinLSTM(3, 4), {}

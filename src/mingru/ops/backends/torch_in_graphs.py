@@ -211,7 +211,7 @@ def _doubled(
     distance = 1
     if reset is None:
         while not _reaches(distance, count, chunk):
-            sources = (positions + (distance if reverse else -distance)).clamp(0, count)
+            sources = (positions + distance).clamp(max=count) if reverse else (positions - distance).clamp(min=0)
             matrix = matrices(decay, parts)
             state = plus_product(state, matrix, state.index_select(1, sources), parts)
             decay = product(matrix, decay.index_select(1, sources), parts)
@@ -220,7 +220,7 @@ def _doubled(
         no_reset = torch.zeros_like(reset[:, :1])
         seen = torch.cat([reset, no_reset, no_reset] if reverse else [no_reset, no_reset, reset], 1)
         while not _reaches(distance, count, chunk):
-            sources = (positions + (distance if reverse else -distance)).clamp(0, count)
+            sources = (positions + distance).clamp(max=count) if reverse else (positions - distance).clamp(min=0)
             matrix = matrices(decay, parts)
             state = plus_product(state, matrix, state.index_select(1, sources).masked_fill(seen, 0.0), parts)
             decay = product(matrix, decay.index_select(1, sources), parts).masked_fill(seen, 0.0)
