@@ -66,14 +66,14 @@ def _in_blocks(x: Tensor, size: int) -> Tensor:
 
 def _step(h: Tensor, now: _Steps, own: _Own) -> Tensor:
     """Return the next state, (blocks, B, K)."""
-    x, bias = now.x, own.bias
-    reset, padding = now.reset, now.padding
+    r, z, c = now.x.unbind(0)
+    reset, padding, bias = now.reset, now.padding, own.bias
     if reset is not None:
         h = torch.where(reset, own.initial_state, h)
     sums = torch.bmm(h, own.weight).chunk(3, 2)
     candidate = sums[2] if bias is None else sums[2] + bias
-    candidate = (x[2] + (x[0] + sums[0]).sigmoid() * candidate).tanh()
-    update = x[1] + sums[1]
+    candidate = (c + (r + sums[0]).sigmoid() * candidate).tanh()
+    update = z + sums[1]
     # sigma(-update), because 1 - sigma(update) would cancel near 1.
     new = (-update).sigmoid() * candidate + update.sigmoid() * h
     return new if padding is None else torch.where(padding, h, new)
@@ -83,9 +83,10 @@ def _each_step(h: Tensor, steps: _Steps, own: _Own) -> States:
     """Return the states (S, blocks, B, K) and the last state."""
     reset, padding = steps.reset, steps.padding
     states: list[Tensor] = []
-    for t in range(steps.x.size(0)):
+    # Not an index for each, whose gradient has the size of all steps.
+    for t, x in enumerate(steps.x.unbind(0)):
         of_t = None if reset is None else reset[t], None if padding is None else padding[t]
-        h = _step(h, _Steps(steps.x[t], of_t[0], of_t[1]), own)
+        h = _step(h, _Steps(x, of_t[0], of_t[1]), own)
         states.append(h)
     return torch.stack(states), h
 
