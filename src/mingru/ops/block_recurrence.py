@@ -94,8 +94,9 @@ def _each_step(h: Tensor, steps: _Steps, own: _Own) -> States:
 @scripted_as(_each_step)
 def _all_steps(h: Tensor, steps: _Steps, own: _Own) -> States:
     """Call `_each_step`; `torch.export` captures a loop, so that the number of steps is not that of the example."""
-    is_one = is_true_for_all_sizes(steps.x.size(0) == 1)
-    if is_one or loop is None or not is_exporting() or torch.compiler.is_dynamo_compiling():
+    # The last question loads sympy, which no eager call needs.
+    unrolls = loop is None or not is_exporting() or torch.compiler.is_dynamo_compiling()
+    if unrolls or is_true_for_all_sizes(steps.x.size(0) == 1):
         return _each_step(h, steps, own)
 
     def step(h: Tensor, *tensors: Any) -> list[Tensor]:

@@ -209,6 +209,7 @@ def _doubled(
     count = state.size(1) - 1
     positions = torch.arange(count + 1, device=state.device)
     distance = 1
+    # One bound for the sources in each direction, because AOTInductor takes minutes to simplify two.
     if reset is None:
         while not _reaches(distance, count, chunk):
             sources = (positions + distance).clamp(max=count) if reverse else (positions - distance).clamp(min=0)
