@@ -8,7 +8,7 @@ From the pre-activations r_t, z_t and c_t, with the recurrent weights U and the 
 The weights are (3 H, K), with the rows of torch.nn.GRU: r, z, c. Each row has those of the K features of its block.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,21 +21,11 @@ from .layout import in_layout, padded_call, padding_of, without_padding
 from .names_of_torch import is_exporting, loop
 from .shape import States, accumulate_dtype, as_dtype
 
-
-class _Steps(NamedTuple):
-    """What each step has, in the order of the pass: pre-activations (S, 3, blocks, B, K), and masks (S, B, 1)."""
-
-    x: Tensor
-    reset: Tensor | None
-    padding: Tensor | None
-
-
-class _Own(NamedTuple):
-    """What all steps share: weights (blocks, K, 3 K), bias (blocks, 1, K), and the state after a reset."""
-
-    weight: Tensor
-    bias: Tensor | None
-    initial_state: Tensor
+# What each step has, in the order of the pass: pre-activations (S, 3, blocks, B, K), and masks (S, B, 1) of resets and
+# of the padding.
+_Steps = tuple[Tensor, Tensor | None, Tensor | None]
+# What all steps share: weights (blocks, K, 3 K), bias (blocks, 1, K), and the state after a reset.
+_Own = tuple[Tensor, Tensor | None, Tensor]
 
 
 def composed(call: Call) -> States:
@@ -54,7 +44,7 @@ def composed(call: Call) -> States:
     if reverse:
         x, reset = x.flip(0), None if reset is None else reset.flip(0)
         padding = None if padding is None else padding.flip(0)
-    out, last = _all_steps(h, _Steps(x, reset, padding), _Own(weight, bias, initial_state))
+    out, last = _all_steps(h, (x, reset, padding), (weight, bias, initial_state))
     out, last = [x.permute(2, 0, 1, 3).flatten(2) for x in [out.flip(0) if reverse else out, last.unsqueeze(0)]]
     return out, last
 
@@ -66,11 +56,11 @@ def _in_blocks(x: Tensor, size: int) -> Tensor:
 
 def _step(h: Tensor, now: _Steps, own: _Own) -> Tensor:
     """Return the next state, (blocks, B, K)."""
-    r, z, c = now.x.unbind(0)
-    reset, padding, bias = now.reset, now.padding, own.bias
+    (x, reset, padding), (weight, bias, initial_state) = now, own
+    r, z, c = x.unbind(0)
     if reset is not None:
-        h = torch.where(reset, own.initial_state, h)
-    sums = torch.bmm(h, own.weight).chunk(3, 2)
+        h = torch.where(reset, initial_state, h)
+    sums = torch.bmm(h, weight).chunk(3, 2)
     candidate = sums[2] if bias is None else sums[2] + bias
     candidate = (c + (r + sums[0]).sigmoid() * candidate).tanh()
     update = z + sums[1]
@@ -81,12 +71,11 @@ def _step(h: Tensor, now: _Steps, own: _Own) -> Tensor:
 
 def _each_step(h: Tensor, steps: _Steps, own: _Own) -> States:
     """Return the states (S, blocks, B, K) and the last state."""
-    reset, padding = steps.reset, steps.padding
+    xs, reset, padding = steps
     states: list[Tensor] = []
     # Not an index for each, whose gradient has the size of all steps.
-    for t, x in enumerate(steps.x.unbind(0)):
-        of_t = None if reset is None else reset[t], None if padding is None else padding[t]
-        h = _step(h, _Steps(x, of_t[0], of_t[1]), own)
+    for t, x in enumerate(xs.unbind(0)):
+        h = _step(h, (x, None if reset is None else reset[t], None if padding is None else padding[t]), own)
         states.append(h)
     return torch.stack(states), h
 
@@ -94,17 +83,16 @@ def _each_step(h: Tensor, steps: _Steps, own: _Own) -> States:
 @scripted_as(_each_step)
 def _all_steps(h: Tensor, steps: _Steps, own: _Own) -> States:
     """Call `_each_step`; `torch.export` captures a loop, so that the number of steps is not that of the example."""
-    # The last question loads sympy, which no eager call needs.
     unrolls = loop is None or not is_exporting() or torch.compiler.is_dynamo_compiling()
-    if unrolls or is_true_for_all_sizes(steps.x.size(0) == 1):
+    if unrolls or is_true_for_all_sizes(steps[0].size(0) == 1):
         return _each_step(h, steps, own)
 
     def step(h: Tensor, *tensors: Any) -> list[Tensor]:
         rest = iter(tensors)
-        now, same = ([None if each is None else next(rest) for each in some] for some in (steps, own))
+        given: Any = [tuple(None if each is None else next(rest) for each in some) for some in (steps, own)]
         # Outputs must not share memory. The states before the steps, because AOTInductor fails if it can write what
         # follows, such as a sum, into an output of the loop.
-        return [_step(h, _Steps._make(now), _Own._make(same)), h.clone()]
+        return [_step(h, *given), h.clone()]
 
     xs, others = ([each for each in some if each is not None] for some in (steps, own))
     # AOTInductor finds sizes only among the inputs of the loop.
@@ -139,13 +127,9 @@ def in_onnx(call: Call) -> States:
     assert start.recurrent is not None
     weights = [as_dtype(weight, dtype), dense(as_dtype(start.recurrent, dtype))]
     biases = [weight.new_zeros(3 * features, dtype=dtype) if bias is None else as_dtype(bias, dtype)]
-    of_candidate = start.recurrent_bias
-    if of_candidate is None:
-        biases.append(0.0 * biases[0])
-    else:
-        # Not padded, of which the exporters would make operations.
-        own = as_dtype(of_candidate, dtype)
-        biases.append(torch.cat([0.0 * own, 0.0 * own, own]))
+    own = None if start.recurrent_bias is None else as_dtype(start.recurrent_bias, dtype)
+    # Not padded, of which the exporters would make operations.
+    biases.append(0.0 * biases[0] if own is None else torch.cat([0.0 * own, 0.0 * own, own]))
     x, h = as_dtype(x if time_first else x.transpose(0, 1), dtype), as_dtype(start.h, dtype).transpose(0, 1)
     if is_old_onnx():
         out, last = torch.gru(
