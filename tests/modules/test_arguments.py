@@ -94,6 +94,36 @@ def test_a_dropout_without_effect_is_blamed_on_the_line_that_asks_for_it(kind):
     assert [warning.filename for warning in seen] == [__file__]
 
 
+SIGN = "norm='rms' leaves only the sign of one feature"
+OF_ONE = {  # What has a layer with one input feature, and the argument that is too small.
+    "MinGRU: input_dims": lambda **norm: mingru.MinGRU(1, 4, **norm),
+    "MinLSTM: hidden_dims": lambda **norm: mingru.MinLSTM(3, 1, 2, **norm),
+    "BlockGRUCell: input_dims": lambda **norm: mingru.BlockGRUCell(1, 4, **norm),
+    "mingru.drop_in.GRU: input_size": lambda **norm: drop_in.GRU(1, 4, **norm),
+    "mingru.drop_in.LSTM: proj_size": lambda **norm: drop_in.LSTM(3, 4, 2, proj_size=1, **norm),
+    "Block: dims": lambda **norm: mingru.models.Block(1, expansion=4.0, **norm),
+}
+
+
+@pytest.mark.parametrize("argument", OF_ONE)
+def test_a_norm_of_one_feature(argument):
+    make = OF_ONE[argument]
+    with refused(ValueError, f"{argument} must be at least 2 because norm is 'layer', .*, got 1; use more, or .*"):
+        make(norm="layer")
+    with pytest.warns(UserWarning, match=SIGN) as seen:
+        make(norm="rms")
+    assert [warning.filename for warning in seen] == [__file__]
+    for norm in ("layer", "rms"):
+        mingru.MinGRU(3, 1, norm=norm), mingru.MinGRU(3, 1, 2, bidirectional=True, norm=norm)
+
+
+def test_a_group_norm_of_one_number():
+    layer, x = mingru.MinConv1dGRU(1, 4, 1, norm="group"), torch.randn(2, 5, 1, 2)
+    assert torch.isfinite(layer(x)[0]).all()
+    with refused(ValueError, r"MinConv1dGRU: x must be larger in space at the input of layer 0, .*, got \(1,\); .*"):
+        layer(x[..., :1])
+
+
 # Names in calls
 
 CALLS = {"hx": "h", "h0": "h", "hidden": "h", "state": "h", "prev_hidden": "h", "input": "x", "rest": "reset"}

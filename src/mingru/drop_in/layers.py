@@ -135,8 +135,8 @@ class GRU(DropInLayer, role="torch", planned=True):
             H up to this number.
         residual: Not in torch. If True, add each layer's input to its output. "highway" mixes both.
         output_gate: Not in torch. "silu" or None: gate of each layer's output; not with `proj_size`.
-        norm: Not in torch. "layer", "rms" or None: norm of each layer's input. Of one feature, "rms" leaves the sign,
-            and "layer" nothing.
+        norm: Not in torch. "layer", "rms" or None: norm of each layer's input. For a single feature,
+            use None: "layer" raises an error, and "rms" leaves only the sign, with a warning.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
         gate: Not in torch. "sigmoid", "signed", "rotation", "quaternion" or "mixed", see `mingru.MinGRU`, or a list
@@ -315,8 +315,8 @@ class LSTM(DropInLayer, role="torch", planned=True):
         normalize: Not in torch. If False, the gates of a minLSTM are not divided by their sum.
         residual: Not in torch. If True, add each layer's input to its output. "highway" mixes both.
         output_gate: Not in torch. "silu" or None: gate of each layer's output; not with `proj_size`.
-        norm: Not in torch. "layer", "rms" or None: norm of each layer's input. Of one feature, "rms" leaves the sign,
-            and "layer" nothing.
+        norm: Not in torch. "layer", "rms" or None: norm of each layer's input. For a single feature,
+            use None: "layer" raises an error, and "rms" leaves only the sign, with a warning.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
         gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed", "rotation", "quaternion" or "mixed", as in

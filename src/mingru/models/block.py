@@ -155,8 +155,9 @@ class Block(Composite, role="sequence", planned=True):
         self.dropout = float(dropout)
         self.checkpoint = checkpoint
         self.input_dims = self.output_dims = dims
-        own = "dims" if expansion == 1 else "round(expansion * dims)"
-        with reworded({ValueError: ValueError}, {f"{LAYERS[cell].__name__}: hidden_dims": f"{self.name}: {own}"}):
+        sizes = {"input_dims": "dims", "hidden_dims": "dims" if expansion == 1 else "round(expansion * dims)"}
+        names = {f"{LAYERS[cell].__name__}: {name}": f"{self.name}: {by}" for name, by in sizes.items()}
+        with reworded({ValueError: ValueError}, names):
             self.rnn = LAYERS[cell](dims, round(expansion * dims), norm=norm, **options)
         self.out = nn.Linear(self.rnn.output_dims, dims, bias, **factory)
         self.conv = None if conv is None else CausalConv(dims, conv, bias, **factory)

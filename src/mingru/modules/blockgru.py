@@ -44,8 +44,8 @@ class BlockGRU(RecurrentLevels, planned=True):
         dropout: Dropout probability between layers.
         bidirectional: If True, add a reverse direction (D = 2).
         residual: If True, add each layer's input to its output.
-        norm: "layer", "rms" or None: norm of each layer's input. Of a single feature, "rms" leaves the sign, and
-            "layer" nothing: use None, see docs/choosing.md.
+        norm: "layer", "rms" or None: norm of each layer's input. For a single feature, use None: "layer"
+            raises an error, and "rms" leaves only the sign, with a warning.
         block_size: Number of features that see each other, K. Larger blocks learn more and take longer. With
             `hidden_dims`, it is `torch.nn.GRU`.
         learn_initial_state: If True, the initial state is a parameter, which begins at 0.

@@ -4,6 +4,7 @@ TorchScript compiles `forward` and the functions that it calls. A scripted modul
 raised by torch.
 """
 
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -120,6 +121,9 @@ class ConvLevels(Levels, role="sequence"):
                 kernel = ", ".join(f"{option} {size}" for option, size in layer.geometry._asdict().items())
                 expected = f"at least {least} in space at the input of layer {index}, which has {kernel}"
                 raise ValueError(expectation(self.name, "x", expected, str(space), "pad more, or pass a larger x"))
+            if layer.norm is not None and layer.norm.num_channels * prod(space) == layer.norm.num_groups:
+                expected = f"larger in space at the input of layer {index}, whose norm of one number is 0"
+                raise ValueError(expectation(self.name, "x", expected, str(space), "leave norm out"))
             if layer.initial_state is not None:
                 shape = (self.num_directions, 1, 1, layer.hidden_dims, *(1 for _ in space))
                 check_parameter(self.name, f"layers[{index}].initial_state", layer.initial_state, shape)

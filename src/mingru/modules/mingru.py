@@ -45,8 +45,8 @@ class MinGRU(RecurrentLevels, planned=True):
             The returned state does not include the residual.
         output_gate: "silu" or None: gate of each layer's output, see above. It is applied before the residual, excludes
             `residual="highway"`, and takes half as many weights more. The returned state does not include it.
-        norm: "layer", "rms" or None: norm of each layer's input. Of a single feature, "rms" leaves the sign, and
-            "layer" nothing: use None, see docs/choosing.md.
+        norm: "layer", "rms" or None: norm of each layer's input. For a single feature, use None: "layer"
+            raises an error, and "rms" leaves only the sign, with a warning.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
             in the paper's vanilla version) or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
         gate: "sigmoid", "signed", "rotation", "quaternion" or "mixed", see above, or a list with one for each layer.

@@ -39,8 +39,8 @@ class MinLSTM(RecurrentLevels, planned=True):
         bidirectional: If True, add a reverse direction (D = 2).
         residual: If True, add each layer's input to its output. "highway" mixes both; see `mingru.MinGRU`.
         output_gate: "silu" or None: gate of each layer's output; see `mingru.MinGRU`.
-        norm: "layer", "rms" or None: norm of each layer's input. Of a single feature, "rms" leaves the sign, and
-            "layer" nothing: use None, see docs/choosing.md.
+        norm: "layer", "rms" or None: norm of each layer's input. For a single feature, use None: "layer"
+            raises an error, and "rms" leaves only the sign, with a warning.
         candidate: "positive" (g), "linear" or "tanh".
         learn_initial_state: If True, the initial state is a parameter.
         memory: Number of time steps that a state lasts at first, see `mingru.MinGRU`.

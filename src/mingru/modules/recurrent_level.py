@@ -1,12 +1,13 @@
 """One layer of MinGRU and MinLSTM: norm, linear map, recurrence, output gate and residual or highway."""
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check.values import check_int, check_parts, is_number, require
+from ..check.values import check_int, check_parts, is_number, level_of_the_caller, require
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS, GATES
 from ..ops.graph import is_scripting
@@ -50,9 +51,25 @@ class RecurrentOptions(Options):
         got = repr(self.forget_bias)
         require(self.name, "forget_bias", is_number(self.forget_bias), "a number", got, error=TypeError)
         require(self.name, "forget_bias", self.bias or self.forget_bias == 0, "0 because bias is False", got)
+        self.check_norm(self.input_dims, "input_dims")
+        if self.num_layers > 1:
+            inner = self.proj_size or self.hidden_dims
+            self.check_norm(inner * (1 + self.bidirectional), "proj_size" if self.proj_size else "hidden_dims")
         # The cell of each layer.
         cell = self.cell if self.normalize else f"{self.cell}_unnormalized"
         self.cells = [GATES[gate] if cell == "mingru" else cell for gate in self.gates]
+
+    def check_norm(self, size: int, argument: str) -> None:
+        """Raise an error if a layer has one input feature and its norm is 0; warn if its norm is a sign."""
+        if size > 1 or self.norm is None:
+            return
+        expected, remedy = (
+            "at least 2 because norm is 'layer', which makes one feature 0",
+            "use more, or leave norm out",
+        )
+        require(self.name, argument, self.norm != "layer", expected, str(size), remedy)
+        text = f"{self.name}: norm='rms' leaves only the sign of one feature, and {argument} is {size}; {remedy}"
+        warnings.warn(text, stacklevel=level_of_the_caller())
 
 
 @plannable
