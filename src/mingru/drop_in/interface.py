@@ -14,9 +14,9 @@ from torch import Tensor
 from ..check import names as meant
 from ..check.forms import Form, autocast_dtypes
 from ..check.values import check_int, dims, expectation, is_number, name_of, require, reworded
-from ..modules.marks import GUARDS
 from ..modules.options import arguments_of_class, defaults_of, not_default
 from ..modules.recurrent_levels import RecurrentLevels
+from ..modules.saved import add_guards, rename_weights_of_torch
 from ..ops.cells import BLOCKS
 from ..ops.graph import scripted_as, untraced
 from ..ops.linear_map import WeightAndBias
@@ -56,6 +56,7 @@ _raised_as = partial(reworded, names={"input_dims": "input_size", "hidden_dims":
 class DropIn(RecurrentLevels):
     """Base class of all: torch's names, repr and types of errors, and 0 as the initial state."""
 
+    _loading = (rename_weights_of_torch, *RecurrentLevels._loading)
     _device_error = RuntimeError
     _linear_map = WeightAndBias
     _size_error: type[Exception]
@@ -98,10 +99,7 @@ class DropIn(RecurrentLevels):
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_dims = self.num_directions * (proj_size or hidden_size)
-        of_torch = "bias" if self.bias else "weight"
-        for guard in (f"{of_torch}_hh" if self.role == "step" else f"{of_torch}_hh_l0", GUARDS[0]):
-            # Not by register_buffer, which refuses the name of what can be read, as the bias of one block.
-            self._buffers[guard] = torch.tensor(1, device=options["device"])
+        add_guards(self, options["device"])
 
     def _default_start(self, options: Any) -> float:
         """Return the initial state, which is 0, as in torch."""
@@ -141,17 +139,6 @@ class DropIn(RecurrentLevels):
         end = "" if self.role == "step" else "_l{}"
         found = _OWN.findall(" ".join(name for name, _ in self.named_parameters()))
         return {f"{kind}_{_PARTS[part]}{end.format(at)}{way}": name for name, at, part, way, kind in found}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if any(key.startswith(f"{prefix}weight_ih") for key in state_dict):
-            own = {prefix + name: prefix + here for name, here in self._names_of_torch().items()}
-            found, last = {key: state_dict.pop(key) for key in own if key in state_dict}, 2 * self.hidden_size
-            for key, value in found.items():
-                # The bias of the state has its part of the gates in the other bias.
-                other = found.get(key.replace("bias_ih", "bias_hh")) if "bias_ih" in key else None
-                head = value[:last] if other is None else value[:last] + other[:last]
-                state_dict[own[key]] = torch.cat([head[: 0 if "bias_hh" in key else last], value[last:]])
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def _like(cls, of_torch: Any, options: dict[str, Any]) -> Any:

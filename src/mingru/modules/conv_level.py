@@ -14,10 +14,10 @@ from ..ops.graph import is_autocast, is_scripting
 from ..ops.in_cache import Map
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, unflattened
 from .group_norm import GroupNorm
-from .initial_state import default_start, learned_state, reset_initial_state, start_option
+from .initial_state import default_start, learned_state, reset_initial_state
 from .levels import Level
-from .marks import add_marks
 from .options import Options
+from .saved import OF_LEVELS, add_marks
 
 # A list has one entry for each layer, a tuple one number for each spatial dimension.
 Sizes = int | tuple[int, ...] | list[Any]
@@ -90,6 +90,8 @@ class ConvOptions(Options):
 class ConvLevel(Level):
     """Apply norm, convolution, recurrence and residual of one layer, in one direction or both."""
 
+    _marks = (*OF_LEVELS, "zero_state")
+
     def __init__(self, input_dims: int, hidden_dims: int, geometry: Geometry, gate: str, options: ConvOptions) -> None:
         super().__init__(GATES[gate], hidden_dims, 0.0, options)
         self.num_directions = options.num_directions
@@ -117,9 +119,6 @@ class ConvLevel(Level):
         """Re-initialize all parameters."""
         super().reset_parameters()
         reset_initial_state(self, [self])
-
-    def _marked_options(self) -> dict[str, Any]:
-        return {**super()._marked_options(), **start_option(self, [self])}
 
     def forward(self, x: Tensor, h: MaybeList, reset: MaybeTensor, layout: Layout, dtype: torch.dtype) -> Outputs:
         """Return the output in the layout of x, and the last state of each direction.

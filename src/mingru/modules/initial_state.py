@@ -3,7 +3,6 @@
 Weights of a layer that flips or turns its state say which number, because layers of `drop_in` begin with 0.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,10 +33,3 @@ def reset_initial_state(module: Any, layers: list[Any]) -> None:
             nn.init.constant_(rows, module._zero_state)
         else:
             nn.init.normal_(rows)
-
-
-def start_option(module: Any, layers: Iterable[Any]) -> dict[str, Any]:
-    """Return the option of the initial state that changes what the weights mean, if there is one."""
-    # The weights of a layer like the paper's do not say it: a new layer begins with 0.5, and in `drop_in` with 0.
-    is_usual = all(CELLS[each.cell].has_logarithms and each.candidate == "positive" for each in layers)
-    return {} if is_usual or module.initial_state is not None else {"zero_state": module._zero_state}

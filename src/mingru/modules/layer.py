@@ -17,7 +17,7 @@ from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import LayerPlan, plannable
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
-from .marks import Marked
+from .saved import Saved
 
 # What a call takes and returns, for type checkers: TorchScript reads the types of `forward`.
 Steps = TypeVar("Steps", Tensor, PackedSequence)
@@ -32,7 +32,7 @@ def typed_as(forward: Forward) -> Callable[[Any], Forward]:
     return lambda _: forward
 
 
-class Layer(Marked):
+class Layer(Saved):
     """Base class of all layers, cells and stacks, and of layers of your own in a `mingru.Stack`.
 
     A layer of your own is a direct subclass with `role="sequence"`. It sets `input_dims` and `output_dims` and defines
@@ -116,10 +116,6 @@ class Layer(Marked):
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles contain: all attributes, without the plan."""
         return self.__dict__
-
-    def _marked_options(self) -> dict[str, Any]:
-        """Return the options of this module that are in `marks.MARKS`."""
-        return {}
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""

@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.call import Layout, Spec, Start, spec_of
-from ..ops.cells import GATES, default_candidate, gate_biases, parts_of
+from ..ops.cells import default_candidate, gate_biases, parts_of
 from ..ops.layout import in_reverse
 from ..ops.linear_map import gated
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States
 from .layer import Layer, reset_all, weight_of
-from .marks import Marked, key_of
 from .options import Options, defaults_of, not_default, one_or_all
+from .saved import OF_LEVELS, Saved, note_values, take_marks
 
 Self = TypeVar("Self", bound="Levels")
 # Models of transformers initialize each module and each parameter without this attribute, and then set it.
 INITIALIZED = "_is_hf_initialized"
 
-GATE_OF = {cell: gate for gate, cell in GATES.items()}
 
-
-class Level(Marked):
+class Level(Saved):
     """The recurrence of one layer, in one direction or both. Subclasses compute the pre-activations."""
+
+    _marks = OF_LEVELS
 
     def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
         super().__init__()
@@ -57,19 +57,6 @@ class Level(Marked):
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""
         raise NotImplementedError
-
-    def _marked_options(self) -> dict[str, Any]:
-        """Return the options that change what the weights mean, for the marks in the state_dict."""
-        is_default = self.candidate == default_candidate(self.cell)
-        layer: Any = self
-        return {
-            "gate": GATE_OF.get(self.cell, "sigmoid"),
-            "candidate": None if is_default else self.candidate,
-            "normalize": self.cell != "minlstm_unnormalized",
-            "min_decay": self.min_decay,
-            "residual": "highway" if getattr(layer, "highway", False) else layer.residual,
-            "output_gate": "silu" if self.has_output_gate else None,
-        }
 
     def spec(self, reverse: bool) -> Spec:
         """Return the recurrence of one direction."""
@@ -125,6 +112,7 @@ class Levels(Layer):
     """Apply stacked layers of one cell type. `Options` become attributes."""
 
     __jit_unused_properties__: tuple[str, ...] = (INITIALIZED,)
+    _loading = note_values, take_marks
     _is_empty = False
     """Whether the parameters have no values yet, because the layer was constructed on the device "meta"."""
     num_layers: int
@@ -177,15 +165,6 @@ class Levels(Layer):
                 module.apply(fn)
         fn(self)
         return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.role == "step":
-            # A cell returns the state, which does not include the residual of a layer.
-            state_dict.pop(f"{prefix}layers.0.{key_of('residual')}", None)
-        # Models of transformers load one parameter after the other, also memory without values.
-        is_whole = {prefix + name for name, _ in self.named_parameters()} <= state_dict.keys()
-        self._is_empty = self._is_empty and not is_whole
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _weight_of_x(self) -> MaybeTensor:
         return weight_of(next(iter(self._modules["layers"]._modules.values())).maps()[0])  # type: ignore[operator, union-attr]

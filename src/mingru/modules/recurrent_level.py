@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from .. import ops
 from ..check.values import check_int, check_parts, is_number, level_of_the_caller, require
 from ..ops.call import Layout, Start
-from ..ops.cells import BLOCKS, CELLS, GATES
+from ..ops.cells import CELLS, GATES
 from ..ops.graph import is_scripting
 from ..ops.inference import LayerPlan, plannable
 from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import MaybeList, Outputs, States
 from .levels import Level
-from .marks import add_marks
 from .options import Options
+from .saved import add_marks, refuse_other_cells, take_marks
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -75,6 +75,8 @@ class RecurrentOptions(Options):
 @plannable
 class RecurrentLevel(Level):
     """Apply norm, linear map, recurrence, output gate and residual of one layer, in one direction or both."""
+
+    _loading = refuse_other_cells, take_marks
 
     def __init__(
         self, cell: str, input_dims: int, min_decay: float, options: RecurrentOptions, linear: type[nn.Module]
@@ -139,16 +141,6 @@ class RecurrentLevel(Level):
         super().add_gate_bias()
         for linear in self.maps() if self.forget_bias != 0 else []:
             linear.bias.detach()[: self.hidden_dims] += self.forget_bias
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        names = {name[len(prefix) :].partition(".")[0] for name in state_dict if name.startswith(prefix)}
-        # The linear map of a MinLSTM has the shape of that of a BlockGRU.
-        if "linear" in names and ("recurrent" in names) != (self.cell == BLOCKS):
-            args[-1].append(f"{prefix}linear: a BlockGRU, and no other, has recurrent weights; load a whole state_dict")
-            # The modules inside keep their weights.
-            state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
-        else:
-            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""

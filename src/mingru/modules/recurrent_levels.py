@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..check.calls import explained
 from ..check.forms import check_parameter
-from ..check.values import check_min_decay, expectation, name_of
+from ..check.values import check_min_decay, name_of
 from ..ops import inference
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS
@@ -24,12 +24,12 @@ from ..ops.names_of_torch import is_symbolic
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, as_dtype, reshaped
 from . import scripted
 from .blockgru_level import BlockGRULevel, BlockGRUOptions
-from .initial_state import default_start, learned_state, reset_initial_state, start_option
+from .initial_state import default_start, learned_state, reset_initial_state
 from .layer import Steps
 from .levels import Levels
-from .marks import GUARDS, add_marks
 from .options import Options, one_or_all
 from .recurrent_level import RecurrentLevel, RecurrentOptions
+from .saved import add_marks, note_values, refuse_weights_of_torch, renew_guards, take_marks
 
 
 class RecurrentLevels(Levels, role="sequence"):
@@ -39,6 +39,8 @@ class RecurrentLevels(Levels, role="sequence"):
     """"mingru", "minlstm" or "blockgru"."""
     hidden_dims: int
     proj_size = 0
+    _marks = ("zero_state",)
+    _loading: tuple[Any, ...] = refuse_weights_of_torch, renew_guards, note_values, take_marks
     _linear_map: type[nn.Module] = nn.Linear
     """Class of the linear maps inside."""
     _remedy_for_weights = "train the layer from its initialization"
@@ -143,21 +145,6 @@ class RecurrentLevels(Levels, role="sequence"):
             layer._write_plan(plan, plan.num_states)
         plan.num_states += 1
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        of_torch = next((key for key in state_dict if key.startswith(f"{prefix}weight_ih")), None)
-        if of_torch is not None:
-            expected = f"weights of {self.name}" + " because the equations differ" * (self.cell != BLOCKS)
-            got = f"{of_torch} of torch.nn"
-            # Also if the caller is not strict, as torch does with weights of another shape.
-            args[-1].append(expectation(self.name, "state_dict", expected, got, self._remedy_for_weights))
-            return
-        for name in GUARDS:
-            guard = state_dict.pop(prefix + name, None)
-            if name in self._buffers:
-                # Weights of layers that are not in `drop_in` have none.
-                state_dict[prefix + name] = torch.tensor(1, device=getattr(guard, "device", None))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         order = "B, S" if self.batch_first else "S, B"
         scripted.check_x(self.name, x, [2], order, self.input_dims, self.num_space_dims)
@@ -176,9 +163,6 @@ class RecurrentLevels(Levels, role="sequence"):
         """Re-initialize all parameters."""
         super().reset_parameters()
         reset_initial_state(self, list(self.layers))
-
-    def _marked_options(self) -> dict[str, Any]:
-        return start_option(self, self.layers)
 
     def _shape_of_initial_state(self) -> tuple[int, ...]:
         return (self.num_layers * self.num_directions, 1, 1, self.hidden_dims)

@@ -17,9 +17,9 @@ from ..ops.inference import LayerPlan
 from ..ops.names_of_torch import PREPARE_SCRIPTABLE
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .layer import Composite, Layer, Steps, with_named
-from .marks import add_marks
 from .options import not_default
 from .per_step import OF_TORCH, PerStep
+from .saved import add_marks
 from .scripted import check_returned, check_same_shape, data_of, with_data
 
 SCRIPTED_FORWARD = (
@@ -100,6 +100,8 @@ class Stack(Composite, role="sequence", planned=True):
         (torch.Size([10, 128, 16]), [torch.Size([2, 10, 1, 32]), torch.Size([1, 10, 1, 16])])
     """
 
+    _marks = ("residual",)
+
     @arguments_checked(PASS_A_LIST)
     def __init__(self, layers: Iterable[nn.Module], *, dropout: float = 0.0, residual: bool = False) -> None:
         super().__init__()
@@ -118,10 +120,6 @@ class Stack(Composite, role="sequence", planned=True):
         self._of_torch = [isinstance(layer, PerStep) for layer in found]
         self.aligns = nn.ModuleList(self._align(index, layer) for index, layer in enumerate(found))
         add_marks(self, next(self.parameters(), torch.empty(0)).device)
-
-    def _marked_options(self) -> dict[str, Any]:
-        """Return the options that change what the weights mean, for the marks in the state_dict."""
-        return {"residual": self.residual}
 
     def _checked(self, layers: Any) -> list[Any]:
         """Return the layers as a list; raise an error if one is not supported or does not fit the previous one."""

@@ -1,0 +1,248 @@
+"""What a state_dict holds besides parameters: what is written, read, renamed and refused, for all layers.
+
+All gates, for example, have weights of the same shapes. Without a mark, weights trained with one gate would load
+without an error into a layer with another gate, and its outputs would be wrong. A mark is a buffer, so that every tool
+that saves a model saves it. An option with its first value has none.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..check.values import dims, expectation
+from ..ops.activation import ACTIVATIONS
+from ..ops.cells import BLOCKS, CELLS, GATES, default_candidate
+
+GATE_OF = {cell: gate for gate, cell in GATES.items()}
+
+
+class Mark(NamedTuple):
+    """How a state_dict says an option that changes what weights of equal shapes mean."""
+
+    values: Sequence[Any] | float
+    """Values in the order of their numbers. Files contain the numbers, so new values come last. The first has no mark.
+    Or the default of an option that is a number: the number of x is `(x - default) * 2**53`."""
+    of: Callable[[Any], Any] | None = None
+    """Value of a module; None for the attribute with the name of the option, or the default if there is none."""
+    is_said: Callable[[Any], bool] = lambda module: True
+    """Whether the weights of a module say the option."""
+
+    def number(self, option: str, module: Any) -> int:
+        if isinstance(self.values, float):
+            return round((getattr(module, option, self.values) - self.values) * 2**53)
+        return self.values.index(getattr(module, option, self.values[0]) if self.of is None else self.of(module))
+
+    def value(self, number: int) -> str:
+        """Return the value as a constructor takes it, or an unknown number."""
+        if isinstance(self.values, float):
+            return f"{self.values + number / 2**53:.15g}"
+        return repr(self.values[number]) if 0 <= number < len(self.values) else f"{number}"
+
+
+def candidate_of(level: Any) -> str | None:
+    """Return None for the default of the gate."""
+    return None if level.candidate == default_candidate(level.cell) else level.candidate
+
+
+def residual_of(module: Any) -> bool | str:
+    return "highway" if getattr(module, "highway", False) else module.residual
+
+
+def says_zero_state(module: Any) -> bool:
+    """Return whether weights say the initial state: not if they are like the paper's, which `drop_in` begins with 0."""
+    levels = getattr(module, "layers", [module])
+    is_usual = all(CELLS[each.cell].has_logarithms and each.candidate == "positive" for each in levels)
+    return not is_usual and module.initial_state is None
+
+
+# The options of layers; a new option whose value is an attribute of `RecurrentLevel` is one line.
+MARKS = {
+    "gate": Mark((*GATES,), lambda level: GATE_OF.get(level.cell, "sigmoid")),
+    "candidate": Mark((None, *ACTIVATIONS), candidate_of),
+    "normalize": Mark((True, False), lambda level: level.cell != "minlstm_unnormalized"),
+    "min_decay": Mark(0.0),
+    "residual": Mark((False, True, "highway"), residual_of),
+    "output_gate": Mark((None, "silu"), lambda level: "silu" if level.has_output_gate else None),
+}
+OF_LEVELS = (*MARKS,)
+# A module takes these two from the weights, and refuses no weights with others.
+MARKS |= {
+    "zero_state": Mark((0.0, 0.5), lambda module: module._zero_state, says_zero_state),
+    "groups": Mark(range(2**31), lambda norm: norm.num_groups),
+}
+# A state_dict of `drop_in` has two buffers more, so that torch's layers refuse it. The first says what to do, and torch
+# names it if it is strict. The other has the name of a bias or weight of torch, and another shape, which torch refuses
+# even if it is not strict. Their values mean nothing.
+GUARDS = ("load_in_mingru_drop_in_patch", "bias_hh_l0", "weight_hh_l0", "bias_hh", "weight_hh")
+
+
+def key_of(option: str) -> str:
+    """Return the key of a mark. Modules have attributes with the names of these."""
+    return option if option in ("gate", "groups") else f"{option}_mark"
+
+
+def marks_in(module: Any) -> dict[str, int]:
+    """Return the number of each option that the state_dict of a module says."""
+    said = (option for option in module._marks if MARKS[option].is_said(module))
+    return {option: MARKS[option].number(option, module) for option in said}
+
+
+def add_marks(module: Any, device: Any) -> None:
+    """Add the marks that the module does not have yet."""
+    for option, number in marks_in(module).items():
+        if number and module._buffers.get(key := key_of(option)) is None:
+            module.register_buffer(key, torch.tensor(number, device=device))
+
+
+def add_guards(module: Any, device: Any) -> None:
+    """Add the guards of a layer or cell of `drop_in`."""
+    of_torch = "bias_hh" if module.bias else "weight_hh"
+    for guard in (of_torch if module.role == "step" else f"{of_torch}_l0", GUARDS[0]):
+        # Not by register_buffer, which refuses the name of what can be read, as the bias of one block.
+        module._buffers[guard] = torch.tensor(1, device=device)
+
+
+def described(numbers: dict[str, int], options: Iterable[str], separator: str = " and ") -> str:
+    """Return the values of these options as a constructor takes them; unknown values as numbers."""
+    return separator.join(f"{option}={MARKS[option].value(numbers[option])}" for option in options)
+
+
+def number_in(found: Any) -> int | None:
+    """Return the number that a mark contains, or None if it does not contain a whole number."""
+    if isinstance(found, Tensor) and found.numel() == 1:
+        found = found.item()
+    is_whole = isinstance(found, int) or (isinstance(found, float) and found.is_integer())
+    return int(found) if is_whole else None
+
+
+def take_marks(module: Any, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> str:
+    """Compare the marks with those of a module, and refuse weights with others."""
+    own, found, wrong, unknown = marks_in(module), {}, [], []
+    names = [name for name in state_dict if name.startswith(prefix)]
+    # Parameters alone, such as moving averages, have neither metadata nor marks, and say nothing. Otherwise, an option
+    # without a mark has its first value. A caller who is not strict may pass no weights of this module.
+    has_marks = not {name.rpartition(".")[2] for name in names}.isdisjoint(map(key_of, MARKS))
+    is_silent = not names or ("version" not in metadata and not has_marks)
+    for option in own:
+        key = prefix + key_of(option)
+        mark = state_dict.pop(key, None)
+        # On the device "meta", a mark has no value.
+        is_meta = isinstance(mark, Tensor) and mark.is_meta
+        device = "cpu" if is_meta else getattr(mark, "device", None)
+        if is_meta or (mark is None and is_silent):
+            of_weights: int | None = own[option]
+        else:
+            of_weights = 0 if mark is None else number_in(mark)
+        if of_weights is None:
+            got = f"a tensor {dims(mark.shape)}" if isinstance(mark, Tensor) and mark.numel() != 1 else repr(mark)
+            return f"{key} must be one whole number, the mark of {option}, got {got}; the file is damaged"
+        values: Any = MARKS[option].values
+        if option == "zero_state" and 0 <= of_weights < len(values):
+            own[option], module._zero_state = of_weights, values[of_weights]
+            add_marks(module, device)
+        number = own[option]
+        found[option] = of_weights
+        wrong += [option] if of_weights != number else []
+        # The map of a residual between different sizes shows that there is one.
+        is_shown = option == "residual" and any(name.startswith(f"{prefix}align") for name in names)
+        unknown += [option] if mark is None and is_silent and names and number and not is_shown else []
+        if module._buffers.get(key_of(option)) is not None:
+            state_dict[key] = torch.tensor(number, device=device)
+    if wrong:
+        trained, here = described(found, wrong), described(own, wrong)
+        problem = f"weights trained with {trained} cannot be used in a layer with {here}; construct it with their"
+        return f"{prefix[:-1] or type(module).__name__}: {problem} {' and '.join(wrong)}"
+    if unknown:
+        # Without the name of the layer, so that it is shown once.
+        problem = f"the weights do not say with which {' and '.join(unknown)} they were trained"
+        used = f"because they have no metadata; they are used with {described(own, unknown, ', ')}"
+        warnings.warn(f"load_state_dict: {problem}, {used}", stacklevel=2)
+    return ""
+
+
+def take_groups(norm: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
+    """Change the number of groups to that of the weights, if they say one."""
+    groups = state_dict.get(f"{prefix}groups")
+    if groups is not None:
+        norm.regroup(int(groups))
+    return ""
+
+
+def note_values(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
+    """Note whether all parameters get values: models of transformers load one after the other, also without values."""
+    is_whole = {prefix + name for name, _ in module.named_parameters()} <= state_dict.keys()
+    module._is_empty = module._is_empty and not is_whole
+    if module.role == "step":
+        # A cell returns the state, which does not include the residual of a layer.
+        state_dict.pop(f"{prefix}layers.0.{key_of('residual')}", None)
+    return ""
+
+
+def refuse_other_cells(level: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
+    """Refuse weights of a BlockGRU or for one, because the linear map of a MinLSTM has the same shape."""
+    names = {name[len(prefix) :].partition(".")[0] for name in state_dict if name.startswith(prefix)}
+    if "linear" not in names or ("recurrent" in names) == (level.cell == BLOCKS):
+        return ""
+    # The modules inside keep their weights.
+    state_dict.update(level.state_dict(prefix=prefix, keep_vars=True))
+    return f"{prefix}linear: a BlockGRU, and no other, has recurrent weights; load a whole state_dict"
+
+
+def refuse_weights_of_torch(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
+    key = next((key for key in state_dict if key.startswith(f"{prefix}weight_ih")), None)
+    expected = f"weights of {module.name}" + " because the equations differ" * (module.cell != BLOCKS)
+    got, remedy = f"{key} of torch.nn", module._remedy_for_weights
+    return "" if key is None else expectation(module.name, "state_dict", expected, got, remedy)
+
+
+def renew_guards(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
+    """Add the guards of a module, because weights of layers that are not in `drop_in` have none; remove others."""
+    for name in GUARDS:
+        guard = state_dict.pop(prefix + name, None)
+        if name in module._buffers:
+            state_dict[prefix + name] = torch.tensor(1, device=getattr(guard, "device", None))
+    return ""
+
+
+def rename_weights_of_torch(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
+    """Give the weights of a `torch.nn.GRU` the names of a GRU with one block, which computes the same."""
+    if not any(key.startswith(f"{prefix}weight_ih") for key in state_dict):
+        return ""
+    own = {prefix + name: prefix + here for name, here in module._names_of_torch().items()}
+    found, last = {key: state_dict.pop(key) for key in own if key in state_dict}, 2 * module.hidden_size
+    for key, value in found.items():
+        # The bias of the state has its part of the gates in the other bias.
+        other = found.get(key.replace("bias_ih", "bias_hh")) if "bias_ih" in key else None
+        head = value[:last] if other is None else value[:last] + other[:last]
+        state_dict[own[key]] = torch.cat([head[: 0 if "bias_hh" in key else last], value[last:]])
+    return ""
+
+
+class Saved(nn.Module):
+    """A module whose state_dict says more than its parameters."""
+
+    _marks: tuple[str, ...] = ()
+    """The options that the state_dict says."""
+    _loading: tuple[Callable[[Any, dict[str, Any], str, dict[str, Any]], str], ...] = (take_marks,)
+    """What is done with the entries of a state_dict before torch copies them, by functions (module, state_dict, prefix,
+    metadata), which change these entries, or return an error if the weights cannot be used, otherwise ""."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Again, because the buffers are undefined after `to_empty` and `skip_init`.
+        for option, number in marks_in(self).items():
+            mark = destination.get(prefix + key_of(option))
+            if mark is not None:
+                destination[prefix + key_of(option)] = torch.full_like(mark, number)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        for step in self._loading:
+            error = step(self, state_dict, prefix, metadata)
+            if error:
+                # Also if the caller is not strict, as torch does with weights of another shape.
+                args[-1].append(error)
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
