@@ -70,16 +70,17 @@ def on_page_content(html, page, config, files):
 
 
 def guides_linked(html, page, files):
-    """Return the page with links to the guides that docstrings name by their files, such as docs/gates.md."""
+    """Return the page with links to the guides that docstrings name by their titles, such as the guide "Gates"."""
+    guides = {title_of(file.name, file.content_string): file for file in files.documentation_pages()}
 
     def link(match):
-        guide = files.get_file_from_path(match[1])
-        if guide is None:
-            log.warning("%s: there is no guide %s", page.file.src_uri, match[0])
+        title = " ".join(match[1].split())
+        if title not in guides:
+            log.warning("%s: there is no %s", page.file.src_uri, match[0])
             return match[0]
-        return f'<a href="{guide.url_relative_to(page.file)}">{title_of(match[1], guide.content_string)}</a>'
+        return f'guide <a href="{guides[title].url_relative_to(page.file)}">{title}</a>'
 
-    return re.sub(r"(?<![\w/])docs/(\w+\.md)", link, html)
+    return re.sub(r'guide\s"([^"]+)"', link, html)
 
 
 def breakable(html):

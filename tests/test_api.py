@@ -50,6 +50,7 @@ def test_public_names():
     functions = {name.partition(".")[2] for name in CONTRACT if name.startswith("functional.")}
     # Not `mingru`, because `from mingru.functional import *` would bind the name of the package to the function.
     assert functions - {"mingru"} == set(mingru.functional.__all__)
+    assert functions == set(dir(mingru.functional)) and dir(mingru.export) == ["onnx"]
     for module in (mingru, *map(found, MODULES)):
         assert len(module.__all__) == len(set(module.__all__))
         assert all(getattr(module, name) is not None for name in module.__all__)
@@ -65,13 +66,21 @@ def test_public_names():
 @pytest.mark.parametrize("name", [name for name in CONTRACT if not name.endswith((".forward", ".generate"))])
 def test_public_names_are_documented(name):
     """Each public function and class has a docstring, with its example; arguments are all named in it."""
-    text = inspect.getdoc(found(name))
-    assert ">>> " in text
+    text, home = inspect.getdoc(found(name)), vars(torch.nn.Module)
+    assert ">>> " in text and "docs/" not in text, "a wheel has no docs"
+    for method in {"__init__", "forward"} & set(dir(found(name))):
+        assert inspect.getdoc(getattr(found(name), method)) != home[method].__doc__
     if name in THIN:
         assert "MinConv2dGRU" in text
         return
     for parameter in inspect.signature(found(name)).parameters:
         assert parameter == "self" or parameter in text.partition("Args:")[2], parameter
+
+
+def test_signatures_have_short_lines_and_keep_types():
+    for name in ("MinGRU", "drop_in.LSTM", "functional.mingru", "export.onnx", "models.LanguageModel.generate"):
+        assert max(map(len, str(inspect.signature(found(name))).splitlines())) <= 90
+    assert inspect.signature(mingru.MinGRU).parameters["num_layers"].annotation is int
 
 
 def test_import_brings_nothing_but_the_package():

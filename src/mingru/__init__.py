@@ -54,6 +54,11 @@ def __dir__() -> list[str]:
     return [name for name in globals() if name not in _PRIVATE]
 
 
+for _module in (convert, drop_in, export, functional, models):
+    # For tab completion. `mingru.functional.mingru` is not in `__all__`, because * would replace this package.
+    _listed = [*_module.__all__, *["mingru"] * (_module is functional)]
+    vars(_module)["__dir__"] = _listed.copy
+
 # Type checkers would take every name for known.
 if not typing.TYPE_CHECKING:
 

@@ -114,7 +114,7 @@ def mingru(
         h: State before the first step, any real numbers; expandable to (B, 1, *). Its dtype is the dtype of `gate`, or
             float32 if `gate` is bfloat16 or float16. Default: `initial_state`.
         reset: Boolean mask, (B, S). Where True, the state is set to `initial_state` before that step.
-        dt: Time since the step before, (B, S), at least 0; see docs/irregular.md. Dtype of
+        dt: Time since the step before, (B, S), at least 0; see the guide "Irregular time series". Dtype of
             `gate` or float32. Default: 1. Not for "signed".
         backend: Name listed by `mingru.backends`, or "auto" for the fastest backend that supports these tensors.
         kind: "sigmoid", "signed", "rotation", "quaternion" or "mixed": the layer's `gate`, which is a tensor here.
@@ -200,7 +200,7 @@ def minlstm(
         candidate: Pre-activation of the candidate state; shape, dtype and device of `forget`.
         h: State before the first step. Default: `initial_state`.
         reset: Boolean mask, (B, S), of the steps that start from `initial_state`.
-        dt: Time since the step before, (B, S), at least 0; see docs/irregular.md. Default: 1.
+        dt: Time since the step before, (B, S), at least 0; see the guide "Irregular time series". Default: 1.
             Must be None if `normalize` is False.
         backend: Name of a backend, or "auto".
         normalize: If False, the gates are not divided by their sum.

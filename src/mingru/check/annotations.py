@@ -2,10 +2,21 @@
 
 import inspect
 import itertools
+import textwrap
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from .values import expectation, is_number
+
+
+class Brief(inspect.Signature):
+    """A signature whose text has names and defaults, in lines that `help` does not cut. Its parameters keep types."""
+
+    def format(self, **options: Any) -> str:
+        parameters = [each.replace(annotation=each.empty) for each in self.parameters.values()]
+        return textwrap.fill(str(inspect.Signature(parameters)), 90, subsequent_indent="    ", break_on_hyphens=False)
+
+    __str__ = format
 
 
 def values_of(annotation: Any) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .annotations import by_position, check_values, values_of
+from .annotations import Brief, by_position, check_values, values_of
 from .names import FORGOTTEN, counterpart, unknown_argument
 from .values import check_device, name_of, not_a_tensor
 
@@ -69,6 +69,7 @@ def explained(function: Callable[P, T]) -> Callable[P, T]:
             explain(error, str(name), function, args, kwargs)
             raise
 
+    run.__signature__ = Brief.from_callable(function)  # type: ignore[attr-defined]
     return run
 
 
@@ -97,6 +98,8 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
             given: list[Any] = [v if isinstance(v, PLAIN) else _builtin(v) for v in (*args, *kwargs.values())]
             return init(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
 
+        run.__signature__ = Brief.from_callable(init)  # type: ignore[attr-defined]
+        run.__doc__ = init.__doc__ or "The arguments are explained in the docstring of the class."
         return run
 
     return decorated

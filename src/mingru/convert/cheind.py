@@ -37,7 +37,7 @@ def from_cheind(
     Args:
         state_dict: Tensors by name, of one dtype and device, with the names of version 1.4.2, the last one:
             `layers.{i}.gate_hidden`, `.norm`, `.res_align` of `MinGRU` and `MinConv2dGRU`, or `to_gate_hidden` of
-            `MinGRUCell` and `MinConv2dGRUCell`. docs/coming_from_another_mingru.md shows how
+            `MinGRUCell` and `MinConv2dGRUCell`. The guide "Coming from another minGRU" shows how
             to rename those of older versions.
         prefix: Prefix of the layer's names inside a model, such as "rnn."; other names are ignored. Default: no
             prefix.
@@ -105,7 +105,7 @@ def from_cheind(
     num_layers = 1 if is_cell else found.count(LAYER)
     if num_layers == 0:
         is_older = any(key.startswith(OLDER) for key in found)
-        older = "rename the keys of versions before 1.4.2, see docs/coming_from_another_mingru.md" if is_older else ""
+        older = 'see the guide "Coming from another minGRU" to rename keys of versions before 1.4.2' if is_older else ""
         raise found.without([LAYER.format(0), CELL], older)
 
     def key(index: int, part: str, kind: str) -> str:

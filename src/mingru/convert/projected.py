@@ -71,6 +71,7 @@ class Projected(Layer, role="sequence"):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> States:
+        """Return the output of all steps and the state after the last: see `Inputs` and `Outputs` of the class."""
         y, h = self.rnn(x, h, reset, lengths, dt)
         return self._projected(y, lengths), h
 

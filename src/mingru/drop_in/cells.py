@@ -110,6 +110,7 @@ class GRUCell(DropInCell, role="step", planned=True):
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: Tensor | None = None, reset: Tensor | None = None, dt: Tensor | None = None
     ) -> Tensor:
+        """Return the state after this step: see `Inputs` and `Outputs` of the class."""
         return self._forward(input, None if hx is None else [hx], reset, None, dt)[1][0]
 
     if TYPE_CHECKING:
@@ -198,6 +199,7 @@ class LSTMCell(DropInCell, role="step", planned=True):
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: Pair | None = None, reset: Tensor | None = None, dt: Tensor | None = None
     ) -> Pair:
+        """Return the state after this step: see `Inputs` and `Outputs` of the class."""
         c = self._forward(input, states_of(self.name, hx, self.proj_size), reset, None, dt)[1][0]
         return c.clone(), c
 

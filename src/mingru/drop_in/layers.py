@@ -274,6 +274,7 @@ class GRU(DropInLayer, role="torch", planned=True):
         dt: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> States:
+        """Return the output of all steps and the state after the last: see `Inputs` and `Outputs` of the class."""
         lengths = self._lengths(input, lengths, mask)
         output, states = self._forward(input, None if hx is None else [hx], reset, lengths, dt)
         return output, states[0]
@@ -408,6 +409,7 @@ class LSTM(DropInLayer, role="torch", planned=True):
         dt: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Pair]:
+        """Return the output of all steps and the state after the last: see `Inputs` and `Outputs` of the class."""
         lengths, h = self._lengths(input, lengths, mask), states_of(self.name, hx, self.proj_size)
         output, states = self._forward(input, h, reset, lengths, dt)
         c_n = states[0]

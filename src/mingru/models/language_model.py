@@ -136,6 +136,7 @@ class LanguageModel(Layer):
     def forward(
         self, ids: Tensor, state: list[Tensor] | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
+        """Return the output of all steps and the state after the last: see `Inputs` and `Outputs` of the class."""
         return self._forward(ids, state, reset, lengths, None)
 
     if TYPE_CHECKING:

@@ -31,6 +31,7 @@ class RecurrentCell(RecurrentLevels, role="step"):
     def forward(  # type: ignore[override]
         self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None, dt: Tensor | None = None
     ) -> Tensor:
+        """Return the state after this step: see `Inputs` and `Outputs` of the class."""
         return self._forward(x, None if h is None else [h], reset, None, dt)[1][0]
 
     if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class MinGRUCell(RecurrentCell, planned=True):
           bfloat16 or float16. Default: the initial state, which is learned, or g(0) = 0.5, or 0 if "sigmoid" has
           another candidate.
         - **reset**: Boolean mask, (B,) or a scalar. Where True, the state is set to the initial state before the step.
-        - **dt**: Time since the step before, (B,) or a scalar tensor; see docs/irregular.md.
+        - **dt**: Time since the step before, (B,) or a scalar tensor; see the guide "Irregular time series".
           Default: 1.
 
     Outputs:
@@ -162,7 +163,7 @@ class MinLSTMCell(RecurrentCell, planned=True):
         - **x**: Input, (B, I) or (I,).
         - **h**: State before the step, (B, H) or (H,).
         - **reset**: Boolean mask of sequences to reset.
-        - **dt**: Time since the step before, (B,) or a scalar tensor; see docs/irregular.md.
+        - **dt**: Time since the step before, (B,) or a scalar tensor; see the guide "Irregular time series".
           Default: 1.
 
     Outputs:

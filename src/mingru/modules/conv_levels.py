@@ -61,6 +61,7 @@ class ConvLevels(Levels, role="sequence"):
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
+        """Return the output of all steps and the state after the last: see `Inputs` and `Outputs` of the class."""
         return self._forward(x, h, reset, None, None)
 
     if TYPE_CHECKING:
@@ -159,6 +160,7 @@ class ConvCell(ConvLevels, role="step"):
         super().__init__(**arguments_of(locals()))
 
     def forward(self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Return the state after this step: see `Inputs` and `Outputs` of the class."""
         return self._forward(x, None if h is None else [h], reset, None, None)[1][0]
 
     if TYPE_CHECKING:

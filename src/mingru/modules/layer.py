@@ -251,6 +251,7 @@ class Composite(Layer):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
+        """Return the output of all steps and the state after the last: see `Inputs` and `Outputs` of the class."""
         return self._forward(x, h, reset, lengths, dt)
 
     if TYPE_CHECKING:

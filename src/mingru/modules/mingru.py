@@ -13,7 +13,8 @@ from .recurrent_levels import RecurrentLevels
 class MinGRU(RecurrentLevels, planned=True):
     """Apply a stack of minimal gated recurrent unit (minGRU) layers to a sequence.
 
-    All time steps are computed in parallel. Each layer and direction computes
+    Begin with the options of the example, or with `mingru.BlockGRU`, whose gates see the state: the guide "Choosing a
+    layer and its options" compares them. All time steps are computed in parallel. Each layer and direction computes
 
         z_t = sigma(W_z x_t + b_z)
         h_t = (1 - z_t) h_{t-1} + z_t g(W_h x_t + b_h)
@@ -21,9 +22,9 @@ class MinGRU(RecurrentLevels, planned=True):
     where x_t is the input of the layer, z_t the update gate and h_t the state. `mingru.functional.g` keeps the
     candidate positive: g(v) is v + 0.5 for v >= 0 and sigma(v) for v < 0.
 
-    docs/gates.md has the equations of the other values of `gate`, which flip or turn the state so that it can
+    The guide "Gates" has the equations of the other values of `gate`, which flip or turn the state so that it can
     count. With elapsed times `dt` and a lower bound m of the decay, `min_decay`, 1 - z_t becomes r_t =
-    (m + (1 - m) (1 - z_t))^dt_t, and z_t becomes 1 - r_t; see docs/irregular.md.
+    (m + (1 - m) (1 - z_t))^dt_t, and z_t becomes 1 - r_t; see the guide "Irregular time series".
 
     `residual="highway"` computes the output y of a layer from its state and its input, without the norm, with p_t = W_p
     x_t + b_p: y_t = sigma(p_t) h_t + (1 - sigma(p_t)) x_t.
@@ -56,7 +57,7 @@ class MinGRU(RecurrentLevels, planned=True):
         learn_initial_state: If True, the initial state is a parameter, (L * D, 1, 1, H). It begins at the default, or
             if `gate` is not "sigmoid", it is drawn from N(0, 1).
         memory: Number of time steps, above 1, that a state lasts at first, 1 / (1 - |a|), or a pair of them; see
-            docs/gates.md. It shifts the bias of the gate at initialization, and requires `bias=True`.
+            the guide "Gates". It shifts the bias of the gate at initialization, and requires `bias=True`.
         recompute: If True, the backward pass of the backends "native" and "triton" recomputes the pre-activations
             instead of storing them, which saves two thirds of the memory. Default: whichever is faster. It has no
             effect with `residual="highway"`, and on GPUs with `output_gate` or `gate="mixed"`.
@@ -68,13 +69,13 @@ class MinGRU(RecurrentLevels, planned=True):
           parameters. B or S may be 0. A `torch.nn.utils.rnn.PackedSequence`, sorted or not, is accepted too.
         - **h**: State before the first step, any real numbers, expandable to (L * D, B, 1, H). Index l * D is layer l
           forward, l * D + 1 its reverse direction. The dtype is that of x, or float32 if x is bfloat16 or float16.
-          Default: the initial state, see docs/states.md.
+          Default: the initial state, see the guide "States".
         - **reset**: Boolean mask, (B, S) or (S, B) like x; packed if x is packed. Where True, the state is set to the
           initial state before that step, and in the reverse direction after it.
         - **lengths**: Number of valid steps of each sequence, integers (B,) from 0 to S. Padded steps are skipped, and
           `out` is 0 there. The state of an empty sequence is its initial state. Must be None if x is packed.
         - **dt**: Time since the step before, (B, S) or (S, B) like x, at least 0, in a unit in which usual values are
-          near 1; see docs/irregular.md for its first value. `mingru.functional.elapsed_times`
+          near 1; see the guide "Irregular time series" for its first value. `mingru.functional.elapsed_times`
           computes `dt` from times. It is packed if x is packed. The dtype is that of x or float32. Default: 1.
 
     Outputs:
@@ -93,21 +94,20 @@ class MinGRU(RecurrentLevels, planned=True):
           `torch.nn.Linear`.
         - `layers.{l}.linear_reverse`, `layers.{l}.norm`, `layers.{l}.align` (the residual's linear map) and
           `initial_state`: only if an option needs them.
-        - Marks: numbers of options that change what weights of the same shapes mean, see
-          docs/gates.md. Defaults have no marks.
+        - Marks: numbers of options that change what weights of the same shapes mean. Defaults have no marks.
 
     Numerics:
         The recurrence of bfloat16 and float16 inputs is computed in float32. The returned state has the dtype of `h`;
         under autocast it is float32. If a state lasts L = 1 / (1 - |a|) steps, the relative error of the recurrence in
         float32 stays below 5e-7 + 1e-7 L, and below 5e-7 sqrt(L) with the backend "native" and inputs that vary.
-        docs/accuracy.md has the errors of the other gates, in which terms of both signs may cancel.
+        The guide "Accuracy" has the errors of the other gates, in which terms of both signs may cancel.
 
     Differences from `torch.nn.GRU`: z_t = 1 takes the candidate, not the old state. One layer cannot compare its input
     with its state, because no weights lead from state to state. The shape and default of the state and the default of
     `batch_first` differ too. Unlike in the paper, the initial state may be any real numbers.
 
     Examples:
-        >>> rnn = mingru.MinGRU(input_dims=3, hidden_dims=64, num_layers=2, residual=True)
+        >>> rnn = mingru.MinGRU(3, 64, num_layers=2, norm="rms", residual=True, gate="mixed")
         >>> out, h = rnn(torch.randn(10, 128, 3))
         >>> out.shape, h.shape
         (torch.Size([10, 128, 64]), torch.Size([2, 10, 1, 64]))

@@ -56,7 +56,7 @@ class MinLSTM(RecurrentLevels, planned=True):
         - **h**: State before the first step, (L * D, B, 1, H).
         - **reset**: Boolean mask of steps that start from the initial state.
         - **lengths**: Number of valid steps, (B,).
-        - **dt**: Time since the step before, (B, S), at least 0; see docs/irregular.md. The
+        - **dt**: Time since the step before, (B, S), at least 0; see the guide "Irregular time series". The
           normalized forget gate is raised to this power, and the input gate is 1 minus the result. Default: 1. Must be
           None if `normalize` is False.
 

@@ -73,6 +73,7 @@ class RecurrentLevels(Levels, role="sequence"):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> States:
+        """Return the output of all steps and the state after the last: see `Inputs` and `Outputs` of the class."""
         out, states = self._forward(x, None if h is None else [h], reset, lengths, dt)
         return out, states[0]
 

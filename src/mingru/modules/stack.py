@@ -73,7 +73,7 @@ class Stack(Composite, role="sequence", planned=True):
           that the `forward` of a layer of your own does not use must be None.
         - **lengths**: Number of valid steps of each sequence, if no layer is convolutional.
         - **dt**: Time since the step before, if all layers take elapsed times; see
-          docs/irregular.md.
+          the guide "Irregular time series".
 
     Outputs:
         - **out**: Output of the last layer, packed if x is packed.
