@@ -241,7 +241,7 @@ def test_memory_is_the_number_of_steps_that_a_state_lasts_at_first(kind):
         rnn = kind(memory=memory, candidate="linear")
         for weight in rnn.parameters():
             nn.init.zeros_(weight)
-        rnn.layers[0].add_gate_bias()
+        rnn.layers[0].initialize_maps()
         space = (1,) if isinstance(rnn, mingru.MinConv1dGRU) else ()
         h = torch.ones(rnn.num_directions, 1, *[1] * (not isinstance(rnn, mingru.drop_in.GRU)), H, *space)
         out, _ = rnn(torch.zeros(1, 1, 4, *space), [h[0]] if space else h)
@@ -263,6 +263,11 @@ def test_what_is_drawn_by_default():
         assert "memory" not in repr(make(gate=gate, bias=False))
     bias, *others = (drawn(make, gate="mixed", **given)["layers.0.linear.bias"] for given in ({}, {"memory": (2, 60)}))
     all_exact((bias[H // 2 :], others[0][H // 2 :]), (bias[: H // 2], drawn(make)["layers.0.linear.bias"][: H // 2]))
+    # A BlockGRU has the distribution of nn.GRU: all weights, and sums of two for the biases of r and z.
+    for name, weight in drawn(mingru.BlockGRU, input_dims=4, hidden_dims=64, bidirectional=True, again=True).items():
+        two = weight[: 2 * 64 * ("linear" in name and weight.dim() == 1)]
+        for own, each in ((weight[len(two) :], 8 * 3**0.5), (two, 8 * 1.5**0.5)):
+            assert len(own) == 0 or ((own.std() * each - 1).abs() < 0.2 and own.abs().max() <= 0.25)
     # With inputs of variance 1, most angles are below a quarter of a turn.
     rnn = mingru.MinGRU(64, 256, gate="rotation")
     angles = rnn.layers[0].linear(torch.randn(1000, 64))[:, 1:256:2] * torch.pi / 4

@@ -101,7 +101,7 @@ class GRUCell(DropInCell, role="step", planned=True):
         candidate: Candidate | None = None,
         gate: Gate = "sigmoid",
         min_decay: float = 0.0,
-        block_size: int = 32,
+        block_size: int = 64,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
     ) -> None:
@@ -185,7 +185,7 @@ class LSTMCell(DropInCell, role="step", planned=True):
         candidate: Candidate | None = None,
         gate: Gate = "sigmoid",
         min_decay: float = 0.0,
-        block_size: int = 32,
+        block_size: int = 64,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
     ) -> None:

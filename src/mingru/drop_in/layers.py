@@ -201,7 +201,7 @@ class GRU(DropInLayer, role="torch", planned=True):
         >>> rnn
         GRU(10, 20, num_layers=2)
         >>> mingru.drop_in.GRU(10, 100, cell="blockgru")
-        GRU(10, 100, block_size=25, cell='blockgru')
+        GRU(10, 100, block_size=50, cell='blockgru')
     """
 
     cell, mode = "mingru", "GRU"
@@ -227,7 +227,7 @@ class GRU(DropInLayer, role="torch", planned=True):
         gate: Gates = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         output_gate: OutputGate | None = None,
-        block_size: int = 32,
+        block_size: int = 64,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
         recompute: bool | None = None,
@@ -388,7 +388,7 @@ class LSTM(DropInLayer, role="torch", planned=True):
         gate: Gates = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         output_gate: OutputGate | None = None,
-        block_size: int = 32,
+        block_size: int = 64,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
         recompute: bool | None = None,

@@ -71,9 +71,9 @@ class BlockGRU(RecurrentLevels, planned=True):
 
     State dict:
         - `layers.{l}.linear.weight` (3H, I) and `layers.{l}.linear.bias` (3H,): rows of r, z and n, as in
-          `torch.nn.GRU`. Initialized as in `torch.nn.Linear`.
+          `torch.nn.GRU`. Initialized as there, uniform up to 1 / sqrt(H); the biases of r and z are the sum of two.
         - `layers.{l}.recurrent.weight` (3H, K) and `layers.{l}.recurrent.bias` (H,): U, each row without the zeros
-          outside of its block, and c_n. Initialized as in `torch.nn.GRU`, uniform up to 1 / sqrt(K).
+          outside of its block, and c_n. Initialized as in a `torch.nn.GRU` of K features, uniform up to 1 / sqrt(K).
         - `linear_reverse`, `recurrent_reverse`, `norm`, `align` and `initial_state`: only if an option needs them.
 
     Numerics:
@@ -109,7 +109,7 @@ class BlockGRU(RecurrentLevels, planned=True):
         *,
         residual: bool = False,
         norm: Norm | None = None,
-        block_size: int = 32,
+        block_size: int = 64,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
         recompute: bool | None = None,
@@ -254,7 +254,7 @@ class BlockGRUCell(RecurrentCell, planned=True):
         bias: bool = True,
         *,
         norm: Norm | None = None,
-        block_size: int = 32,
+        block_size: int = 64,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
         device: Any = None,

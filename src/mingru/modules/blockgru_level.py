@@ -1,7 +1,9 @@
 """One layer of a BlockGRU."""
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..check.forms import check_parameter
@@ -42,6 +44,17 @@ class BlockGRULevel(RecurrentLevel):
         self.shapes = (3 * arguments[0], arguments[1]), (arguments[0],)
         self.recurrent = RecurrentMap(*arguments, **options.factory)
         self.recurrent_reverse = RecurrentMap(*arguments, **options.factory) if options.bidirectional else None
+
+    def initialize_maps(self) -> None:
+        """Initialize the maps of x as `torch.nn.GRU` does, whose two biases of r and z are here their sum."""
+        bound = 1 / math.sqrt(self.hidden_dims)
+        for linear in self.maps():
+            for parameter in linear.parameters():
+                nn.init.uniform_(parameter, -bound, bound)
+            if linear.bias is not None:
+                both = linear.bias.detach()[: 2 * self.hidden_dims]
+                both += torch.empty_like(both).uniform_(-bound, bound)
+        super().initialize_maps()
 
     def maps_of_directions(self) -> list[list[Any]]:
         """Return the linear map and the recurrent weights of each direction."""

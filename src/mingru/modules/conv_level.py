@@ -108,7 +108,7 @@ class ConvLevel(Level):
         keeps_space = all(number == 1 for number in (*geometry.stride, *geometry.reach()))
         if self.residual and not (input_dims == output_dims and keeps_space):
             self.align = convolution(output_dims, bias=False)
-        self.add_gate_bias()
+        self.initialize_maps()
         shape = (self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size))
         self._zero_state = default_start(options)
         self.initial_state = learned_state(shape, options)

@@ -39,10 +39,10 @@ class Level(Saved):
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
         reset_all(self.children())
-        self.add_gate_bias()
+        self.initialize_maps()
 
-    def add_gate_bias(self) -> None:
-        """Add to the bias of the gates what `memory` needs."""
+    def initialize_maps(self) -> None:
+        """Change the initial weights of the maps as options need: add to the bias of the gates what `memory` needs."""
         for linear in self.maps() if any(self.memories.values()) else []:
             rows = linear.bias.detach().view(-1, self.hidden_dims).chunk(len(self.memories), 1)
             for (cell, memory), own in zip(self.memories.items(), rows, strict=True):

@@ -25,7 +25,7 @@ class RecurrentOptions(Options):
     """The options of MinGRU and MinLSTM."""
 
     # Of options that not all classes have.
-    gate, min_decay, normalize, forget_bias, block_size = "sigmoid", 0.0, True, 0.0, 32
+    gate, min_decay, normalize, forget_bias, block_size = "sigmoid", 0.0, True, 0.0, 64
     candidate: Any = None
     output_gate: Any = None
     proj_size = 0
@@ -101,7 +101,7 @@ class RecurrentLevel(Level):
         self.align = None
         if self.residual and input_dims != output_dims:
             self.align = linear(input_dims, output_dims, False, **factory)
-        self.add_gate_bias()
+        self.initialize_maps()
         add_marks(self, options.device)
 
     def forward(
@@ -137,8 +137,8 @@ class RecurrentLevel(Level):
         if self.residual:
             plan.add(self.align)
 
-    def add_gate_bias(self) -> None:
-        super().add_gate_bias()
+    def initialize_maps(self) -> None:
+        super().initialize_maps()
         for linear in self.maps() if self.forget_bias != 0 else []:
             linear.bias.detach()[: self.hidden_dims] += self.forget_bias
 
