@@ -1,5 +1,6 @@
 """`python -m mingru.bench`: it runs, its numbers fit together, and bad options are refused in one line."""
 
+import re
 import subprocess
 import sys
 
@@ -17,19 +18,25 @@ def test_it_runs_and_prints_numbers():
     facts = dict(line.split(": ", 1) for line in head.splitlines() if ": " in line)
     assert (facts["threads"], facts["torch"], facts["backend torch"]) == ("1", torch.__version__, "can run")
     assert {"processor", "backend native"} <= set(facts)
-    assert facts["MinGRU"] == "the README's model, num_layers=2, norm='rms', residual=True, gate='mixed'"
+    assert facts["BlockGRU"] == "num_layers=2, the README's model"
+    assert facts["MinGRU"] == "num_layers=2, norm='rms', residual=True, gate='mixed'"
     for shape, table in zip([(2, 7, 3, 8), (1, 1, 4, 16)], tables, strict=True):
         title, _, *rows = table.splitlines()
-        assert title == f"(B, S, I, H) = {shape}"
-        cells = [row.rsplit(maxsplit=4) for row in rows]
-        figures = {name: [float(number) for number in numbers] for name, *numbers in cells}
-        assert list(figures) == ["MinGRU", "nn.GRU", "nn.LSTM"]
-        for numbers in figures.values():
-            for way in (0, 1):
-                # All figures have three digits.
-                ms, longer = numbers[way::2]
-                assert 0 < ms < 1e5
-                assert ms / longer == pytest.approx(figures["MinGRU"][way], rel=0.02)
+        assert title == f"(B, S, I, H) = {shape}: medians (middle half of the rounds)"
+        assert [row.split()[0] for row in rows] == ["BlockGRU", "MinGRU", "nn.GRU", "nn.LSTM"]
+        numbers = [[float(number) for number in re.findall(r"(?<=[ (-])[\d.]+", row)] for row in rows]
+        for figures in numbers:
+            # Of both passes: a time and a ratio, each before the ends of its middle half. All have three digits.
+            for way in (0, 3):
+                ms, low, high, longer, least, most = *figures[way : way + 3], *figures[way + 6 : way + 9]
+                assert 0 < low <= ms <= high < 1e5 and least <= most
+                assert ms / longer == pytest.approx(numbers[0][way], rel=0.02)
+
+
+def test_the_middle_half_of_rounds():
+    assert bench._spread([1.0, 2.0, 3.0, 4.0, 5.0], [2.0] * 5) == "1.50 (0.750-2.25)"
+    # A slow round is slow for both, and does not widen their ratio.
+    assert bench._spread([2.0, 2.0, 20.0], [1.0, 1.0, 10.0]) == "2.00 (2.00-2.00)"
 
 
 @pytest.mark.parametrize(
@@ -39,7 +46,7 @@ def test_it_runs_and_prints_numbers():
         ("--seconds nan", "argument --seconds: must be a number above 0, got 'nan'"),
         ("--device toaster", "argument --device: torch cannot compute on 'toaster' here"),
         ("--device meta", "argument --device: torch cannot compute on 'meta' here"),
-        ("--shape 2 3 4 5", "argument --shape: H must be divisible by 8 because gate is 'mixed', got '5'"),
+        ("--shape 2 3 4 5", "argument --shape: MinGRU: hidden_dims must be divisible by 8"),
     ],
 )
 def test_bad_options_are_refused(options, says, capsys):

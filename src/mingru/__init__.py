@@ -56,8 +56,7 @@ def __dir__() -> list[str]:
 
 for _module in (convert, drop_in, export, functional, models):
     # For tab completion. `mingru.functional.mingru` is not in `__all__`, because * would replace this package.
-    _listed = [*_module.__all__, *["mingru"] * (_module is functional)]
-    vars(_module)["__dir__"] = _listed.copy
+    vars(_module)["__dir__"] = [*_module.__all__, *["mingru"] * (_module is functional)].copy
 
 # Type checkers would take every name for known.
 if not typing.TYPE_CHECKING:

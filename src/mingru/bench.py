@@ -1,15 +1,18 @@
-"""Compare the speed of the README's model with nn.GRU and nn.LSTM on your own machine.
+"""Compare the speed of the README's model, and of MinGRU, with nn.GRU and nn.LSTM on your own machine.
 
     python -m mingru.bench
-    python -m mingru.bench --threads 4 --shape 8 512 256 256 --shape 1 1 64 64
+    python -m mingru.bench --threads 1 --shape 8 512 256 256 --shape 1 1 64 64
 
-Torch's models have one layer. Each time is the median of interleaved runs in one process, in milliseconds, in float32.
-With one CPU thread, it is processor time, which is right on a busy machine too. "forward" runs in inference mode.
-"fwd + bwd" also computes the gradients of the input and of all parameters. The program needs only torch.
+Torch's models have one layer. Each time is the median of interleaved rounds in one process, in milliseconds, in
+float32; in brackets is the middle half of the rounds. If it is wide, other programs run: use --threads 1, whose times
+are of the processor, and a longer --seconds. "forward" runs in inference mode. "fwd + bwd" also computes the gradients
+of the input and of all parameters. The program needs only torch.
 """
 
 import argparse
+import itertools
 import math
+import operator
 import os
 import platform
 import random
@@ -24,20 +27,24 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
+from .modules.blockgru import BlockGRU
 from .modules.mingru import MinGRU
 from .ops.call import spec_of
 from .ops.route import backends, choose
 
-# Of the README's model.
-OPTIONS: dict[str, Any] = {"norm": "rms", "residual": True, "gate": "mixed"}
+Calls = dict[str, Callable[[], Any]]
+OPTIONS: dict[str, Any] = {"num_layers": 2, "norm": "rms", "residual": True, "gate": "mixed"}
 # Batch, steps, input features, hidden features.
 SHAPE = (16, 256, 64, 64)
 
 
-def medians_ms(
-    calls: dict[str, Callable[[], Any]], seconds: float = 4.0, least: int = 5, device: str = "cpu"
-) -> dict[str, float]:
-    """Return the median time of each call, in milliseconds; with one CPU thread, it is processor time.
+def medians_ms(calls: Calls, seconds: float = 4.0, least: int = 5, device: str = "cpu") -> dict[str, float]:
+    """Return the median time of each call, in milliseconds; with one CPU thread, it is processor time."""
+    return {name: statistics.median(taken) for name, taken in rounds_ms(calls, seconds, least, device).items()}
+
+
+def rounds_ms(calls: Calls, seconds: float, least: int = 3, device: str = "cpu") -> dict[str, list[float]]:
+    """Return the times of each call in all rounds, in milliseconds.
 
     All calls are timed once per round, so that a temporary slowdown of the machine affects them equally. The order
     differs between rounds. Before it is timed, each call runs once, so that its data is in the caches.
@@ -59,7 +66,7 @@ def medians_ms(
             wait()
             times_ms[name].append((clock() - start) * 1e3)
         rounds += 1
-    return {name: statistics.median(taken) for name, taken in times_ms.items()}
+    return times_ms
 
 
 def forward(function: Callable[[], object]) -> Callable[[], object]:
@@ -106,20 +113,35 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
 
 
-def compared(shape: Sequence[int], device: str, seconds: float) -> dict[str, tuple[float, float]]:
-    """Return the times of forward, and of forward + backward, of each module, in milliseconds."""
-    batch, steps, input_dims, hidden_dims = shape
-    modules = {
-        "MinGRU": MinGRU(input_dims, hidden_dims, num_layers=2, **OPTIONS).to(device),
-        "nn.GRU": nn.GRU(input_dims, hidden_dims, batch_first=True, device=device),
-        "nn.LSTM": nn.LSTM(input_dims, hidden_dims, batch_first=True, device=device),
+def models(input_dims: int, hidden_dims: int, device: str) -> dict[str, nn.Module]:
+    """Return what is compared. The first model is the one that the README begins with."""
+    found = {
+        "BlockGRU": BlockGRU(input_dims, hidden_dims, num_layers=2),
+        "MinGRU": MinGRU(input_dims, hidden_dims, **OPTIONS),
+        "nn.GRU": nn.GRU(input_dims, hidden_dims, batch_first=True),
+        "nn.LSTM": nn.LSTM(input_dims, hidden_dims, batch_first=True),
     }
+    return {name: module.to(device) for name, module in found.items()}
+
+
+def compared(shape: Sequence[int], device: str, seconds: float) -> dict[str, list[str]]:
+    """Return a row for each model: the times of forward, and of forward + backward, and both over the first model's."""
+    batch, steps, input_dims, hidden_dims = shape
+    modules = models(input_dims, hidden_dims, device)
     x = torch.randn(batch, steps, input_dims, device=device, requires_grad=True)
     calls = {name: (lambda module=module: output(module(x))) for name, module in modules.items()}
     inference = {name: forward(call) for name, call in calls.items()}
     training = {name: forward_backward(calls[name], [x, *module.parameters()]) for name, module in modules.items()}
-    inference_ms, training_ms = (medians_ms(each, seconds, 1, device) for each in (inference, training))
-    return {name: (inference_ms[name], training_ms[name]) for name in modules}
+    found = [rounds_ms(each, seconds, device=device) for each in (inference, training)]
+    ratios = {name: [_spread(times[name], times["BlockGRU"]) for times in found] for name in modules}
+    return {name: [_spread(times[name]) for times in found] + ratios[name] for name in modules}
+
+
+def _spread(times: list[float], bases: Sequence[float] = (1.0,)) -> str:
+    """Format a ratio of medians, and the middle half of the ratios in the rounds."""
+    low, _, high = statistics.quantiles(map(operator.truediv, times, itertools.cycle(bases)), n=4)
+    middle = statistics.median(times) / statistics.median(bases)
+    return f"{_figure(middle)} ({_figure(low)}-{_figure(high)})"
 
 
 def _figure(number: float) -> str:
@@ -129,7 +151,8 @@ def _figure(number: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = _Parser("python -m mingru.bench", description=(__doc__ or "").splitlines()[0])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("python -m mingru.bench", "%(prog)s [options]", __doc__, formatter_class=form)
     whole, seconds = _above_0(int, "a whole number"), _above_0(float, "a number")
     parser.add_argument("--threads", type=whole, help="number of CPU threads (default: torch's choice)")
     parser.add_argument("--device", type=_device, default="cpu", help="device to run on (default: %(default)s)")
@@ -137,9 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = f"batch, steps, input and hidden features; can be repeated (default: {SHAPE})"
     parser.add_argument("--shape", type=whole, nargs=4, action="append", metavar=("B", "S", "I", "H"), help=text)
     args = parser.parse_args(arguments)
-    for *_, features in args.shape or []:
-        if features % 8:
-            parser.error(f"argument --shape: H must be divisible by 8 because gate is 'mixed', got '{features}'")
+    for *_, input_dims, hidden_dims in args.shape or []:
+        try:
+            models(input_dims, hidden_dims, "meta")
+        except ValueError as error:
+            parser.error(f"argument --shape: {error}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -150,16 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     auto = choose(spec_of("mingru_mixed", "tanh", False, 0.0), torch.zeros(1, 1, 1, device=args.device))
     print(f"device {args.device}{_product(args.device)}: mingru uses the backend {auto!r}")
     options = ", ".join(f"{name}={value!r}" for name, value in OPTIONS.items())
-    print(f"MinGRU: the README's model, num_layers=2, {options}")
+    print(f"BlockGRU: num_layers=2, the README's model\nMinGRU: {options}\nnn.GRU, nn.LSTM: one layer")
     for shape in args.shape or [SHAPE]:
-        taken_ms = compared(shape, args.device, args.seconds)
-        own, parts = taken_ms["MinGRU"], ("forward", "fwd + bwd")
-        rows = [
-            [name, *map(_figure, (*taken, *(ms / base for ms, base in zip(taken, own, strict=True))))]
-            for name, taken in taken_ms.items()
-        ]
-        columns = ["median ms", *parts, *(f"time / MinGRU: {part}" for part in parts)]
-        print_table(f"(B, S, I, H) = {tuple(shape)}", columns, rows)
+        rows = compared(shape, args.device, args.seconds)
+        columns = ["", "forward, ms", "fwd + bwd, ms", *(f"{part} / BlockGRU" for part in ("forward", "fwd + bwd"))]
+        title = f"(B, S, I, H) = {tuple(shape)}: medians (middle half of the rounds)"
+        print_table(title, columns, [[name, *cells] for name, cells in rows.items()])
 
 
 def _product(device: str) -> str:

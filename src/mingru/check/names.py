@@ -83,8 +83,7 @@ def unknown_name(package: dict[str, Any], name: str) -> str:
     """Return the error message for a name that the package does not have: where it is, or what it is called here."""
     public: list[str] = package["__all__"]
     known = {each.lower(): f"{home}.{each}" for home in public for each in getattr(package[home], "__all__", ())}
-    by_module = {"sessions": "streaming.Sessions, after import mingru.streaming"}
-    known |= by_module | {each.lower(): each for each in public}
+    known |= {"sessions": "streaming.Sessions, after import mingru.streaming"} | {each.lower(): each for each in public}
     meant = difflib.get_close_matches(name.lower(), known, 1, 0.8)
     remedy = f"use mingru.{known[meant[0]]}" if meant else f"the names are {', '.join(public)}"
     if name in BY_THEIR_NAMES_ONLY:
