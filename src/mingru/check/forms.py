@@ -202,7 +202,8 @@ def check_steps(
     if dt is not None:
         why_not = CELLS[cell or owner.cell].not_timed
         if why_not is not None:
-            raise ValueError(expectation(owner.name, "dt", f"None because {why_not}", type(dt).__name__))
+            expected, remedy = f"None because {why_not}", "make log(dt) an input feature"
+            raise ValueError(expectation(owner.name, "dt", expected, type(dt).__name__, remedy))
         form = table.get("dt") or refuse_given(owner, table, "dt", dt)
         form.check(owner, dt, like, x)
         if dt.is_cpu and are_eager(dt) and dt.numel() > 0:

@@ -27,7 +27,8 @@ class BlockGRUOptions(RecurrentOptions):
         super().check()
         fits = self.hidden_dims <= self.block_size or self.hidden_dims % self.block_size == 0
         expected, got = f"divisible by block_size = {self.block_size}", str(self.hidden_dims)
-        require(self.name, "hidden_dims", fits, expected, got, "pass block_size, a divisor of it")
+        divisors = (size for size in range(1, self.block_size) if self.hidden_dims % size == 0)
+        require(self.name, "hidden_dims", fits, expected, got, f"pass block_size={max(divisors, default=1)}")
 
 
 @plannable
