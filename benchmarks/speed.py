@@ -47,7 +47,7 @@ from mingru.bench import forward, forward_backward, medians_ms, output, print_ta
 from mingru.models import LanguageModel
 
 SHAPES = [(8, 512, 256, 256), (1, 4096, 256, 256), (16, 1024, 512, 512), (64, 1000, 10, 100), (32, 64, 64, 64)]
-# Of the model that docs/choosing.md recommends.
+# Of the model that docs/choosing.md begins with.
 EQUAL_SHAPES = [(1, 4096, 256, 256), (8, 512, 256, 256), (64, 256, 64, 128), (16, 256, 10, 64), (128, 32, 128, 128)]
 # One shape, and others that differ in batch, steps or features.
 PAGE_SHAPES = [(batch, 512, 128, 128) for batch in (8, 1, 64)] + [(8, steps, 128, 128) for steps in (1, 16, 64, 4096)]
@@ -59,7 +59,9 @@ BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is Tr
 LENGTHS = [2**power for power in range(4, 17)]
 BATCH, FEATURES, SLOW_MS = 8, 256, 3000.0
 ACCELERATED = "nn.GRU, accelerated"
-PEER, RECOMMENDED, TENSORS = "minGRU-pytorch", "MinGRU as recommended", "the same without a compiler"
+PEER, START, MIXED = "minGRU-pytorch", "BlockGRU", 'MinGRU, gate="mixed"'
+# Left out where models have two layers, and what these are compared with.
+OF_ONE, OTHERS = (PEER, "mingru", LINEAR), (GRU, "nn.LSTM", MIXED)
 
 
 class Table(NamedTuple):
@@ -385,12 +387,11 @@ def ratios(found, name):
 GROUPS = {each.__name__: each for each in (one_layer, family, steps, half, products, model, tagger, deploy)}
 
 
-def recommended(input_dims, hidden_dims):
-    """Return the model that docs/choosing.md recommends, twice: with the kernels, and as without a compiler."""
-    options = {"num_layers": 2, "norm": "rms", "residual": True, "gate": "mixed"}
-    found = {name: mingru.MinGRU(input_dims, hidden_dims, **options) for name in (RECOMMENDED, TENSORS)}
-    found[TENSORS].forward = within(partial(mingru.use_backend, "torch"), found[TENSORS].forward)
-    return found
+def starts(*sizes):
+    """Return the model that docs/choosing.md begins with, and others of two layers."""
+    mixed = mingru.MinGRU(*sizes, 2, norm="rms", residual=True, gate="mixed")
+    of_torch = {f"nn.{kind.__name__}": kind(*sizes, 2, batch_first=True) for kind in (nn.GRU, nn.LSTM)}
+    return {START: mingru.BlockGRU(*sizes, 2), MIXED: mixed, **of_torch}
 
 
 def whole_layers(timer, shape, others=None, skipped=()):
@@ -410,27 +411,27 @@ def sweep(timer):
     """Time forward + backward by length; methods that become too slow are left out for longer sequences."""
     times = {}
     for count in LENGTHS:
-        slow = [TENSORS, *(name for name, by_count in times.items() if max(by_count.values()) >= SLOW_MS)]
-        found = whole_layers(timer, (BATCH, count, FEATURES, FEATURES), recommended(FEATURES, FEATURES), slow)
+        slow = [name for name, by_count in times.items() if max(by_count.values()) >= SLOW_MS]
+        found = whole_layers(timer, (BATCH, count, FEATURES, FEATURES), starts(FEATURES, FEATURES), [*OF_ONE, *slow])
         for name, (_, both) in found.items():
             times.setdefault(name, {})[count] = both
     return times
 
 
 def equal(by_threads):
-    """Return the tables of the model that is recommended beside one layer of torch, a training step and inference."""
+    """Return the tables of the model to begin with beside others of two layers, a training step and inference."""
     *fewer, most = by_threads.values()
 
     def ratio(shape, name, at):
-        found = [short(each[shape][name][at] / each[shape][RECOMMENDED][at]) for each in (most, *fewer)]
+        found = [short(each[shape][name][at] / each[shape][START][at]) for each in (most, *fewer)]
         return "–".join(sorted(set(found), key=float)) + "×"
 
     def row(shape, own, at):
-        return [shape, f"{own[at]:.3g} ms", *(ratio(shape, name, at) for name in (GRU, "nn.LSTM", TENSORS))]
+        return [shape, f"{own[at]:.3g} ms", *(ratio(shape, name, at) for name in OTHERS)]
 
     kinds = {"training step": 1, "inference": 0}
-    columns = {kind: ["(B, S, I, H)", kind, GRU, "nn.LSTM", "no kernels"] for kind in kinds}
-    rows = {kind: [row(shape, each[RECOMMENDED], at) for shape, each in most.items()] for kind, at in kinds.items()}
+    columns = {kind: ["(B, S, I, H)", kind, *OTHERS] for kind in kinds}
+    rows = {kind: [row(shape, each[START], at) for shape, each in most.items()] for kind, at in kinds.items()}
     return "\n\n".join(markdown(columns[kind], rows[kind]) for kind in kinds)
 
 
@@ -457,15 +458,18 @@ def tables(record):
 
 
 def plot(times, path):
-    styles = {RECOMMENDED: measure.OWN, "mingru": {"color": "#52b788", "label": "MinGRU, one plain layer"}}
-    styles |= {LINEAR: {"color": "#8d99ae", "linestyle": "--"}}
-    styles |= {GRU: {"color": "#c1121f"}, "nn.LSTM": {"color": "#e07a1f"}, PEER: {"color": "#b5179e"}}
+    styles = {
+        START: measure.OWN,
+        MIXED: {"color": "#52b788"},
+        GRU: {"color": "#c1121f"},
+        "nn.LSTM": {"color": "#e07a1f"},
+    }
     lines = [
         (by_steps, by_steps.values(), {"label": name, "color": "#5a4fcf", **styles.get(name, {})})
         for name, by_steps in times.items()
     ]
     labels = {"xlabel": "sequence length (steps)", "ylabel": "forward + backward (ms)"}
-    title = f"Batch {BATCH}, {FEATURES} features, {torch.get_num_threads()} CPU threads"
+    title = f"Two layers, batch {BATCH}, {FEATURES} features, {torch.get_num_threads()} CPU threads"
     measure.draw(path, lines, is_log=True, title=title, **labels)
 
 
@@ -479,7 +483,7 @@ def page(args, timer):
     for threads in sorted({1, args.threads}):
         torch.set_num_threads(threads)
         for shape in [tuple(shape) for shape in args.shape or EQUAL_SHAPES]:
-            found = whole_layers(timer, shape, recommended(*shape[2:]), (PEER,))
+            found = whole_layers(timer, shape, starts(*shape[2:]), OF_ONE)
             of_equal.setdefault(str(threads), {})[str(shape)] = found
         for shape in [tuple(shape) for shape in args.shape or PAGE_SHAPES]:
             others = {"BlockGRU": mingru.BlockGRU(*shape[2:])}

@@ -137,22 +137,6 @@ def test_each_public_name_has_a_page():
                 assert f"::: {module.__name__}.{name}\n" in pages
 
 
-def test_the_page_of_options_is_what_the_command_wrote(monkeypatch):
-    results = json.loads((DOCS / "choosing.json").read_text(encoding="utf-8"))["results"]
-    page = (DOCS / "choosing.md").read_text(encoding="utf-8").replace("**", "")  # the bold row
-    monkeypatch.syspath_prepend(DOCS.parent / "benchmarks")
-    choosing = load("benchmarks/choosing.py")
-    for models in (choosing.MODELS, choosing.ONE_FEATURE):
-        titles = [title for title, found in results.items() if found.keys() == models.keys()]
-        assert f"| | {' | '.join(titles)} |" in page
-        for name in models:
-            cells = [choosing.cell_of(**results[title][name]) for title in titles]
-            assert f"\n| {name} | {' | '.join(cells)} |\n" in page
-    results = json.loads((DOCS / "drop_in.json").read_text(encoding="utf-8"))["results"]
-    table = load("benchmarks/drop_in.py").table(results)
-    assert f"\n{table}\n" in (DOCS / "other_libraries.md").read_text(encoding="utf-8")
-
-
 def test_the_tables_of_speed_are_what_the_command_wrote(monkeypatch):
     monkeypatch.syspath_prepend(DOCS.parent / "benchmarks")
     speed = load("benchmarks/speed.py")
