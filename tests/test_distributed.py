@@ -264,7 +264,7 @@ def refusals(four, pairs):
         ({"dt": x[..., 0].abs() if is_one else None}, error, "MinGRU: arguments must be equal ...('x', 'dt')"),
         ({"lengths": torch.tensor([5 * rank, 1])}, error, "MinGRU: lengths must be equal on all ranks"),
         ({"lengths": torch.tensor([21, 1])}, error, "MinGRU: lengths must be from 0 to S = 20"),
-        ({"lengths": zeros[:, 0]}, TypeError, "MinGRU: lengths must be of an integer dtype"),
+        ({"lengths": zeros[:, 0]}, TypeError, "MinGRU: lengths must be of a signed integer dtype or uint8"),
         ({"reset": zeros > 0}, error, "MinGRU: reset must be (B, S) = (2, 5)"),
         ({"dt": zeros}, error, "MinGRU: dt must be (B, S) = (2, 5)"),
         ({"h": torch.zeros(2, 2, 1, 4)}, error, "MinGRU: h must be ... = (1, 2, 1, 4)"),

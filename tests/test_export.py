@@ -146,7 +146,12 @@ def test_a_model_of_tokens(is_ours, kind, path):
     size = [1, "batch", 1, 4] if is_ours else [1, "batch", 5]
     assert list(inputs.values()) == [["batch", 1 if kind == "step" else "time"], size]
     end = "_0" if is_ours else ""
-    assert [*inputs, *outputs] == ["ids" if is_ours else "tokens", f"state{end}", "out", f"h_out{end}"]
+    assert [*inputs, *outputs] == [
+        "ids" if is_ours else "tokens",
+        f"state{end}",
+        "out",
+        f"{'state' if is_ours else 'h'}_out{end}",
+    ]
     model.eval().requires_grad_(False)
     tokens, state = torch.randint(7, (3, count)), torch.randn(1, 3, *state.shape[2:])
     out, last = model(tokens, [state] if is_ours else state)

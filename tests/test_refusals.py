@@ -88,7 +88,7 @@ OURS = ("reset", "lengths", "dt", "mask")
 NUMBERS = ("a tensor", torch.float32, "torch.float32 like {}", "to(torch.float32)")
 KINDS = {
     **dict.fromkeys(["reset", "mask"], ("a bool tensor", torch.bool, "of dtype torch.bool", "bool()")),
-    "lengths": ("an integer tensor", torch.int64, "of an integer dtype", "long()"),
+    "lengths": ("an integer tensor", torch.int64, "of a signed integer dtype or uint8", "long()"),
     "ids": ("an integer tensor (B, S)", torch.int64, "int64 or int32", "long()"),
     **dict.fromkeys(["gate", "forget", "a", "log_a"], (*NUMBERS[:2], "of a floating-point dtype", "float()")),
 }
@@ -104,16 +104,21 @@ def wrong(argument, letters, value, first):
     """Return errors, wrong values of an argument, what each must be, what came, and the remedy if it is always one."""
     noun, dtype, of_dtype, method = KINDS.get(argument, NUMBERS)
     is_first, is_length, weights = argument == first, argument == "lengths", "the weights" if first == "ids" else first
-    found = [(TypeError, 0.5, noun, "float", "use torch.as_tensor"), (TypeError, None, noun, "NoneType", "")]
-    found = found[: 1 + (argument == "x")]
+    found = [(TypeError, 0.5, noun, "float", "use torch.as_tensor"), (TypeError, {}, noun, "dict", "")]
+    found += [(TypeError, None, noun, "NoneType", "")] if argument == "x" else []
     if argument != "t":
         other = value.double() if of_dtype == NUMBERS[2] else value.long() if dtype == torch.float32 else value.float()
         must_be = of_dtype.format("the layer's weight" if is_first else weights)
+        quantized = torch.quantize_per_tensor(value.float(), 0.5, 0, torch.quint8)
+        found.append((TypeError, quantized, must_be, "torch.quint8", f"use {argument}.dequantize().{method}"))
         found.append((TypeError, other, must_be, str(other.dtype), f"use {argument}.{method}"))
     if argument != "t" and not (is_first and "floating" in of_dtype):
         like = "the layer's weight" if is_first and first != "ids" else weights
-        where, to = ("on the CPU or on cpu", "cpu()") if is_length else ("on cpu", "to('cpu')")
-        found.append((ValueError, value.to("meta"), f"{where} like {like}", "a tensor on meta", f".{to}"))
+        where, remedy = (
+            "on the CPU or on cpu" if is_length else "on cpu",
+            f"create {argument} there, because a tensor on",
+        )
+        found.append((ValueError, value.to("meta"), f"{where} like {like}", "a tensor on meta", remedy))
     shapes = [value.unsqueeze(-1), *(torch.cat([value, value], dim) for dim in range(value.dim()))]
     if is_first:
         at = re.sub(r"[(),]", " ", letters).split().index("3") if "3" in letters else None
@@ -133,7 +138,20 @@ def wrong(argument, letters, value, first):
     return found + [(ValueError, value * each, must_be, str([each] * 2 if is_length else each), "") for each in factors]
 
 
+# What a remedy says to pass in place of an argument.
+REMEDY = re.compile(r"; use ((\w+)(?:\[(\d)\])?\.\w+\(.*?\))(?: for .*|, .*)?$")
+
+
+def remedied(message, argument, value):
+    """Return the arguments after what a message says to do, or {} if it says it in other words."""
+    found = REMEDY.search(message)
+    if found is None or found[2] != argument.partition("[")[0]:
+        return {}
+    return {argument: eval(found[1], {"torch": torch, found[2]: [value, value] if found[3] else value})}
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor.* are deprecated")
 @with_and_without_grad
 @pytest.mark.parametrize("name", CALLS)
 def test_a_wrong_tensor(name, grad):
@@ -159,8 +177,11 @@ def test_a_wrong_tensor(name, grad):
             end = "(; .+)?" if remedy is None else f"; .*{re.escape(remedy)}.*" if remedy else ""
             text = f"{name.split()[0]}: {argument} must be "
             pattern = rf"^{re.escape(text)}(\(B, 3\) or )?{re.escape(must_be)}.*, got {re.escape(str(got))}{end}$"
-            with pytest.raises(kind, match=pattern):
-                outcome(**{argument: other}, **({"lengths": None} if argument == "mask" else {}))
+            no_lengths = {"lengths": None} if argument == "mask" else {}
+            with pytest.raises(kind, match=pattern) as caught:
+                outcome(**{argument: other}, **no_lengths)
+            if changed := remedied(str(caught.value), argument, other):
+                outcome(**changed, **no_lengths)
         torch.testing.assert_close(outcome(), expected, rtol=0, atol=0)
 
 

@@ -74,7 +74,8 @@ def test_many_sessions(name):
 
 def test_other_sessions_keep_their_states_also_after_an_error():
     model = MODELS["MinGRU"]().eval()
-    sessions = Sessions(model, 3)
+    with torch.inference_mode():
+        sessions = Sessions(model, 3)
     slots = [sessions.open() for _ in range(3)]
     sessions.step(torch.randn(3, 5, 3), slots)
     before = [sessions.snapshot(slot) for slot in slots]

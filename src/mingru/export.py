@@ -78,8 +78,9 @@ def onnx(
 
         - Inputs, in the order of `forward`: `x`, `h`, `reset`, `lengths` and `dt`, if the example has them. Inputs of
           your own model have the argument names of its `forward`. Lists are numbered: `h_0`, `h_1`.
-        - Outputs: `out` and `h_out`; a cell has only `h_out`. Lists are numbered: `h_out_0`, `h_out_1`. A model that
-          returns neither one tensor nor a pair has `out_0`, `out_1`, ...
+        - Outputs: `out` and `h_out`; a cell has only `h_out`. Lists are numbered: `h_out_0`, `h_out_1`. Of a
+          `LanguageModel`, `state_out_0` is the next `state_0`. A model that returns neither one tensor nor a pair has
+          `out_0`, `out_1`, ...
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is missing; run `pip install ".[onnx]"` in a clone of the repository.
@@ -208,7 +209,8 @@ def _output_names(model: nn.Module, outputs: object, inputs: list[str]) -> list[
     if _is_ours(model) and model.role == "step":
         names = _numbered("h_out", outputs)
     elif isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], Tensor):
-        names = ["out", *_numbered("h_out", outputs[1])]
+        is_language_model = getattr(type(model), "forward", None) is LanguageModel.forward
+        names = ["out", *_numbered("state_out" if is_language_model else "h_out", outputs[1])]
     else:
         names = _numbered("out", outputs)
     # An input and an output of a graph cannot share a name.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import ops
 from .check.calls import explained
-from .check.forms import LINEAR_SCAN, MINGRU, MINLSTM, PARALLEL_SCAN_LOG, ROTATION, Forms, check_steps, is_expandable
-from .check.values import check_choice, check_flag, check_min_decay, dims, expectation, not_a_tensor, require, written
+from .check.forms import LINEAR_SCAN, MINGRU, MINLSTM, PARALLEL_SCAN_LOG, ROTATION, Forms, check_steps
+from .check.values import check_choice, check_flag, check_floating, check_min_decay, dims, expectation, require, written
 from .modules.options import Candidate, Gate
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
@@ -21,7 +21,7 @@ from .ops.call import Spec, Start, spec_of
 from .ops.cells import GATES, default_candidate, multiple_of, zero_state
 from .ops.graph import scripted_as
 from .ops.route import BackendName
-from .ops.shape import accumulate_dtype, as_dtype
+from .ops.shape import accumulate_dtype, as_dtype, is_expandable
 from .sequences import check_resets, elapsed_times, reset_from_lengths
 
 __all__ = [
@@ -58,7 +58,7 @@ def g(x: Tensor) -> Tensor:
     References:
         Feng et al. 2024, "Were RNNs All We Needed?", appendix B.
     """
-    _check_floating("g", "x", x)
+    check_floating("g", "x", x)
     return _activation.g(x)
 
 
@@ -78,7 +78,7 @@ def log_g(x: Tensor) -> Tensor:
     References:
         Feng et al. 2024, "Were RNNs All We Needed?", appendix B.
     """
-    _check_floating("log_g", "x", x)
+    check_floating("log_g", "x", x)
     return _activation.log_g(x)
 
 
@@ -165,7 +165,7 @@ def mingru(
         expected = f"None because kind is {kind!r}"
         require(name, "angle", angle is None, expected, type(angle).__name__, "pass kind='rotation'")
     if (count := multiple_of(spec.cell)) > 1 and kind != "rotation":
-        _check_floating(name, "gate", gate)
+        check_floating(name, "gate", gate)
         is_valid = gate.dim() > 2 and gate.shape[2] % count == 0
         expected = f"(B, S, H, *) with H divisible by {count} because kind is {kind!r}"
         require(name, "gate", is_valid, expected, dims(gate.shape))
@@ -412,16 +412,8 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
 def _forms_of(forms: Forms, x: Tensor, or_complex: bool = False) -> dict[str, Any]:
     """Return the forms of the arguments beside a sequence x."""
     (table,), name, argument = forms.batch_first, forms.name, forms.names["x"]
-    _check_floating(name, argument, x, or_complex)
+    check_floating(name, argument, x, or_complex)
     if x.dim() < table["x"].num_dims:
         remedy = "add a batch dimension"
         raise ValueError(expectation(name, argument, written(table["x"].parts), dims(x.shape), remedy))
     return table
-
-
-def _check_floating(name: str, argument: str, x: Tensor, or_complex: bool = False) -> None:
-    if not isinstance(x, Tensor):
-        raise not_a_tensor(name, argument, x)
-    if not (x.is_floating_point() or (or_complex and x.is_complex())):
-        remedy = f"use {argument}.float()"
-        raise TypeError(expectation(name, argument, "of a floating-point dtype", str(x.dtype), remedy))

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from .check.calls import explained
 from .check.forms import CHECK_RESETS, ELAPSED_TIMES, RESET_FROM_LENGTHS, check_steps
-from .check.values import check_flag, check_int, check_number, check_type, dims, expectation, require
+from .check.values import (
+    check_flag,
+    check_int,
+    check_number,
+    check_type,
+    dims,
+    expectation,
+    instead_of_a_tensor,
+    require,
+)
 from .ops.graph import are_eager
 from .ops.layout import padding_of
 
@@ -62,7 +71,8 @@ def elapsed_times(
     """
     name, letters = "elapsed_times", "(B, S)" if batch_first else "(S, B)"
     check_flag(name, "batch_first", batch_first)
-    remedy = "use torch.as_tensor; convert numpy.datetime64 with .astype('int64') before"
+    remedy = instead_of_a_tensor("t", t)[1]
+    remedy += "; convert numpy.datetime64 with .astype('int64') before" * hasattr(t, "__array__")
     check_type(name, "t", t, Tensor, f"a tensor {letters}", remedy)
     if t.is_complex() or t.dtype == torch.bool:
         raise TypeError(expectation(name, "t", "of a floating-point or integer dtype", str(t.dtype)))

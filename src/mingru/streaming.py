@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .check.values import check_int, check_type, dims, expectation, require
+from .check.values import check_int, check_type, dims, expectation, not_a_tensor, require
 from .modules.layer import is_bidirectional
 
 __all__ = ["Sessions"]
@@ -62,6 +62,15 @@ class Sessions:
             text = "Sessions: the model is in training mode, where dropout is active; call model.eval()"
             warnings.warn(text, stacklevel=2)
         self.model, self.slots = model, slots
+        # Not inference tensors, which no step outside of inference mode could change.
+        with torch.inference_mode(False):
+            self._make_pools()
+        self._batch_of_x = 0 if getattr(model, "batch_first", True) else 1
+        self._free = list(range(slots))
+        self._open: set[int] = set()
+        self._lock = threading.RLock()
+
+    def _make_pools(self) -> None:
         initial = self._initial(1)
         self._is_tensor = isinstance(initial, Tensor)
         one, two = _listed(initial), _listed(self._initial(2))
@@ -70,12 +79,8 @@ class Sessions:
         batch_dims = [[a == b for a, b in sizes].index(False) for sizes in pairs]
         self._device = one[0].device
         # An entry for each slot, and one for the padding.
-        index = torch.zeros(slots + 1, dtype=torch.int64, device=self._device)
+        index = torch.zeros(self.slots + 1, dtype=torch.int64, device=self._device)
         self._pools = [(x.index_select(dim, index), dim) for x, dim in zip(one, batch_dims, strict=True)]
-        self._batch_of_x = 0 if getattr(model, "batch_first", True) else 1
-        self._free = list(range(slots))
-        self._open: set[int] = set()
-        self._lock = threading.RLock()
 
     def open(self) -> int:
         """Begin a session from the initial state, and return its slot."""
@@ -130,6 +135,8 @@ class Sessions:
             raise TypeError(expectation("Sessions", "slots", expected, repr(slots))) from None
         if index.dtype != torch.int64 or index.dim() != 1:
             raise TypeError(expectation("Sessions", "slots", expected, f"{dims(index.shape)} of {index.dtype}"))
+        if not isinstance(x, Tensor):
+            raise not_a_tensor("Sessions", "x", x)
         named, batch = index.tolist(), x.shape[self._batch_of_x]
         if len(named) != batch:
             expected = f"{batch} slots, one for each sequence of x"

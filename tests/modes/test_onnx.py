@@ -156,6 +156,29 @@ def test_the_old_exporter_of_torch(make, steps, path):
         assert_equal(session(x), tensors(module(x)), **TOLERANCE)
 
 
+class WithResets(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = mingru.BlockGRU(3, 4, 2, block_size=2, bidirectional=True)
+
+    def forward(self, x, reset, lengths=None):
+        return self.rnn(x, reset=reset, lengths=lengths)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_old_exporter_with_resets(path):
+    """Of any number; it cannot export lengths, and the error says what can."""
+    module, sizes = WithResets().requires_grad_(False), {0: "batch", 1: "time"}
+    names = {"input_names": ["x", "reset"], "dynamic_axes": {"x": sizes, "reset": sizes}}
+    args = torch.randn(2, 5, 3), torch.rand(2, 5) < 0.3
+    session = Session(path, module, args, torch.onnx.export, dynamo=False, **names)
+    for batch, steps in [(2, 5), (3, 9), (1, 1)]:
+        args = torch.randn(batch, steps, 3), torch.rand(batch, steps) < 0.3
+        assert_equal(session(*args), tensors(module(*args)), **TOLERANCE)
+    with pytest.raises(ValueError, match="lengths must be None in an export"):
+        Session(path, module, (*args, torch.tensor([1])), torch.onnx.export, dynamo=False)
+
+
 class Bands(torch.nn.Module):
     """A layer inside a program: over the bands of each frame, in both directions."""
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .annotations import Brief, by_position, check_values, values_of
 from .names import FORGOTTEN, counterpart, unknown_argument
-from .values import check_device, name_of, not_a_tensor
+from .values import check_device, name_of, not_a_tensor, require
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,8 +49,12 @@ def explain(error: Exception, name: str, function: Any, args: tuple[Any, ...], k
         remedy = "pass x.to_local(), and divide the layer by mingru.distributed.TensorParallel"
         raise TypeError(f"{name}: {problem}; {remedy}") from error
     for argument, value in {**dict(zip(signature.parameters, args, strict=False)), **kwargs}.items():
-        if isinstance(value, PackedSequence) and "'PackedSequence' object" in str(error):
-            raise not_a_tensor(name, argument, value) from error
+        if isinstance(value, PackedSequence):
+            if "'PackedSequence' object" in str(error):
+                raise not_a_tensor(name, argument, value) from error
+            for order in [each.tolist() for each in value[2:] if each is not None and not each.is_meta]:
+                expected, remedy = "packed with each index once in its orders", "use pack_padded_sequence"
+                require(name, argument, sorted(order) == [*range(len(order))], expected, str(order), remedy)
         for each in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(each, Tensor) and (each.is_nested or each.layout != torch.strided):
                 raise not_a_tensor(name, argument, each) from error

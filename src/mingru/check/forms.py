@@ -18,9 +18,9 @@ from torch.nn.utils.rnn import PackedSequence
 from ..ops.cells import CELLS
 from ..ops.graph import are_eager, is_autocast, is_captured, untraced
 from ..ops.layout import is_packing
-from ..ops.shape import accumulate_dtype
+from ..ops.shape import accumulate_dtype, is_expandable
 from . import names as meant
-from .values import check_type, dims, expectation, instead_of_a_tensor, level_of_the_caller, require, written
+from .values import check_type, converted, dims, expectation, instead_of_a_tensor, level_of_the_caller, require, written
 
 Shape = Sequence[int]
 EXPANDS = "expands to "
@@ -31,7 +31,11 @@ SIZES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_dir
 # What a tensor contains that has no numbers: its dtypes in words, the dtypes, and the method that converts others.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MASK = "a bool tensor", "of dtype torch.bool", (torch.bool,), "bool()"
-KINDS = {"reset": MASK, "mask": MASK, "lengths": ("an integer tensor", "of an integer dtype", INTEGERS, "long()")}
+KINDS = {
+    "reset": MASK,
+    "mask": MASK,
+    "lengths": ("an integer tensor", "of a signed integer dtype or uint8", INTEGERS, "long()"),
+}
 NUMBERS: Any = "a tensor", "", (None,), ""
 # Their dtype may also be that in which a recurrence is computed.
 STATES = ("h", "initial_state", "past", "dt")
@@ -54,12 +58,14 @@ class Form:
         """Return the dimension that one of these letters stands for, or None if there is none."""
         return next((at for at, part in enumerate(self.parts) if part in letters), None)
 
-    def check(self, owner: Any, value: Any, like: Tensor, x: Shape, of: Any = None, place: str = "") -> None:
+    def check(self, owner: Any, value: Any, like: Tensor, x: Shape | None, of: Any = None, place: str = "") -> None:
         """Raise an error unless a value has this form, for this shape of x, and the dtype and device of a tensor.
 
-        `of` has the other sizes, by default a layer itself, and `place` is the index of the value in a list.
+        Without a shape of x, any shape will do. `of` has the other sizes, by default a layer itself, and `place` is the
+        index of the value in a list.
         """
-        shape, is_tensor = self.shape(x, owner if of is None else of), isinstance(value, Tensor)
+        is_tensor = isinstance(value, Tensor)
+        shape = value.shape if x is None else self.shape(x, owner if of is None else of)
         # First what is usual.
         is_usual = is_tensor and value.shape == shape and value.dtype == (self.dtype or like.dtype)
         if is_usual and value.device == like.device:
@@ -89,11 +95,11 @@ class Form:
             expected, (got, usual) = self.noun, instead_of_a_tensor(name, value)
         elif problem == "dtype":
             expected, got = self.expected or f"{like.dtype} like {like_name}", str(value.dtype)
-            usual = meant.of_dtype(self.argument, value, f"use {name}.{self.method or f'to({like.dtype})'}")
+            usual = meant.of_dtype(self.argument, value, converted(name, value, self.method or f"to({like.dtype})"))
         elif problem == "device":
             expected, device = f"{'on the CPU or ' * self.or_cpu}on {like.device} like {like_name}", str(like.device)
-            got, to = f"a tensor on {value.device}", "cpu()" if self.or_cpu else f"to({device!r})"
-            usual = f"use {name}.{to}"
+            got = f"a tensor on {value.device}"
+            usual = converted(name, value, "cpu()" if self.or_cpu else f"to({device!r})")
         else:
             expected = f"{'expandable to ' * self.expands}{written(self.parts)} = {dims(shape)}"
             got, usual = dims(value.shape), meant.of_missing_dim(name, value, shape)
@@ -277,12 +283,6 @@ def _order_of(packed_x: PackedSequence) -> Tensor:
     """Return the batch index of each sorted sequence."""
     order = packed_x.sorted_indices
     return torch.arange(int(packed_x.batch_sizes[0]), device="cpu") if order is None else order.cpu()
-
-
-def is_expandable(shape: Shape, whole: Shape) -> bool:
-    """Return whether a tensor of a shape can be expanded to another."""
-    sizes = zip(reversed(shape), reversed(whole), strict=False)
-    return len(shape) <= len(whole) and all(size in (1, other) for size, other in sizes)
 
 
 def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.cells import BLOCKS
+from ..ops.shape import is_expandable
 from .values import written
 
 LENGTHS_OF_MASK = "lengths=mask.sum(1), with all padding at the end"
@@ -109,9 +110,11 @@ def of_functions(forms: Any, form: Any, value: Any, shape: Sequence[int]) -> str
         return "(S, H) without a batch is read as (B, S); pass (1, S, H)"
     if form.argument not in _SEQUENCES or not shape:
         return ""
-    if value.shape[:-1] == shape:
+    if value.shape[:-1] == shape and form.argument != "log_b":
         return f"use {forms.names['x']}.unsqueeze(-1).expand_as({form.argument})"
-    return f"to broadcast, use {form.argument}.expand, which copies nothing"
+    return (
+        f"to broadcast, use {form.argument}.expand, which copies nothing" if is_expandable(value.shape, shape) else ""
+    )
 
 
 def of_dtype(argument: str, value: Tensor, remedy: str) -> str:

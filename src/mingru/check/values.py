@@ -68,7 +68,8 @@ def written(parts: Sequence[str], size: Any = "I") -> str:
 
 def instead_of_a_tensor(argument: str, found: Any) -> tuple[str, str]:
     """Return what came in place of a tensor, and the fix."""
-    remedy, got = "" if found is None or isinstance(found, str) else "use torch.as_tensor", type(found).__name__
+    is_array = hasattr(found, "__array__") or isinstance(found, (int, float, list, tuple))
+    remedy, got = "use torch.as_tensor" if is_array else "", type(found).__name__
     if type(found) in (list, tuple) and any(isinstance(each, Tensor) for each in found):
         remedy = f"use torch.{'nn.utils.rnn.pad_sequence and lengths=' if argument == 'x' else 'cat'}, or torch.stack"
     if isinstance(found, PackedSequence):
@@ -79,8 +80,23 @@ def instead_of_a_tensor(argument: str, found: Any) -> tuple[str, str]:
     return got, remedy
 
 
+def converted(argument: str, x: Tensor, method: str) -> str:
+    """Return the fix for a tensor of another dtype or on another device: the method that converts it, if one can."""
+    if method.startswith(("to('", "cpu")) and x.is_meta:
+        return f"create {argument} there, because a tensor on meta has no values"
+    return f"use {argument}.{'dequantize().' if x.is_quantized else ''}{method}"
+
+
 def not_a_tensor(name: str, argument: str, found: Any, expected: str = "a tensor") -> TypeError:
     return TypeError(expectation(name, argument, expected, *instead_of_a_tensor(argument, found)))
+
+
+def check_floating(name: str, argument: str, x: Tensor, or_complex: bool = False) -> None:
+    if not isinstance(x, Tensor):
+        raise not_a_tensor(name, argument, x)
+    if not (x.is_floating_point() or (or_complex and x.is_complex())):
+        remedy = converted(argument, x, "float()")
+        raise TypeError(expectation(name, argument, "of a floating-point dtype", str(x.dtype), remedy))
 
 
 def level_of_the_caller() -> int:

@@ -131,6 +131,7 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
 
 def _path(name: str, argument: str, path: Any) -> Path:
     check_type(name, argument, path, (str, os.PathLike), "a str or a path")
+    require(name, argument, os.fspath(path) != "", "a path", "''", "use '.' for the current folder")
     return Path(path)
 
 

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..check.values import check_int, check_number, check_type, dims, expectation, require
+from ..check.values import (
+    check_int,
+    check_number,
+    check_type,
+    converted,
+    dims,
+    expectation,
+    instead_of_a_tensor,
+    require,
+)
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, accumulate_dtype
 
 NUM_RANDOM = 1024
@@ -158,14 +167,17 @@ def padded(name: str, prompts: Any, vocab_size: int, device: torch.device) -> tu
 def check_ids(name: str, argument: str, ids: Any, num_dims: int, device: torch.device) -> None:
     """Check that ids are integers (S,) or (B, S) on this device."""
     letters = "(S,)" if num_dims == 1 else "(B, S)"
-    remedy = encode_remedy(ids) or "use torch.as_tensor"
+    remedy = encode_remedy(ids) or instead_of_a_tensor(argument, ids)[1]
     check_type(name, argument, ids, Tensor, f"an integer tensor {letters}", remedy)
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(expectation(name, argument, "int64 or int32", str(ids.dtype), f"use {argument}.long()"))
+    if ids.dim() == num_dims and ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            expectation(name, argument, "int64 or int32", str(ids.dtype), converted(argument, ids, "long()"))
+        )
     if ids.dim() != num_dims:
         remedy = f"add a batch dimension with {argument}.unsqueeze(0)" if (ids.dim(), num_dims) == (1, 2) else ""
+        remedy = "pass numbers of tokens, which the model embeds" if ids.is_floating_point() else remedy
         raise ValueError(expectation(name, argument, letters, dims(ids.shape), remedy))
-    got, remedy = f"a tensor on {ids.device}", f"use {argument}.to({str(device)!r})"
+    got, remedy = f"a tensor on {ids.device}", converted(argument, ids, f"to({str(device)!r})")
     require(name, argument, ids.device == device, f"on {device} like the weights", got, remedy)
 
 

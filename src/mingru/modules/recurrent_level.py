@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..check.forms import check_parameter
 from ..check.values import check_int, check_parts, is_number, level_of_the_caller, require
 from ..ops.call import Layout, Start
 from ..ops.cells import CELLS, GATES
@@ -149,6 +150,14 @@ class RecurrentLevel(Level):
     def maps_of_directions(self) -> list[list[Any]]:
         """Return what has the weights of each direction."""
         return [[linear] for linear in self.maps()]
+
+    def check_maps(self, name: str, path: str) -> None:
+        """Raise an error if a program has put a linear map of another size in; called after a call has failed."""
+        rows = self.hidden_dims * self.num_parts
+        for end, linear in zip(("linear", "linear_reverse"), self.maps(), strict=False):
+            weight: Any = linear.weight if isinstance(linear, LINEAR_MAPS) else None
+            if weight is not None:
+                check_parameter(name, f"{path}.{end}.weight", weight, (rows, weight.shape[1]))
 
     def projected(self, states: list[Tensor]) -> list[Tensor]:
         """Return the projection of the states of each direction."""

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..check.calls import arguments_checked
-from ..check.forms import Form, Shape, check_list
+from ..check.forms import LAYER, Form, Shape, check_list
 from ..check.values import check_dropout, check_type, expectation, require
 from ..ops import layout
 from ..ops.inference import LayerPlan
 from ..ops.names_of_torch import PREPARE_SCRIPTABLE
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .layer import Composite, Layer, Steps, with_named
+from .levels import Levels
 from .options import not_default
 from .per_step import OF_TORCH, PerStep
 from .saved import add_marks
@@ -251,9 +252,14 @@ class Stack(Composite, role="sequence", planned=True):
             return
         if not isinstance(h, (list, tuple)) or len(h) != self.num_states:
             check_list(self.name, "h", h, self.num_states, f"a list of {self.num_states} tensors", self._counts())
+        like = data_of(x)
         for index, state in enumerate(h):
             if not isinstance(state, Tensor):
                 raise TypeError(expectation(self.name, f"h[{index}]", "a tensor", type(state).__name__, self._counts()))
+            if state.dtype != like.dtype or state.device != like.device:
+                layer = self.layers[next(at for at, end in enumerate(self._ends[1:]) if index < end)]
+                if isinstance(layer, Levels):  # The states of others may be anything.
+                    LAYER.batch_first[0]["h"].check(self, state, like, None, place=f"[{index}]")
 
     def _counts(self) -> str:
         counts = [end - start for start, end in pairwise(self._ends)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .call import Call, Layout, Spec, Start, with_steps
 from .cells import cells_of, coefficients, parts_of
-from .graph import for_trace, is_captured
+from .graph import for_trace, is_captured, is_old_onnx
 from .scan import LinearScan
 from .shape import States, along, as_dtype, from_parts, one_like, plus_times, to_parts
 
@@ -145,6 +145,10 @@ def packing_of(lengths: Tensor, x: Tensor, time_first: bool) -> tuple[Tensor, Te
 
     The longest sequences are the first. Empty sequences are not packed.
     """
+    if is_old_onnx():
+        raise ValueError(
+            "lengths must be None in an export with dynamo=False, which cannot sort; use mingru.export.onnx"
+        )
     lengths, order = lengths.cpu().sort(descending=True, stable=True)
     num_steps = x.size(0 if time_first else 1)
     batch_sizes = (torch.arange(num_steps, device=lengths.device).unsqueeze(1) < lengths).sum(1)

@@ -1,4 +1,6 @@
-"""Small functions on dtypes, shapes and parts of numbers that all backends share. Everything here is scriptable."""
+"""Small functions on dtypes, shapes and parts of numbers that all backends share. All but the last are scriptable."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -144,3 +146,9 @@ def without_dims(state: Tensor, dims: list[int]) -> Tensor:
         # In place, because `squeeze` would return a view, which cannot be detached in place.
         state = state.squeeze(dim) if is_captured() else state.squeeze_(dim)
     return state
+
+
+def is_expandable(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """Return whether a tensor of a shape can be expanded to another."""
+    sizes = zip(reversed(shape), reversed(whole), strict=False)
+    return len(shape) <= len(whole) and all(size in (1, other) for size, other in sizes)
