@@ -142,6 +142,15 @@ class Doubled(nn.Module):
         return 2 * x
 
 
+class Negative(nn.Parameter):
+    """A weight whose class changes what is computed."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        found = super().__torch_function__(function, types, args, kwargs)
+        return -found if function is nn.functional.linear else found
+
+
 class Wrong(mingru.MinGRU):
     def _run(self, *args):
         out, last = super()._run(*args)
@@ -193,6 +202,8 @@ ONE_BY_ONE = {
     "norm": ("MinGRU", lambda m, _: parametrize.register_parametrization(m.layers[0].norm, "weight", Doubled())),
     "block size": ("BlockGRU", lambda m, _: setattr(m.layers[0].recurrent.weight, "data", torch.ones(12, 4))),
     "bias of an align": ("Stack", lambda module, _: as_buffer(module.aligns[0], "bias", torch.randn(6))),
+    "class of a weight": ("plain", lambda module, linear: setattr(linear.weight, "__class__", Negative)),
+    "swapped": ("MinGRU", lambda module, linear: torch.utils.swap_tensors(linear.weight, Negative(linear.weight.data))),
     "no parameter": ("plain", lambda module, linear: as_tensor(linear, "weight", torch.randn(2 * DIMS, DIMS))),
     "more features": ("plain", lambda module, linear: setattr(linear.weight, "data", torch.randn(2 * DIMS, 5))),
     "another class": ("plain", lambda module, linear: setattr(linear, "__class__", Shifted)),
@@ -333,6 +344,7 @@ def test_functional_call():
     other = {name: 2 * parameter.detach() for name, parameter in module.named_parameters()}
     assert_same_as_one_by_one(lambda x: torch.func.functional_call(module, other, (x,)), x)
     assert_same_as_one_by_one(module, x)
+    assert is_in_one(module, x)
 
 
 @each_module
@@ -346,12 +358,33 @@ def test_a_module_can_have_another_class_and_is_freed_although_a_child_refers_to
         vars(child)["owner"] = (module,)
     planned(module)
     # The plan is no part of copies.
-    assert not hasattr(copy.deepcopy(module), "_plan") and not hasattr(copy.copy(module), "_plan")
-    assert "_plan" not in str(module.__reduce_ex__(2))
+    assert not hasattr(copy.deepcopy(module), "_plans") and not hasattr(copy.copy(module), "_plans")
+    assert "_plans" not in str(module.__reduce_ex__(2))
     found = weakref.ref(module)
     del module, child
     gc.collect()
     assert found() is None
+
+
+@each_module
+def test_both_modes_have_a_plan_which_keeps_nothing_alive(name):
+    module = made(name)
+    x = planned(module)
+    for part in module.modules():
+        vars(part).update({"dropout": 0.5} if "dropout" in vars(part) else {})
+    plans = []
+    for trains in (False, True) * 2:
+        assert_same_as_one_by_one(module.train(trains), x)
+        assert is_in_one(module, x, trains=trains)
+        plans.append({*module._plans})
+    assert plans[1] == plans[2] == plans[3]
+    found = [weakref.ref(each) for each in (*module.parameters(), *module.modules()) if each is not module]
+    for each in list(module.modules()):
+        each._parameters.update(dict.fromkeys(each._parameters))
+        each._modules.clear()
+    del part, each
+    gc.collect()
+    assert not any(each() for each in found)
 
 
 @each_module
@@ -369,7 +402,7 @@ def test_states_of_every_shape(name):
 
 WIDE = {"norm": "rms", "residual": True, "bidirectional": True}
 SIZES = [
-    *(case(f"MinGRU {dims}, {hidden}", mingru.MinGRU, dims, hidden, 3, **WIDE) for dims, hidden in ((1, 1), (7, 33))),
+    *(case(f"MinGRU {dims}, {hidden}", mingru.MinGRU, dims, hidden, 3, **WIDE) for dims, hidden in ((2, 1), (7, 33))),
     case("MinLSTM 32, 16", mingru.MinLSTM, 32, 16, 2, norm="layer"),
     case("Block 32", mingru.models.Block, 32, expansion=1.5, conv=4, mlp=2),
     case("MinGRUCell 32, 33", mingru.MinGRUCell, 32, 33),

@@ -95,6 +95,14 @@ def test_padding_is_skipped_without_packing(options, monkeypatch):
         rnn(x, None, reset, LENGTHS)
 
 
+@pytest.mark.parametrize("name", ["reset", "dt"])
+def test_padding_reaches_no_gradient_if_steps_are_of_another_class(name):
+    rnn, (x, reset) = make(), inputs(LENGTHS)
+    given = {"reset": reset, "dt": torch.rand(reset.shape).double()}[name]
+    rnn(x, lengths=LENGTHS, **{name: given.as_subclass(type("Other", (torch.Tensor,), {}))})[0].sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in rnn.parameters())
+
+
 @pytest.mark.parametrize("kind", ["long", "many", "one"])
 @each_cell
 def test_many_blocks_by_several_threads(cell, kind):

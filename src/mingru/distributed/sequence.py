@@ -209,7 +209,7 @@ class _Layers(RecurrentLevels):
         args, kwargs = _of_part(self.mesh, self, args, kwargs)
         return super().all_states(*args, **kwargs)
 
-    def _takes_lengths(self, x: Tensor) -> bool:
+    def _takes_lengths(self, *args: Any) -> bool:
         return True  # Packed parts of sequences would have other batches on each rank.
 
 

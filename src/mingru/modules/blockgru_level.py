@@ -78,7 +78,8 @@ class BlockGRULevel(RecurrentLevel):
         super()._write_plan(plan, state)
         for _, own in self.maps_of_directions():
             plan.require(type(own) is RecurrentMap)
-            plan.shapes += zip((own.weight, own.bias), self.shapes, strict=True)
+            of_bias = [] if own.bias is None else [(own._parameters, "bias", self.shapes[1])]
+            plan.shapes += [(own._parameters, "weight", self.shapes[0]), *of_bias]
 
     def _with_recurrent(self, start: Start, reverse: bool) -> Start:
         weight, bias = self.recurrent_weights(reverse)

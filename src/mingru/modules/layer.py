@@ -64,7 +64,7 @@ class Layer(Saved):
     """
 
     # See `ops.inference`.
-    __slots__ = ("_plan",)
+    __slots__ = ("_plans",)
 
     name: str
     """Name of the class, for errors."""

@@ -135,9 +135,7 @@ class RecurrentLevels(Levels, role="sequence"):
     def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of a pass."""
         layers = plan.children(self.layers, nn.ModuleList, RecurrentLevel, BlockGRULevel)
-        initial_state: Any = self.initial_state
-        plan.require(isinstance(initial_state, Tensor | None))
-        plan.shapes.append((initial_state, self._shape_of_initial_state()))
+        plan.shape(self, "initial_state", self._shape_of_initial_state())
         plan.require(len(layers) == self.num_layers)
         for index, layer in enumerate(layers):
             if index > 0:
@@ -179,16 +177,16 @@ class RecurrentLevels(Levels, role="sequence"):
         if lengths is None:
             return self._run(x, state, reset, dt, Layout(not self.batch_first))
         if not is_scripting():
-            if self._takes_lengths(x):
+            if self._takes_lengths(x, reset, dt):
                 x, layout = with_lengths(x, lengths, not self.batch_first)
                 return self._run(x, state, reset, dt, layout)
         return self._run_packed(x, state, reset, dt, lengths)
 
-    def _takes_lengths(self, x: Tensor) -> bool:
+    def _takes_lengths(self, x: Tensor, reset: MaybeTensor, dt: MaybeTensor) -> bool:
         """Return whether all layers take padded sequences with lengths. Otherwise the sequences are packed."""
         # A GPU would have to wait for the lengths to pack them. A captured graph masks the padding, because it cannot
         # depend on the number of valid steps. A kernel skips it, but computes only a linear map and its recurrence.
-        return not x.is_cpu or is_symbolic() or (self._planned and inference.skips_padding(self, x))
+        return not x.is_cpu or is_symbolic() or (self._planned and inference.skips_padding(self, x, reset, dt))
 
     def _run_packed(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, lengths: Tensor) -> Outputs:
         """Pack the valid steps once for all layers."""

@@ -65,10 +65,9 @@ def weights_of_norm(norm: Any) -> tuple[Tensor | None, Tensor | None]:
     return norm.weight, norm.bias if NORMS[type(norm)] == "layer" else None
 
 
-def with_norm(spec: Spec, norm: Any, dtype: torch.dtype) -> Spec:
+def with_norm(spec: Spec, kind: str, eps: float | None, dtype: torch.dtype) -> Spec:
     """Return a spec that includes the norm of an x of this dtype."""
-    eps = torch.finfo(accumulate_dtype(dtype)).eps if norm.eps is None else norm.eps
-    return spec._replace(norm=NORMS[type(norm)], eps=eps)
+    return spec._replace(norm=kind, eps=torch.finfo(accumulate_dtype(dtype)).eps if eps is None else eps)
 
 
 def map_with_norm(weight: Any, bias: Any, scale: Any, shift: Any) -> Any:

@@ -221,7 +221,8 @@ def _with_norm(call: Call, norm: Any) -> Call | None:
         return None
     if norm.normalized_shape != (x.shape[-1],) or (norm.eps is None and kind == "layer"):
         return None
-    return call._replace(spec=with_norm(call.spec, norm, x.dtype), tensors=[x, *map_with_norm(weight, bias, *of_norm)])
+    spec = with_norm(call.spec, kind, norm.eps, x.dtype)
+    return call._replace(spec=spec, tensors=[x, *map_with_norm(weight, bias, *of_norm)])
 
 
 def _autocast(*tensors: Tensor | None) -> Any:
