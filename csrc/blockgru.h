@@ -3,7 +3,7 @@
 // loaded once for all batch elements whose sums are in registers.
 #pragma once
 
-#include <vector>
+#include <memory>
 
 #include "lanes.h"
 #include "product.h"
@@ -78,8 +78,8 @@ class BlockGRUSteps {
     if (is_backward && blocks.rows_together() > 2 * together_) chunk_ = blocks.rows_together() / together_;
     chunk_ = least_of(chunk_, count_);
     const int64_t rows = chunk_ * together_;
-    memory_.resize((together_ + rows * (1 + num_gates)) * padded_);
-    states_ = memory_.data();
+    memory_.reset(new Line[ceil_div((together_ + rows * (1 + num_gates)) * padded_ * sizeof(A), sizeof(Line))]);
+    states_ = memory_[0].values;
     others_ = states_ + together_ * padded_;
     products_ = others_ + rows * padded_;
     for (int64_t n = 0; n < together_; ++n) {
@@ -212,7 +212,7 @@ class BlockGRUSteps {
     const A* weights = static_cast<const A*>(blocks_.weights) + block_ * num_gates * size_ * padded_;
     constexpr int64_t width = num_gates * per_register<A>;
     for (int64_t own = lane; own < lane + group; own += per_register<A>) {
-      multiply<A, 1>(
+      multiply_in_registers<A, 1>(
           {from, padded_, 1, 0, weights + own * num_gates * size_, width, 0, size_, products_ + own, num_gates * padded_,
            padded_, false},
           rows, most_vectors);
@@ -235,7 +235,7 @@ class BlockGRUSteps {
         product.right_part_stride = blocks_.count * size_ * size_;
       }
       product.out = states_ + own;
-      multiply<A, num_gates>(product, together_, width / per_register<A>);
+      multiply_in_registers<A, num_gates>(product, together_, width / per_register<A>);
     }
     for (int64_t n = 0; n < together_; ++n) {
       if (!is_reset(n, first + step)) continue;
@@ -254,7 +254,11 @@ class BlockGRUSteps {
     if (!exists(n, done)) return static_cast<void>(std::memcpy(next, state, group * sizeof(A)));
     const int64_t position = position_of(n, done);
     A inputs[num_gates][group], h[group], *r = inputs[0], *z = inputs[1], *c = inputs[2];
-    for (int k = 0; k < num_gates; ++k) get(inputs[k], row(scan_.inputs[k], n, position), lane);
+    for (int k = 0; k < num_gates; ++k) {
+      get(inputs[k], row(scan_.inputs[k], n, position), lane);
+      // Steps are farther from each other than processors look ahead.
+      if (exists(n, done + 1)) MINGRU_PREFETCH(row(scan_.inputs[k], n, position_of(n, done + 1)) + lane);
+    }
     const A *r_sum = products_of(n) + lane, *z_sum = r_sum + padded_, *c_sum = z_sum + padded_;
     MINGRU_LANES
     for (int64_t i = 0; i < group; ++i) {
@@ -313,7 +317,7 @@ class BlockGRUSteps {
     each(num_gates * padded_ / most_rows, most_rows * padded_ * rows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * most_rows; i < end * most_rows; i += most_rows) {
         for (int64_t lane = 0; lane < padded_; lane += most_vectors * per_register<A>) {
-          multiply<A, 1>(
+          multiply_in_registers<A, 1>(
               {products_ + i, 1, num_gates * padded_, 0, others_ + lane, padded_, 0, rows, totals + i * padded_ + lane,
                padded_, per_register<A>, true},
               most_rows, (padded_ - lane) / per_register<A>);
@@ -331,7 +335,11 @@ class BlockGRUSteps {
   const int64_t size_, padded_, block_, batch_, together_, begin_;
   const bool is_backward_, is_first_;
   int64_t lengths_[DiagonalBlocks::most_together], ends_[DiagonalBlocks::most_together], count_ = 0, chunk_ = 1;
-  std::vector<A> memory_;
+  // Of the cache, so that no vector is in two of them.
+  struct alignas(64) Line {
+    A values[64 / sizeof(A)];
+  };
+  std::unique_ptr<Line[]> memory_;
   // (together, padded): the states, or backward the gradients that are carried to the step before.
   A* states_;
   // Forward: the next states, and the products, (together, gates, padded). Backward, of so many steps that are computed

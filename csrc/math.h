@@ -29,6 +29,12 @@
 #define MINGRU_LANES
 #endif
 
+#ifdef __GNUC__
+#define MINGRU_PREFETCH(place) __builtin_prefetch(place)
+#else
+#define MINGRU_PREFETCH(place)
+#endif
+
 namespace mingru::MINGRU_ISA {
 
 // float or double.

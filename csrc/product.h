@@ -118,19 +118,24 @@ struct RegisterProduct {
   bool is_added;
 };
 
+// Of the rows from `first` on.
 template <class A, int parts, int vectors, int rows>
-static void multiply_in_registers(const RegisterProduct<A>& product) {
+static void multiply_part(const RegisterProduct<A>& product, int64_t first) {
   // Few sums are divided, so that the processor does not wait for the addition before.
   constexpr int chains = rows * vectors * parts <= most_rows * most_vectors ? parts : 1;
   Vector<A> sums[chains][rows][vectors] = {};
   for (int part = 0; part < parts; part += chains) {
-    const A* left = product.left + part * product.left_part_stride;
+    const A* left = product.left + part * product.left_part_stride + first * product.row_stride;
     const A* right = product.right + part * product.right_part_stride;
     for (int64_t k = 0; k < product.depth; ++k, left += product.left_stride, right += product.right_stride) {
 #pragma GCC unroll 3
       for (int chain = 0; chain < chains; ++chain) {
+        // One by one, because GCC keeps an array that is copied as a whole in memory.
         Vector<A> values[vectors];
-        std::memcpy(values, right + chain * product.right_part_stride, sizeof(values));
+#pragma GCC unroll 3
+        for (int i = 0; i < vectors; ++i) {
+          std::memcpy(&values[i], right + chain * product.right_part_stride + i * per_register<A>, sizeof(values[i]));
+        }
 #pragma GCC unroll 8
         for (int row = 0; row < rows; ++row) {
           const A factor = left[chain * product.left_part_stride + row * product.row_stride];
@@ -144,7 +149,7 @@ static void multiply_in_registers(const RegisterProduct<A>& product) {
   for (int row = 0; row < rows; ++row) {
 #pragma GCC unroll 3
     for (int i = 0; i < vectors; ++i) {
-      A* out = product.out + row * product.out_stride + i * product.vector_stride;
+      A* out = product.out + (first + row) * product.out_stride + i * product.vector_stride;
       Vector<A> sum = sums[0][row][i], before;
       for (int chain = 1; chain < chains; ++chain) sum += sums[chain][row][i];
       if (product.is_added) {
@@ -157,22 +162,21 @@ static void multiply_in_registers(const RegisterProduct<A>& product) {
 }
 
 template <class A, int parts, int vectors, int rows = most_rows>
-static void multiply_rows(const RegisterProduct<A>& product, int64_t count) {
-  if (count == rows) return multiply_in_registers<A, parts, vectors, rows>(product);
-  if constexpr (rows > 1) multiply_rows<A, parts, vectors, rows - 1>(product, count);
+static void multiply_parts(const RegisterProduct<A>& product, int64_t first, int64_t count) {
+  if (count == rows) return multiply_part<A, parts, vectors, rows>(product, first);
+  if constexpr (rows > 1) multiply_parts<A, parts, vectors, rows - 1>(product, first, count);
 }
 
-// Of any number of rows, in equal parts, and of at most `most_vectors`.
+// Of any number of rows, in equal parts, and of at most `most_vectors`. The product is not copied, because a copy of what
+// was just written waits until it is in the cache.
 template <class A, int parts, int vectors = most_vectors>
-static void multiply(RegisterProduct<A> product, int64_t rows, int64_t num_vectors) {
+static void multiply_in_registers(const RegisterProduct<A>& product, int64_t rows, int64_t num_vectors) {
   if constexpr (vectors > 1) {
-    if (num_vectors < vectors) return multiply<A, parts, vectors - 1>(product, rows, num_vectors);
+    if (num_vectors < vectors) return multiply_in_registers<A, parts, vectors - 1>(product, rows, num_vectors);
   }
-  for (int64_t tiles = ceil_div(rows, most_rows), count; tiles > 0; --tiles, rows -= count) {
-    count = ceil_div(rows, tiles);
-    multiply_rows<A, parts, vectors>(product, count);
-    product.left += count * product.row_stride;
-    product.out += count * product.out_stride;
+  for (int64_t tiles = ceil_div(rows, most_rows), first = 0, count; tiles > 0; --tiles, first += count) {
+    count = ceil_div(rows - first, tiles);
+    multiply_parts<A, parts, vectors>(product, first, count);
   }
 }
 
