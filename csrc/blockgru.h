@@ -51,6 +51,21 @@ static void pack_diagonal_block(const DiagonalBlocks& blocks, void* packed, int6
   }
 }
 
+// A gate as one number, for backward: the smaller of its value and its rest, negative if that is the rest. Of a float, both
+// are in full relative precision; of a half, the smaller one.
+template <class A>
+MINGRU_INLINE A as_signed(Fraction<A> gate) {
+  return gate.value > gate.rest ? -gate.rest : gate.value;
+}
+
+template <class A>
+MINGRU_INLINE Fraction<A> from_signed(A x) {
+  using UInt = typename Format<A>::UInt;
+  const bool is_rest = (bit_cast<UInt>(x) & Format<A>::sign) != 0;
+  const A small = is_rest ? -x : x, large = A(1) - small;
+  return {is_rest ? large : small, is_rest ? small : large};
+}
+
 template <class T>
 class BlockGRUSteps {
   using A = Accumulated<T>;
@@ -79,7 +94,7 @@ class BlockGRUSteps {
     chunk_ = least_of(chunk_, count_);
     const int64_t rows = chunk_ * together_;
     memory_.reset(new Line[ceil_div((together_ + rows * (1 + num_gates)) * padded_ * sizeof(A), sizeof(Line))]);
-    states_ = memory_[0].values;
+    states_ = reinterpret_cast<A*>(memory_.get());
     others_ = states_ + together_ * padded_;
     products_ = others_ + rows * padded_;
     for (int64_t n = 0; n < together_; ++n) {
@@ -89,6 +104,7 @@ class BlockGRUSteps {
 
   void forward() {
     for (int64_t done = 0; done < count_; ++done) {
+      go_to(done);
       for (int64_t n = 0; n < together_; ++n) {
         if (is_reset(n, done)) copy(states_ + n * padded_, scan_.initial_state, n);
       }
@@ -97,7 +113,7 @@ class BlockGRUSteps {
           // Each step begins with the weights that the one before read last, which are still in the cache.
           const int64_t lane = (done % 2 == 0 ? i : begin + end - 1 - i) * group;
           multiply_states(states_, together_, lane);
-          for (int64_t n = 0; n < together_; ++n) advance(n, done, lane);
+          for (int64_t n = 0; n < together_; ++n) advance(n, lane);
         }
       });
       A* const before = states_;
@@ -107,37 +123,49 @@ class BlockGRUSteps {
     finish();
   }
 
-  // Adds the gradients of the weights, (gates, padded, padded), and of the biases after them.
+  // Adds the gradients of the weights, (gates, padded, padded), and of the biases after them, if there are totals.
   void backward(A* totals) {
     for (int64_t first = 0; first < count_; first += chunk_) {
       const int64_t steps = least_of(chunk_, count_ - first), rows = steps * together_;
       each(rows, padded_, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) read_previous(i % together_, first + i / together_, others_ + i * padded_);
       });
-      each(padded_ / group, rows * num_gates * group * size_, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) multiply_states(others_, rows, i * group);
-      });
+      if (!scan_.sums.data) {
+        each(padded_ / group, rows * num_gates * group * size_, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) multiply_states(others_, rows, i * group);
+        });
+      }
       // The products of a step need all lanes of its gradients, but the gradients of the step before only their own.
       constexpr int64_t lanes = most_vectors * group;
       for (int64_t step = 0; step <= steps; ++step) {
         const int64_t multiplications = step == 0 ? lanes : together_ * num_gates * lanes * size_;
+        if (step < steps) go_to(first + step);
         each(ceil_div(padded_, lanes), multiplications, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
             const int64_t lane = (step % 2 == 0 ? i : begin + end - 1 - i) * lanes, last = least_of(lane + lanes, padded_);
             if (step > 0) pass_back(first, step - 1, lane, last);
             for (int64_t own = lane; step < steps && own < last; own += group) {
-              for (int64_t n = 0; n < together_; ++n) differentiate(n, first + step, step * together_ + n, own);
+              for (int64_t n = 0; n < together_; ++n) differentiate(n, step * together_ + n, own);
             }
           }
         });
       }
-      add_rows(totals, rows);
+      if (totals) add_to(totals, rows);
     }
     finish();
   }
 
  private:
   static constexpr int64_t num_gates = DiagonalBlocks::num_gates;
+  // The gates and the candidate, in place of the inputs, and the candidate's sum, which the reset gate multiplies.
+  static constexpr int64_t num_values = num_gates + 1;
+
+  // Where a sequence has its values of the present step, in numbers after the first of the block. All inputs, and their
+  // gradients, have equal places.
+  struct Place {
+    bool exists, has_next;
+    int64_t input, next_input, out, sum, grad_out;
+  };
 
   // Calls f with ranges of [0, count), by several threads if there are enough multiplications.
   template <class F>
@@ -148,6 +176,7 @@ class BlockGRUSteps {
   }
 
   A* products_of(int64_t row) const { return products_ + row * num_gates * padded_; }
+  const A* biases_at(int64_t lane) const { return static_cast<const A*>(blocks_.biases) + block_ * padded_ + lane; }
 
   bool exists(int64_t n, int64_t done) const { return begin_ + done < ends_[n]; }
 
@@ -163,8 +192,22 @@ class BlockGRUSteps {
     return static_cast<const uint8_t*>(scan_.reset.data)[scan_.reset.index(batch_ + n, position_of(n, done))];
   }
 
-  T* row(const Sequence& sequence, int64_t n, int64_t position) const {
-    return static_cast<T*>(sequence.data) + sequence.index(batch_ + n, position) + block_ * size_;
+  int64_t index(const Sequence& sequence, int64_t n, int64_t position) const {
+    return sequence.index(batch_ + n, position) + block_ * size_;
+  }
+  static T* data(const Sequence& sequence) { return static_cast<T*>(sequence.data); }
+
+  void go_to(int64_t done) {
+    for (int64_t n = 0; n < together_; ++n) {
+      Place& at = places_[n];
+      at.exists = exists(n, done), at.has_next = exists(n, done + 1);
+      if (!at.exists) continue;
+      const int64_t position = position_of(n, done);
+      at.input = index(scan_.inputs[0], n, position), at.out = index(scan_.out, n, position);
+      if (at.has_next) at.next_input = index(scan_.inputs[0], n, position_of(n, done + 1));
+      if (scan_.sums.data) at.sum = index(scan_.sums, n, position);
+      if (is_backward_) at.grad_out = index(scan_.grad_out, n, position);
+    }
   }
 
   // Where the state after the pass, or its gradient, is written.
@@ -247,29 +290,43 @@ class BlockGRUSteps {
     }
   }
 
-  // Computes a group of features of the next state.
-  void advance(int64_t n, int64_t done, int64_t lane) const {
-    const A *state = states_ + n * padded_ + lane, *biases = static_cast<const A*>(blocks_.biases) + block_ * padded_ + lane;
-    A* next = others_ + n * padded_ + lane;
-    if (!exists(n, done)) return static_cast<void>(std::memcpy(next, state, group * sizeof(A)));
-    const int64_t position = position_of(n, done);
-    A inputs[num_gates][group], h[group], *r = inputs[0], *z = inputs[1], *c = inputs[2];
-    for (int k = 0; k < num_gates; ++k) {
-      get(inputs[k], row(scan_.inputs[k], n, position), lane);
-      // Steps are farther from each other than processors look ahead.
-      if (exists(n, done + 1)) MINGRU_PREFETCH(row(scan_.inputs[k], n, position_of(n, done + 1)) + lane);
-    }
-    const A *r_sum = products_of(n) + lane, *z_sum = r_sum + padded_, *c_sum = z_sum + padded_;
+  // Replaces a group of the inputs of a step, r, z and c, by the gates and the candidate, sets the sum, and returns in h
+  // the next state.
+  MINGRU_INLINE_MEMBER void activate(
+      A (&values)[num_values][group], A (&h)[group], const A* state, const A* r_sum, const A* biases) const {
+    const A *z_sum = r_sum + padded_, *c_sum = z_sum + padded_;
+    A *r = values[0], *z = values[1], *c = values[2], *sum = values[3];
     MINGRU_LANES
     for (int64_t i = 0; i < group; ++i) {
       AtOnce at_once;
-      const A open = logistic(r[i] + r_sum[i], at_once).value;
-      const Fraction<A> keep = logistic(z[i] + z_sum[i], at_once);
-      const A candidate = Tanh().of(c[i] + open * (c_sum[i] + biases[i]), at_once).value;
+      const Fraction<A> open = logistic(r[i] + r_sum[i], at_once), keep = logistic(z[i] + z_sum[i], at_once);
+      sum[i] = c_sum[i] + biases[i];
+      const A candidate = Tanh().of(c[i] + open.value * sum[i], at_once).value;
       h[i] = next_state(keep, state[i], keep.rest * candidate);
+      r[i] = as_signed(open);
+      z[i] = as_signed(keep);
+      c[i] = candidate;
     }
+  }
+
+  // Computes a group of features of the next state.
+  void advance(int64_t n, int64_t lane) const {
+    const Place& at = places_[n];
+    const A* state = states_ + n * padded_ + lane;
+    A* next = others_ + n * padded_ + lane;
+    if (!at.exists) return static_cast<void>(std::memcpy(next, state, group * sizeof(A)));
+    alignas(64) A values[num_values][group], h[group];
+    for (int k = 0; k < num_gates; ++k) {
+      get(values[k], data(scan_.inputs[k]) + at.input, lane);
+      // Steps are farther from each other than processors look ahead.
+      if (at.has_next) MINGRU_PREFETCH(data(scan_.inputs[k]) + at.next_input + lane);
+    }
+    activate(values, h, state, products_of(n) + lane, biases_at(lane));
     std::memcpy(next, h, sizeof(h));
-    put(row(scan_.out, n, position), h, lane);
+    put(data(scan_.out) + at.out, h, lane);
+    if (!scan_.sums.data) return;
+    for (int k = 0; k < num_gates; ++k) put(data(scan_.inputs[k]) + at.input, values[k], lane);
+    put(data(scan_.sums) + at.sum, values[num_gates], lane);
   }
 
   // Reads the state before a step. Of a batch element without the step, it is 0.
@@ -278,42 +335,48 @@ class BlockGRUSteps {
     const int64_t step = step_of(n, done), before = scan_.reverse ? step + 1 : step - 1;
     if (is_reset(n, done)) return copy(to, scan_.initial_state, n);
     if (before < 0 || before == lengths_[n]) return copy(to, scan_.h, n);
-    for (int64_t lane = 0; lane < padded_; lane += group) get(to + lane, row(scan_.out, n, place_of(before)), lane);
+    const T* row = data(scan_.out) + index(scan_.out, n, place_of(before));
+    for (int64_t lane = 0; lane < padded_; lane += group) get(to + lane, row, lane);
   }
 
   // Replaces a group of a row of products by their gradients, which are 0 without the step, and writes those of the step's
   // inputs. The gradient of the state becomes the part of the previous state's gradient that does not pass the weights.
-  void differentiate(int64_t n, int64_t done, int64_t index, int64_t lane) const {
+  void differentiate(int64_t n, int64_t index, int64_t lane) const {
+    const Place& at = places_[n];
     A *r_sum = products_of(index) + lane, *z_sum = r_sum + padded_, *c_sum = z_sum + padded_;
-    if (!exists(n, done)) {
+    if (!at.exists) {
       for (A* each : {r_sum, z_sum, c_sum}) std::memset(each, 0, group * sizeof(A));
       return;
     }
-    const int64_t position = position_of(n, done);
-    const A *before = others_ + index * padded_ + lane, *biases = static_cast<const A*>(blocks_.biases) + block_ * padded_ + lane;
-    A inputs[num_gates][group], grad[group], *r = inputs[0], *z = inputs[1], *c = inputs[2];
-    for (int k = 0; k < num_gates; ++k) get(inputs[k], row(scan_.inputs[k], n, position), lane);
-    get(grad, row(scan_.grad_out, n, position), lane);
+    const A* before = others_ + index * padded_ + lane;
+    alignas(64) A values[num_values][group], grad[group], grads[num_gates][group];
+    for (int k = 0; k < num_gates; ++k) {
+      get(values[k], data(scan_.inputs[k]) + at.input, lane);
+      if (at.has_next) MINGRU_PREFETCH(data(scan_.inputs[k]) + at.next_input + lane);
+    }
+    if (scan_.sums.data) get(values[num_gates], data(scan_.sums) + at.sum, lane);
+    // Without those that are kept.
+    if (!scan_.sums.data) activate(values, grad, before, r_sum, biases_at(lane));
+    get(grad, data(scan_.grad_out) + at.grad_out, lane);
+    const A *r = values[0], *z = values[1], *c = values[2], *sum = values[3];
     A* carried = states_ + n * padded_ + lane;
     MINGRU_LANES
     for (int64_t i = 0; i < group; ++i) {
-      AtOnce at_once;
-      const Fraction<A> open = logistic(r[i] + r_sum[i], at_once), keep = logistic(z[i] + z_sum[i], at_once);
-      const A sum = c_sum[i] + biases[i];
-      const Value<A> candidate = Tanh().of(c[i] + open.value * sum, at_once);
+      const Fraction<A> open = from_signed(r[i]), keep = from_signed(z[i]);
       const A of_state = grad[i] + carried[i];
-      c[i] = of_state * keep.rest * candidate.slope;
-      r[i] = r_sum[i] = c[i] * sum * open.value * open.rest;
-      z[i] = z_sum[i] = of_state * (before[i] - candidate.value) * keep.value * keep.rest;
-      c_sum[i] = c[i] * open.value;
+      const A of_candidate = of_state * keep.rest * (A(1) - c[i] * c[i]);
+      grads[0][i] = r_sum[i] = of_candidate * sum[i] * open.value * open.rest;
+      grads[1][i] = z_sum[i] = of_state * (before[i] - c[i]) * keep.value * keep.rest;
+      grads[2][i] = of_candidate;
+      c_sum[i] = of_candidate * open.value;
       carried[i] = of_state * keep.value;
     }
-    for (int k = 0; k < num_gates; ++k) put(row(scan_.grad_inputs[k], n, position), inputs[k], lane);
+    for (int k = 0; k < num_gates; ++k) put(data(scan_.grad_inputs[k]) + at.input, grads[k], lane);
   }
 
   // Adds the products of the rows of gradients and previous states, which are sums of sums, because a long sum is less
   // accurate.
-  void add_rows(A* totals, int64_t rows) const {
+  void add_to(A* totals, int64_t rows) const {
     each(num_gates * padded_ / most_rows, most_rows * padded_ * rows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * most_rows; i < end * most_rows; i += most_rows) {
         for (int64_t lane = 0; lane < padded_; lane += most_vectors * per_register<A>) {
@@ -335,9 +398,10 @@ class BlockGRUSteps {
   const int64_t size_, padded_, block_, batch_, together_, begin_;
   const bool is_backward_, is_first_;
   int64_t lengths_[DiagonalBlocks::most_together], ends_[DiagonalBlocks::most_together], count_ = 0, chunk_ = 1;
+  Place places_[DiagonalBlocks::most_together];
   // Of the cache, so that no vector is in two of them.
   struct alignas(64) Line {
-    A values[64 / sizeof(A)];
+    char bytes[64];
   };
   std::unique_ptr<Line[]> memory_;
   // (together, padded): the states, or backward the gradients that are carried to the step before.
@@ -347,17 +411,17 @@ class BlockGRUSteps {
   A *others_, *products_;
 };
 
-// The batch elements [begin, end) of the part. Backward, if there are totals.
+// The batch elements [begin, end) of the part.
 template <class A>
 static void run_diagonal_block(
     const Scan& scan, const DiagonalBlocks& blocks, const Part& part, int64_t block, int64_t begin, int64_t end,
-    void* totals) {
+    bool is_backward, void* totals) {
   with_type<A>(scan.storage, [&](auto type) {
     const int64_t most = blocks.sequences_together();
     for (int64_t last; begin < end; begin = last) {
       last = least_of(begin + most, end);
-      BlockGRUSteps<decltype(type)> steps(scan, blocks, part, block, begin, last, totals);
-      totals ? steps.backward(static_cast<A*>(totals)) : steps.forward();
+      BlockGRUSteps<decltype(type)> steps(scan, blocks, part, block, begin, last, is_backward);
+      is_backward ? steps.backward(static_cast<A*>(totals)) : steps.forward();
     }
   });
 }

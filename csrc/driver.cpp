@@ -216,8 +216,8 @@ void run_diagonal_blocks(const Scan& scan, const DiagonalBlocks& blocks, const P
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = part.batch_begin + i / blocks.count * size, last = std::min(first + size, part.batch_end);
-      char* totals = backward ? static_cast<char*>(blocks.totals) + i * bytes : nullptr;
-      kernels.run_diagonal_block(scan, blocks, part, i % blocks.count, first, last, totals);
+      char* totals = blocks.totals ? static_cast<char*>(blocks.totals) + i * bytes : nullptr;
+      kernels.run_diagonal_block(scan, blocks, part, i % blocks.count, first, last, backward, totals);
     }
   };
   const int64_t tasks = ceil_div(batch, size) * blocks.count;

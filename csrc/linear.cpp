@@ -79,7 +79,7 @@ Outputs mingru::linear_recurrence(
   LinearOperands operands(call, x, weight, bias, eps);
   if (!outputs.out) {
     // The largest tensor first: glibc's malloc then gives less memory back to the system, whose new pages take long.
-    outputs.kept = empty({call.has(Flag::keep) ? operands.num_rows() : 0, operands.num_columns}, x);
+    outputs.kept = empty({call.has(Flag::keep) ? operands.num_rows() : 0, operands.num_kept()}, x);
     const std::vector<int64_t> sizes = operands.sizes(operands.scan.num_features);
     outputs.out = empty(sizes, x);
     outputs.states = empty(call.has(Flag::keep_states) ? sizes : std::vector<int64_t>{0}, x);
@@ -95,7 +95,8 @@ Outputs mingru::linear_recurrence(
     if (slice.num_rows > 0) {
       char* pre_activations = operands.pre_activations_of(slice, kept);
       operands.map(pre_activations, operands.rows_of(slice), slice);
-      operands.set_sequences(scan.inputs, pre_activations, slice);
+      operands.set_sequences(scan.inputs, pre_activations, slice, operands.num_columns);
+      operands.set_sums(kept, slice);
     }
     operands.run(slice.part, false);
   }
@@ -143,8 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
       pre_activations.numel() == 0 ||
           (pre_activations.is_cpu() && pre_activations.is_contiguous() &&
            pre_activations.scalar_type() == x.scalar_type() &&
-           pre_activations.numel() == operands.num_rows() * columns),
-      call.name, ": pre_activations must be (number of steps, num_parts N), contiguous, or empty");
+           pre_activations.numel() == operands.num_rows() * operands.num_kept()),
+      call.name, ": pre_activations must be as the forward pass keeps them, or empty");
   char* kept = pre_activations.numel() > 0 ? data_of<char>(pre_activations) : nullptr;
   auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(states, grad_out, grad_last);
   Tensor grad_x = needs_x ? operands.empty_like_x() : empty({0}, x);
@@ -162,8 +163,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     char* pre = operands.pre_activations_of(slice, kept);
     if (!kept) operands.map(pre, rows, slice);
     char* to = static_cast<char*>(grads_scratch.at_least(operands.bytes_of_columns(count)));
-    operands.set_sequences(scan.inputs, pre, slice);
-    operands.set_sequences(scan.grad_inputs, to, slice);
+    operands.set_sequences(scan.inputs, pre, slice, columns);
+    operands.set_sequences(scan.grad_inputs, to, slice, columns);
+    operands.set_sums(kept, slice);
     operands.run(slice.part, true);
 
     const Tensor grads = matrix(to, count, columns, x);

@@ -117,9 +117,19 @@ class LinearOperands : public Operands {
     map_rows(out, rows, slice.num_rows, x_, weight, bias_);
   }
 
-  // Sets `sequences` to the inputs of the cell, which are side by side in the matrix of a slice.
-  void set_sequences(Sequence* sequences, char* data, const Slice& slice) const {
-    const int64_t stride = num_columns, part = scan.num_features * x_.element_size();
+  // What a forward pass keeps of each row: its pre-activations, or of a BlockGRU what its steps replace them by, and a sum.
+  int64_t num_kept() const { return num_columns + (recurrent_ ? scan.num_features : 0); }
+
+  // Sets the sums that are kept after all else.
+  void set_sums(char* kept, const Slice& slice) {
+    if (!recurrent_ || !kept) return;
+    const int64_t bytes = scan.num_features * x_.element_size();
+    set_sequences(&scan.sums, kept + bytes_of_columns(num_rows()) + slice.row * bytes, slice, scan.num_features);
+  }
+
+  // Sets `sequences` to the inputs of the cell, which are side by side in the matrix of a slice, of so many columns.
+  void set_sequences(Sequence* sequences, char* data, const Slice& slice, int64_t stride) const {
+    const int64_t part = scan.num_features * x_.element_size();
     const int64_t batch_stride = time_major_ || has_lengths() ? stride : scan.num_steps * stride;
     const int64_t step_stride = time_major_ && !is_packed() ? scan.num_batch * stride : stride;
     const int64_t* batch_offsets = has_lengths() ? row_offsets_.data() : nullptr;

@@ -12,7 +12,7 @@ namespace {
 class RecurrentWeights {
  public:
   // Weight and bias are in the accumulation dtype, as `h` is.
-  RecurrentWeights(const Call& call, const Tensor& h, int64_t num_features) : num_features_(num_features), h_(h) {
+  RecurrentWeights(const Call& call, const Tensor& h, int64_t num_features) : num_features_(num_features), needs_gradients_(call.has(Flag::needs_recurrent)), h_(h) {
     const Tensor *given = call[Argument::recurrent], *bias = call[Argument::recurrent_bias];
     const auto fits = [&](const Tensor& x) {
       return x.is_cpu() && x.is_contiguous() && x.scalar_type() == h.scalar_type() && x.numel() > 0;
@@ -38,18 +38,21 @@ class RecurrentWeights {
   void run(const Scan& scan, const Part& part, bool is_backward) {
     // To copy the weights takes longer than a product of one step.
     const bool is_step = scan.num_steps == 1 && blocks_.padded == blocks_.size;
-    if (!blocks_.weights && !(is_step && scan.num_batch <= most_few_rows)) blocks_.weights = packed(packed_, scan, false);
-    if (is_backward && !totals_) {
+    // Backward, kept values are in place of the products.
+    const bool is_kept = is_backward && scan.sums.data, is_few = is_step && scan.num_batch <= most_few_rows;
+    if (!blocks_.weights && !is_kept && !is_few) blocks_.weights = packed(packed_, scan, false);
+    if (is_backward && !is_step && !blocks_.transposed) blocks_.transposed = packed(transposed_, scan, true);
+    if (is_backward && needs_gradients_ && !totals_) {
       const int64_t rows = num_gates * blocks_.padded + 1;
       totals_ = torch::stable::new_zeros(h_, {blocks_.num_totals(scan.num_batch), blocks_.count, rows, blocks_.padded});
       blocks_.totals = totals_->data_ptr();
-      if (!is_step) blocks_.transposed = packed(transposed_, scan, true);
     }
     run_diagonal_blocks(scan, blocks_, part, is_backward);
   }
 
-  // The gradients of weight and bias.
+  // The gradients of weight and bias, empty if not needed.
   std::tuple<Tensor, Tensor> gradients() const {
+    if (!totals_) return {empty({0}, h_), empty({0}, h_)};
     const int64_t size = blocks_.size, padded = blocks_.padded, rows = num_gates * padded + 1;
     const std::vector<int64_t> groups = {0};
     const Tensor sum = totals_->size(0) > 1 ? torch::stable::sum(*totals_, groups) : torch::stable::select(*totals_, 0, 0);
@@ -82,6 +85,7 @@ class RecurrentWeights {
   }
 
   const int64_t num_features_;
+  const bool needs_gradients_;
   const Tensor h_;
   DiagonalBlocks blocks_{};
   MaybeTensor totals_;

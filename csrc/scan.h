@@ -83,6 +83,9 @@ struct Scan {
   // (N), in the accumulation dtype. All are null if there is no bias.
   const void* biases[most_parts];
   Sequence out;  // the states
+  // Of a BlockGRU whose forward pass keeps what backward needs: the sums of its candidates. The inputs become gates and
+  // candidates. Null otherwise.
+  Sequence sums;
   // Forward, with an output gate: the states times silu(gate). It may be `out`. Null without an output gate.
   Sequence gated;
   Sequence reset;  // uint8 or null; not bool, because a bool tensor that views bytes may contain other values
@@ -193,7 +196,7 @@ struct DiagonalBlocks {
   int64_t size, count, padded;
   // As the caller has them, and packed. A call of one step may have those of the caller only.
   const void *given, *weights, *transposed, *biases;
-  // Backward only: the gradients of weights and biases, (totals, count, 3 padded + 1, padded).
+  // Backward only: the gradients of weights and biases, (totals, count, 3 padded + 1, padded). Null if not needed.
   void* totals;
   // Calls f with ranges of [0, count). Null: the caller calls it with all.
   void (*parallel_for)(
@@ -222,9 +225,10 @@ struct Kernels {
   void (*convolve)(const Convolution&, int64_t task, bool is_backward);
   // Adds a range of columns, which begins at a multiple of `group`.
   void (*add_rows)(const RowSum&, int64_t begin, int64_t end);
-  // Runs a diagonal block of some batch elements. Backward, adds the gradients of weights and biases to the totals.
+  // Runs a diagonal block of some batch elements. Backward, adds the gradients of weights and biases to the totals, if there are some.
   void (*run_diagonal_block)(
-      const Scan&, const DiagonalBlocks&, const Part&, int64_t block, int64_t begin, int64_t end, void* totals);
+      const Scan&, const DiagonalBlocks&, const Part&, int64_t block, int64_t begin, int64_t end, bool is_backward,
+      void* totals);
   // Copies the weights of a diagonal block.
   void (*pack_diagonal_block)(const DiagonalBlocks&, void* packed, int64_t block, bool is_transposed);
   // Copies a panel of the right matrix, and computes a range of rows of a panel's columns, in float32. Null without

@@ -72,7 +72,7 @@ def _register_shapes() -> None:
 
     def of_recurrent(call: list[Tensor], bits: int) -> States:
         h = call[0]
-        if not flag(bits, "has_recurrent"):
+        if not flag(bits, "has_recurrent") or not flag(bits, "needs_recurrent"):
             return h.new_empty(0), h.new_empty(0)
         # The weights come after two states, the resets and the elapsed times.
         weight = call[2 + flag(bits, "has_reset") + flag(bits, "has_dt")]
@@ -92,7 +92,8 @@ def _register_shapes() -> None:
         h, *leading = call[0], *x.shape[:-1]
         # No captured graph has lengths, which would make the number of rows depend on data.
         num_kept = math.prod(leading) if flag(bits, "keep") else 0
-        out, kept = x.new_empty(*leading, h.shape[-1]), x.new_empty(num_kept, weight.shape[0])
+        num_sums = h.shape[-1] if flag(bits, "has_recurrent") else 0
+        out, kept = x.new_empty(*leading, h.shape[-1]), x.new_empty(num_kept, weight.shape[0] + num_sums)
         return out, h.new_empty(h.shape), kept, x.new_empty(out.shape if flag(bits, "keep_states") else 0)
 
     def linear_recurrence_backward(
@@ -159,8 +160,8 @@ def arguments(
 ) -> tuple[list[Tensor], int, float]:
     """Return a call as all operators take it: its tensors, numbers and flags in one number, and `min_decay`.
 
-    `given`: the tensors, with None for those that are absent, and the inputs. `needs` says whether dt, x, weight and
-    bias need a gradient. See csrc/call.h.
+    `given`: the tensors, with None for those that are absent, and the inputs. `needs` says whether dt, the recurrent
+    weights, x, weight and bias need a gradient. See csrc/call.h.
     """
     h, initial_state, reset, dt, recurrent, recurrent_bias, *of_layout = given[:FIRST_INPUT]
     dtype = accumulate_dtype(given[FIRST_INPUT].dtype)
@@ -205,7 +206,8 @@ def _linear_recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep:
 
 
 def _linear_recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
-    tensors, bits, min_decay = arguments(spec, given, time_first, None, [needs[3], *needs[FIRST_INPUT:]])
+    wanted = [needs[3], needs[4] or needs[5], *needs[FIRST_INPUT:]]
+    tensors, bits, min_decay = arguments(spec, given, time_first, None, wanted)
     states, kept, grad_out, grad_last = saved
     rest = as_dtype(grad_last, tensors[0].dtype), bits, min_decay, spec.eps
     results = torch.ops.mingru.linear_recurrence_backward(*given[FIRST_INPUT:], tensors, states, kept, grad_out, *rest)
