@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import needs_kernels
 
 import mingru
 
@@ -22,10 +23,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (ROOT / "csrc").is_dir(),
 
 PYTHON, TRITON = "src/mingru/ops/cells.py", "src/mingru/ops/backends/triton/cells.py"
 OF_PYTHON = """\
-    if spec.cell == "mingru_sharp":
+if spec.cell == "mingru_sharp":
         gate, candidate = _wide(inputs)
         return (-2.0 * gate).sigmoid(), (2.0 * gate).sigmoid() * activate(candidate, spec.activation)
-"""
+    """
 OF_CPP = """\
 template <class Activation>
 struct SharpMinGRU : RealCell {
@@ -39,25 +40,27 @@ struct SharpMinGRU : RealCell {
 };
 
 """
-OF_TRITON = """
-
+OF_TRITON = """\
 @triton.jit
 def sharp(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     a, z, by_gate, _ = decay(2.0 * x[0][0], (), EXACT)
     value, slope = activate(x[1][0], ACTIVATION, EXACT)
     return (a, ()), (z * value, ()), (of_decay(a, value, 2.0 * by_gate), of_b(z * slope, ()))
+
+
 """
-CALLED = '    if CELL == "mingru":\n        return mingru(x, time, ACTIVATION, EXACT)\n'
-# Step of CONTRIBUTING.md, file, the text after which something is added, and what is added.
+CALLED = 'if CELL == "mingru_sharp":\n        return sharp(x, ACTIVATION, EXACT)\n    el'
+# Step of CONTRIBUTING.md, file, what is added, and where: behind a pattern, which finds the first key of a dictionary
+# or its end, the first `if` of a function, or a definition by its name.
 STEPS = [
-    (1, PYTHON, '    "mingru": Cell(2),\n', '    "mingru_sharp": Cell(2, not_timed="a test needs no time"),\n'),
-    (1, PYTHON, '    if spec.cell == "mingru_rotation":\n        return _rotation(spec, inputs, start)\n', OF_PYTHON),
-    (2, "csrc/cells.h", "// Inputs: gate and candidate.\n", OF_CPP),
-    (2, "csrc/scan.h", "#define MINGRU_CELLS(CELL)", " CELL(mingru_sharp, 2, false, SharpMinGRU)"),
-    (3, TRITON, "LONGEST = tl.constexpr(1e30)\n", OF_TRITON),
-    (3, TRITON, CALLED, '    elif CELL == "mingru_sharp":\n        return sharp(x, ACTIVATION, EXACT)\n'),
-    (3, "src/mingru/ops/backends/triton/plan.py", "KEEPING = {\n", '    "mingru_sharp": (-inf, 0.0),\n'),
-    (5, PYTHON, '    "sigmoid": "mingru",\n', '    "sharp": "mingru_sharp",\n'),
+    (1, PYTHON, '"mingru_sharp": Cell(2, not_timed="a test needs no time"),\n    ', r"^CELLS\b.*{\s*"),
+    (1, PYTHON, OF_PYTHON, r"^def coefficients\((?:.*\n)*?    (?=if )"),
+    (2, "csrc/cells.h", OF_CPP, r"^(?=template.*\nstruct MinGRU\b)"),
+    (2, "csrc/scan.h", " CELL(mingru_sharp, 2, false, SharpMinGRU)", r"MINGRU_CELLS\(CELL\)"),
+    (3, TRITON, OF_TRITON, r"^(?=@triton.jit\ndef cell\()"),
+    (3, TRITON, CALLED, r"^def cell\((?:.*\n)*?    (?=if )"),
+    (3, "src/mingru/ops/backends/triton/plan.py", '"mingru_sharp": (-inf, 0.0),\n    ', r"^KEEPING\b.*{\s*"),
+    (5, PYTHON, '    "sharp": "mingru_sharp",\n', r"^GATES\b(?:.*\n)*?(?=})"),
 ]
 
 # Compares the layer with a minGRU whose gate has doubled weights, on the backend that is the argument.
@@ -99,12 +102,11 @@ CLANG = next(filter(None, map(shutil.which, ["clang++", *(f"clang++-{version}" f
 
 def added(root, *steps):
     """Add what these steps add."""
-    for step, file, after, text in STEPS:
+    for step, file, text, where in STEPS:
         if step in steps:
-            path = root / file
-            before = path.read_text(encoding="utf-8")
-            at = before.index(after) + len(after)
-            path.write_text(before[:at] + text + before[at:], encoding="utf-8")
+            before = (root / file).read_text(encoding="utf-8")
+            at = re.search(where, before, re.MULTILINE).end()
+            (root / file).write_text(before[:at] + text + before[at:], encoding="utf-8")
 
 
 def check(root, backend, code=CHECK, **variables):
@@ -151,9 +153,6 @@ def test_the_steps_name_these_files():
         assert Path(file).name in numbered[str(step)]
 
 
-needs_kernels = pytest.mark.skipif(mingru.backends()["native"] is not True, reason="needs the kernels")
-
-
 @needs_kernels
 def test_a_library_is_kept_if_it_is_of_these_sources(tmp_path):
     root, own = copied(tmp_path), next(Path(mingru.__file__).parent.glob("_kernels.*"))
@@ -188,5 +187,5 @@ def test_a_cell_of_python_then_cpp(root):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_a_cell_of_triton(root):
-    added(root, *(() if "sharp" in (root / STEPS[0][1]).read_text(encoding="utf-8") else (1, 5)), 3)
+    added(root, *(() if "sharp" in (root / PYTHON).read_text(encoding="utf-8") else (1, 5)), 3)
     check(root, "triton", TRITON_INTERPRET="1")
