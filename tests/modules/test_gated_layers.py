@@ -2,15 +2,17 @@
 
 import copy
 import functools
+import inspect
 import itertools
 
 import pytest
 import torch
-from cases import through_a_file
+from cases import ROWS, through_a_file
 from torch import nn
 from torch.testing import assert_close
 
 import mingru
+from mingru.modules.saved import MARKS
 
 H = 8
 GATES = ("signed", "rotation", "quaternion", "mixed")
@@ -110,6 +112,21 @@ CHANGED = [
     (mingru.drop_in.LSTM, "candidate", "tanh", 3),
     (lambda dims, _, **options: mingru.models.Block(dims, **options), "min_decay", 0.5, 2**52),
 ]
+# Options that names and shapes of weights show, and options with which weights mean the same. A convolution has the
+# last three, which torch's state_dicts do not say either.
+SHOWN = "input_dims hidden_dims input_size hidden_size proj_size dims num_layers layers bias bidirectional norm cell "
+SHOWN += "block_size kernel_size conv expansion mlp learn_initial_state"
+ALIKE = "batch_first dropout recompute checkpoint memory forget_bias device dtype stride padding dilation"
+
+
+def test_every_option_has_a_mark_or_needs_none():
+    """A new option is a row of `saved.MARKS` and of the table above, or is on one of the two lists."""
+    for kind in {type(case.module) for case in ROWS} - {mingru.convert.Projected}:
+        parameters = inspect.signature(kind).parameters.values()
+        names = {each.name for each in parameters if each.kind != each.VAR_KEYWORD}
+        assert names <= {*MARKS, *SHOWN.split(), *ALIKE.split()}, kind
+    # The output gate, which has other shapes: data/refusals.txt.
+    assert {option for _, option, *_ in CHANGED} == MARKS.keys() - {"gate", "output_gate", "zero_state", "groups"}
 
 
 @pytest.mark.parametrize(("kind", "option", "value", "number"), CHANGED)

@@ -42,15 +42,6 @@ class Mark(NamedTuple):
         return repr(self.values[number]) if 0 <= number < len(self.values) else f"{number}"
 
 
-def candidate_of(level: Any) -> str | None:
-    """Return None for the default of the gate."""
-    return None if level.candidate == default_candidate(level.cell) else level.candidate
-
-
-def residual_of(module: Any) -> bool | str:
-    return "highway" if getattr(module, "highway", False) else module.residual
-
-
 def says_zero_state(module: Any) -> bool:
     """Return whether weights say the initial state: not if they are like the paper's, which `drop_in` begins with 0."""
     levels = getattr(module, "layers", [module])
@@ -61,10 +52,13 @@ def says_zero_state(module: Any) -> bool:
 # The options of layers; a new option whose value is an attribute of `RecurrentLevel` is one line.
 MARKS = {
     "gate": Mark((*GATES,), lambda level: GATE_OF.get(level.cell, "sigmoid")),
-    "candidate": Mark((None, *ACTIVATIONS), candidate_of),
+    # None is the default of the gate.
+    "candidate": Mark(
+        (None, *ACTIVATIONS), lambda x: None if x.candidate == default_candidate(x.cell) else x.candidate
+    ),
     "normalize": Mark((True, False), lambda level: level.cell != "minlstm_unnormalized"),
     "min_decay": Mark(0.0),
-    "residual": Mark((False, True, "highway"), residual_of),
+    "residual": Mark((False, True, "highway"), lambda x: "highway" if getattr(x, "highway", False) else x.residual),
     "output_gate": Mark((None, "silu"), lambda level: "silu" if level.has_output_gate else None),
 }
 OF_LEVELS = (*MARKS,)
@@ -163,32 +157,30 @@ def take_marks(module: Any, state_dict: dict[str, Any], prefix: str, metadata: d
     return ""
 
 
-def take_groups(norm: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
+def take_groups(norm: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Change the number of groups to that of the weights, if they say one."""
     groups = state_dict.get(f"{prefix}groups")
     if groups is not None:
         norm.regroup(int(groups))
-    return ""
 
 
-def note_values(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
+def note_values(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Note whether all parameters get values: models of transformers load one after the other, also without values."""
     is_whole = {prefix + name for name, _ in module.named_parameters()} <= state_dict.keys()
     module._is_empty = module._is_empty and not is_whole
     if module.role == "step":
         # A cell returns the state, which does not include the residual of a layer.
         state_dict.pop(f"{prefix}layers.0.{key_of('residual')}", None)
-    return ""
 
 
 def refuse_other_cells(level: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
     """Refuse weights of a BlockGRU or for one, because the linear map of a MinLSTM has the same shape."""
     names = {name[len(prefix) :].partition(".")[0] for name in state_dict if name.startswith(prefix)}
-    if "linear" not in names or ("recurrent" in names) == (level.cell == BLOCKS):
-        return ""
-    # The modules inside keep their weights.
-    state_dict.update(level.state_dict(prefix=prefix, keep_vars=True))
-    return f"{prefix}linear: a BlockGRU, and no other, has recurrent weights; load a whole state_dict"
+    is_other = "linear" in names and ("recurrent" in names) != (level.cell == BLOCKS)
+    if is_other:
+        # The modules inside keep their weights.
+        state_dict.update(level.state_dict(prefix=prefix, keep_vars=True))
+    return f"{prefix}linear: a BlockGRU, and no other, has recurrent weights; load a whole state_dict" * is_other
 
 
 def refuse_weights_of_torch(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
@@ -198,27 +190,24 @@ def refuse_weights_of_torch(module: Any, state_dict: dict[str, Any], prefix: str
     return "" if key is None else expectation(module.name, "state_dict", expected, got, remedy)
 
 
-def renew_guards(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
+def renew_guards(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Add the guards of a module, because weights of layers that are not in `drop_in` have none; remove others."""
     for name in GUARDS:
         guard = state_dict.pop(prefix + name, None)
         if name in module._buffers:
             state_dict[prefix + name] = torch.tensor(1, device=getattr(guard, "device", None))
-    return ""
 
 
-def rename_weights_of_torch(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
+def rename_weights_of_torch(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Give the weights of a `torch.nn.GRU` the names of a GRU with one block, which computes the same."""
-    if not any(key.startswith(f"{prefix}weight_ih") for key in state_dict):
-        return ""
-    own = {prefix + name: prefix + here for name, here in module._names_of_torch().items()}
+    is_of_torch = any(key.startswith(f"{prefix}weight_ih") for key in state_dict)
+    own = {prefix + name: prefix + here for name, here in module._names_of_torch().items() if is_of_torch}
     found, last = {key: state_dict.pop(key) for key in own if key in state_dict}, 2 * module.hidden_size
     for key, value in found.items():
         # The bias of the state has its part of the gates in the other bias.
         other = found.get(key.replace("bias_ih", "bias_hh")) if "bias_ih" in key else None
         head = value[:last] if other is None else value[:last] + other[:last]
         state_dict[own[key]] = torch.cat([head[: 0 if "bias_hh" in key else last], value[last:]])
-    return ""
 
 
 class Saved(nn.Module):
@@ -226,9 +215,9 @@ class Saved(nn.Module):
 
     _marks: tuple[str, ...] = ()
     """The options that the state_dict says."""
-    _loading: tuple[Callable[[Any, dict[str, Any], str, dict[str, Any]], str], ...] = (take_marks,)
+    _loading: tuple[Callable[[Any, dict[str, Any], str, dict[str, Any]], str | None], ...] = (take_marks,)
     """What is done with the entries of a state_dict before torch copies them, by functions (module, state_dict, prefix,
-    metadata), which change these entries, or return an error if the weights cannot be used, otherwise ""."""
+    metadata), which change these entries, or return an error if the weights cannot be used."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
