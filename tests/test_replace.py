@@ -1,6 +1,7 @@
 """replace: which layers of a model are replaced, what the report says, what is refused; accelerate: what it keeps."""
 
 import copy
+import functools
 import operator
 import pickle
 import warnings
@@ -231,13 +232,14 @@ def test_accelerated_layers_use_the_kernels(bias, hidden, monkeypatch):
 def test_torch_computes_many_sequences_with_large_matrices(dtype, has_avx512, features, monkeypatch):
     calls, by_torch = [], block_recurrence.by_torch
     monkeypatch.setattr(block_recurrence, "by_torch", lambda *args: calls.append(args) or by_torch(*args))
-    monkeypatch.setattr("mingru.ops.backends.native.HAS_AVX512", has_avx512)
+    use_avx512 = functools.partial(monkeypatch.setattr, "mingru.ops.backends.native.HAS_AVX512")
+    use_avx512(has_avx512)
     for batch, size, is_faster in ((32, features, True), (31, features + 1, True), (32, features + 1, False)):
         assert drop_in.accelerating.is_faster(size, batch, 20, dtype) is is_faster
         mingru.BlockGRU(1, size, block_size=size, dtype=dtype)(torch.ones(batch, 2, 1, dtype=dtype))
         assert len(calls) == 1 - is_faster
     assert torch.no_grad()(drop_in.accelerating.is_faster)(size, batch, 20, dtype)
-    monkeypatch.setattr("mingru.ops.backends.native.HAS_AVX512", True)
+    use_avx512(True)
     assert drop_in.accelerating.is_faster(size, batch, 20, torch.float)
 
 

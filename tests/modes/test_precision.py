@@ -90,15 +90,15 @@ def test_half_width(case, dtype):
 
 
 @mode("pure bf16", cases=[case for case in CASES if "Conv" in case.name])
-def test_bfloat16_where_a_stride_leaves_one_place(case, monkeypatch):
+def test_bfloat16_where_a_stride_leaves_one_place(case):
     """There oneDNN is wrong on a processor with AMX; without oneDNN, torch and the layers are right everywhere."""
     kind = getattr(mingru, case.name)
     module = kind(3, 4, 3, stride=2, dtype=torch.bfloat16)
     leading = (2,) if case.time_dim is None else (2, 7)
     args = [torch.randn(*leading, 3, *[3] * kind.num_space_dims, dtype=torch.bfloat16)]
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert {each.shape[-1] for each in tensors(module(*args))} == {1}
-    check_errors(module, args, torch.bfloat16)
+    with torch.backends.mkldnn.flags(False):
+        assert {each.shape[-1] for each in tensors(module(*args))} == {1}
+        check_errors(module, args, torch.bfloat16)
     pytest.skip(
         "On processors with AMX, torch's bfloat16 convolutions are wrong, also under autocast, if a stride above 1 "
         "leaves one pixel in the last spatial dimension. With torch.backends.mkldnn.enabled = False they are right: "

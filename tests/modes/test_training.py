@@ -317,8 +317,8 @@ def test_int8_by_torchao(case):
     marks=[("BlockGRU", pytest.mark.xfail(reason="Opacus has no sampler for recurrent weights.", strict=True))],
 )
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed:UserWarning")
-def test_opacus(case, monkeypatch):
-    from opacus.grad_sample import GradSampleModule
+def test_opacus(case):
+    from opacus.grad_sample import GradSampleModule, register_grad_sampler
 
     module, args = make(case, dtype=torch.float64)
     unhooked, batch = copy.deepcopy(module), 2 * PROCESSES
@@ -332,19 +332,18 @@ def test_opacus(case, monkeypatch):
 
         return vmap(grad(loss), (None, *in_dims, 0))(weights, *inputs, grad_out)
 
+    @register_grad_sampler(mingru.MinLSTM)
     def of_initial_state(rnn, activations, backprops):
         found = by_vmap(unhooked, {"initial_state": rnn.initial_state}, activations, backprops, (0, 1, 0))
         return {rnn.initial_state: found["initial_state"]}
 
+    @register_grad_sampler(CausalConv)
     def of_causal_conv(conv, activations, backprops):
         """The convolution of a block, which takes its state and the resets by name."""
         _, (_, state), reset = args
         weights = dict(conv.named_parameters())
         found = by_vmap(unhooked.conv, weights, (*activations, state, reset), backprops, (0, 1, 0))
         return {weight: found[name] for name, weight in weights.items()}
-
-    monkeypatch.setitem(GradSampleModule.GRAD_SAMPLERS, mingru.MinLSTM, of_initial_state)
-    monkeypatch.setitem(GradSampleModule.GRAD_SAMPLERS, CausalConv, of_causal_conv)
 
     def loss(outputs):
         return tensors(outputs)[0].square().sum()

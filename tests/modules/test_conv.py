@@ -1,6 +1,7 @@
 """Convolutional layers and cells: slices, geometry and memory. For the rest: tests/properties."""
 
 import copy
+import functools
 import itertools
 import warnings
 
@@ -34,14 +35,20 @@ def count_convolutions(module, monkeypatch):
     return seen
 
 
+@pytest.fixture
+def use_slices(monkeypatch):
+    """Let slices have so many bytes."""
+    return functools.partial(monkeypatch.setattr, in_cache, "_SLICE_BYTES")
+
+
 @parametrized(some(IMAGES, 3))
-def test_slices_equal_the_whole(case, monkeypatch):
+def test_slices_equal_the_whole(case, use_slices, monkeypatch):
     rnn, given = case.varied(**DOUBLE), case.given(5, 9, **DOUBLE)
     for images in (2, 3, 10):
         whole = case.call(rnn, **given)
         # So many images of the first layer's pre-activations are a slice.
         state = whole[1][0][0]
-        monkeypatch.setattr(in_cache, "_SLICE_BYTES", images * 2 * state.numel() * state.element_size())
+        use_slices(images * 2 * state.numel() * state.element_size())
         with monkeypatch.context() as patch:
             seen = count_convolutions(rnn.layers[0].conv, patch)
             with torch.inference_mode():
@@ -52,23 +59,23 @@ def test_slices_equal_the_whole(case, monkeypatch):
             assert seen == [45], "with a gradient"
 
 
-def test_a_state_is_not_rounded_between_slices(monkeypatch):
+def test_a_state_is_not_rounded_between_slices(use_slices, monkeypatch):
     rnn, x = MinConv2dGRU(4, 6, 1, dtype=torch.bfloat16), torch.randn(2, 300, 4, 2, 2, dtype=torch.bfloat16)
     expected = rnn(x), rnn(x, [torch.full((1,), 0.5)])
-    monkeypatch.setattr(in_cache, "_SLICE_BYTES", 1 << 10)
+    use_slices(1 << 10)
     seen = count_convolutions(rnn.layers[0].conv, monkeypatch)
     with torch.no_grad():
         assert_close((rnn(x), rnn(x, [torch.full((1,), 0.5)])), expected, rtol=0, atol=0)
     assert len(seen) > 100
 
 
-def test_slices_are_no_smaller_than_two_images_and_no_larger_than_the_cache(monkeypatch):
+def test_slices_are_no_smaller_than_two_images_and_no_larger_than_the_cache(use_slices, monkeypatch):
     rnn = MinConv2dGRU(4, 6, 3, padding=1)
     size = 4 * 12 * 25
     seen = count_convolutions(rnn.layers[0].conv, monkeypatch)
     # Four images in a slice; fewer than four slices; two images of half the size; of twice; far too large.
     for most, batches in ((4 * size, [4] * 8), (9 * size, [32]), (size, [2] * 16), (size / 2, [2] * 16), (1, [32])):
-        monkeypatch.setattr(in_cache, "_SLICE_BYTES", most)
+        use_slices(most)
         seen.clear()
         with torch.no_grad():
             rnn(torch.randn(IMAGE))
@@ -82,10 +89,10 @@ class Centered(nn.Conv2d):
 
 
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "another class"])
-def test_hooks_and_other_classes_see_the_whole_batch(kind, monkeypatch):
+def test_hooks_and_other_classes_see_the_whole_batch(kind, use_slices):
     rnn, x, seen = MinConv2dGRU(4, 6, 3, padding=1), torch.randn(IMAGE), []
     expected = rnn(x)
-    monkeypatch.setattr(in_cache, "_SLICE_BYTES", 1 << 12)
+    use_slices(1 << 12)
     if kind == "another class":
         rnn.layers[0].conv.__class__ = Centered
         expected = rnn(x)
@@ -96,10 +103,10 @@ def test_hooks_and_other_classes_see_the_whole_batch(kind, monkeypatch):
     assert seen == ([] if kind == "another class" else [32])
 
 
-def test_slices_make_way_for_transforms_autocast_and_traces(monkeypatch):
+def test_slices_make_way_for_transforms_autocast_and_traces(use_slices):
     rnn, x = MinConv2dGRU(4, 6, 3, padding=1, **DOUBLE), torch.randn(2, *IMAGE, **DOUBLE)
     expected = torch.stack([rnn(one)[0] for one in x])
-    monkeypatch.setattr(in_cache, "_SLICE_BYTES", 1 << 13)
+    use_slices(1 << 13)
     with torch.no_grad():
         assert_close(torch.func.vmap(lambda one: rnn(one)[0])(x), expected, **TIGHT)
         with torch.autocast("cpu", torch.bfloat16):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import reference
 import torch
 from cover import cover
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import mingru
 from mingru import ops
@@ -264,30 +264,23 @@ def run(backend, row, given):
 def exact(row, given):
     """Return the same of the reference: one sequence after the other."""
     inputs, h, initial, reset, dt, lengths, batch_sizes = given
-    first = {"packed": h[:0], "time first": inputs[0].transpose(0, 1)}.get(row.layout, inputs[0])
-    batch, steps = (len(h), len(batch_sizes)) if row.layout == "packed" else first.shape[:2]
-    if row.layout == "packed":
-        lengths = ops.layout.lengths_of(batch_sizes)
-        offsets = batch_sizes.cumsum(0) - batch_sizes
+
+    def batch_first(x):
+        if x is None or row.layout != "packed":
+            return x.transpose(0, 1) if x is not None and row.layout == "time first" else x
+        return pad_packed_sequence(PackedSequence(x, batch_sizes), True)[0]
+
+    *inputs, reset, dt = map(batch_first, (*inputs, reset, dt))
+    lengths = lengths if batch_sizes is None else ops.layout.lengths_of(batch_sizes)
     outs, lasts = torch.zeros_like(inputs[0]), []
-    for b in range(batch) if lengths is not None else [slice(None)]:
-        end = steps if lengths is None else int(lengths[b])
-        at = {"packed": lambda: offsets[:end] + b, "time first": lambda: (slice(end), b)}  # noqa: B023
-        at = at.get(row.layout, lambda: (b, slice(end)))()  # noqa: B023
-
-        def sequence(x, at=at):
-            x = x[at]
-            return x.unsqueeze(0) if lengths is not None else x.transpose(0, 1) if row.layout == "time first" else x
-
-        one = slice(b, b + 1) if lengths is not None else b
-        if end == 0:
-            lasts.append(h[one])
-            continue
-        given = [sequence(x) for x in inputs], h[one], initial[one]
-        out = by_steps(row, *given, *(None if x is None else sequence(x) for x in (reset, dt)))
-        outs[at] = out.squeeze(0) if lengths is not None else out.transpose(0, 1) if row.layout == "time first" else out
-        lasts.append(out[:, :1] if row.reverse else out[:, -1:])
-    return outs, torch.cat(lasts)
+    for b in range(len(h)) if lengths is not None else [slice(None)]:
+        one, end = (b, outs.shape[1]) if lengths is None else (slice(b, b + 1), int(lengths[b]))
+        if end > 0:
+            own = (x if x is None else x[one, :end] for x in (reset, dt))
+            outs[one, :end] = out = by_steps(row, [x[one, :end] for x in inputs], h[one], initial[one], *own)
+        lasts.append(h[one] if end == 0 else out[:, :1] if row.reverse else out[:, -1:])
+    outs = pack_padded_sequence(outs, lengths, True).data if row.layout == "packed" else outs
+    return outs.transpose(0, 1) if row.layout == "time first" else outs, torch.cat(lasts)
 
 
 def by_steps(row, inputs, h, initial, reset=None, dt=None):

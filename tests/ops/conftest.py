@@ -37,9 +37,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _nothing_failed_before(monkeypatch):
-    monkeypatch.setattr(launch, "_failures", {})
-    monkeypatch.setattr(launch, "_compiled", {})
+def _nothing_failed_before():
+    for known in (launch._failures, launch._compiled):
+        known.clear()
     route.warn_once.cache_clear()
 
 

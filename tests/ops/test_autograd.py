@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from cases import ALL_BACKENDS
 from torch.testing import assert_close
 
 import mingru
 from mingru import functional
-
-BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
 
 
 def test_a_saved_tensor_hook_may_change_the_order_in_memory():
@@ -27,7 +26,7 @@ class Tagged(torch.Tensor):
     pass
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_a_tensor_subclass_goes_in(backend):
     rnn, x, h = mingru.MinGRU(3, 4), torch.randn(2, 5, 3), torch.rand(1, 2, 1, 4)
     expected = rnn(x, h)
@@ -53,8 +52,6 @@ def test_what_a_hook_sees_keeps_its_shape():
     assert given.shape == (2, 1, 4)
 
 
-# PyTorch's own warning about its own class.
-@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
 def test_a_learned_state_of_images_compiles_with_resets():
     rnn = mingru.MinConv2dGRU(3, 4, 1, learn_initial_state=True)
     x, reset = torch.randn(2, 5, 3, 6, 7), torch.rand(2, 5) < 0.4
@@ -62,7 +59,7 @@ def test_a_learned_state_of_images_compiles_with_resets():
     assert_close(compiled(x, None, reset), rnn(x, None, reset))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_a_state_of_float32_beside_bfloat16_keeps_its_precision_in_backward(backend):
     gate, candidate = torch.zeros(1, 1, 1), torch.full((1, 1, 1), 100.0)
     gate, candidate = (x.bfloat16().requires_grad_() for x in (gate, candidate))
@@ -71,7 +68,7 @@ def test_a_state_of_float32_beside_bfloat16_keeps_its_precision_in_backward(back
     assert gate.grad.item() == pytest.approx(0.025, rel=0.01)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("native", "torch")])
+@pytest.mark.parametrize("backend", [name for name in ALL_BACKENDS if name in ("native", "torch")])
 def test_the_gradient_of_a_half_width_initial_state_is_summed_in_float32(backend):
     # Many steps, each of which adds less than the spacing of bfloat16 at the sum.
     gate, candidate = torch.zeros(8, 20_000, 4).bfloat16(), torch.zeros(8, 20_000, 4).bfloat16()
@@ -82,7 +79,7 @@ def test_the_gradient_of_a_half_width_initial_state_is_summed_in_float32(backend
     assert_close(initial.grad.float(), torch.full((1, 1, 4), 80_000.0), rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_an_initial_state_without_resets_has_no_gradient(backend):
     gate, candidate, h = torch.randn(3, 2, 5, 4)
     initial = torch.rand(1, 1, 4, requires_grad=True)
@@ -95,7 +92,7 @@ def test_an_initial_state_without_resets_has_no_gradient(backend):
     assert grads[1] is None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_batched_gradients_keep_no_graph(backend):
     rnn = mingru.MinGRU(3, 4)
     with mingru.use_backend(backend):

@@ -6,7 +6,6 @@
 import itertools
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import calls
 import pytest
 import torch
 from calls import TIMED
+from cases import in_a_process, needs_kernels
 from cover import cover
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
@@ -27,8 +27,7 @@ from mingru.ops.backends import native
 from mingru.ops.cells import NUM_INPUTS
 
 ROOT = Path(__file__).parents[2]
-WHY_NOT = mingru.backends()["native"]
-pytestmark = pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT))
+pytestmark = needs_kernels
 
 
 def call_of(cell, h, initial, reset=None, dt=None, batch_sizes=None, lengths=None, min_decay=0.0, **flags):
@@ -195,7 +194,7 @@ def test_a_bias_with_strides_and_of_another_dtype():
         layer(x, dt=dt)
 
 
-CELL = native.NUMBERS["mingru", "positive"] if WHY_NOT is True else 0
+CELL = native.NUMBERS.get(("mingru", "positive"), 0)
 WRONG_CODE = {
     "nothing": [],
     "an unknown instruction": [(99, 0, 0, 0)],
@@ -259,14 +258,6 @@ def test_which_libraries_are_used(tmp_path, monkeypatch):
     assert native._load() == f"{damaged}; build them again with 'pip install -e .'"
 
 
-def in_child(code, **variables):
-    command = [sys.executable, "-c", code]
-    environment = os.environ | variables
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 # Calls with errors of dtypes, while another thread converts the parameters.
 CONVERSIONS = """
 import threading, warnings, torch, mingru
@@ -291,7 +282,7 @@ done.set()
 @pytest.mark.slow
 def test_a_thread_that_converts_the_parameters():
     """In a process of its own, because memory that is not the layer's would end it."""
-    in_child(CONVERSIONS)
+    in_a_process(CONVERSIONS)
 
 
 # Products of all sizes of tiles and panels, and of several parts of the memory: rows, columns, depth.
@@ -349,7 +340,7 @@ print(differs)
 @pytest.mark.parametrize(("product", "isa"), [("mingru", ""), ("torch", ""), ("", ""), ("mingru", "avx2")])
 def test_products(product, isa):
     here = torch.ops.mingru.instruction_sets().split()
-    out = in_child(PRODUCTS, MINGRU_PRODUCT=product, MINGRU_ISA=isa if isa in here else "")
+    out = in_a_process(PRODUCTS, MINGRU_PRODUCT=product, MINGRU_ISA=isa if isa in here else "")
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     in_tiles = product == "mingru" or (product == "" and "AuthenticAMD" in info)
     in_tiles = in_tiles and "avx512" in here and not isa
@@ -358,7 +349,7 @@ def test_products(product, isa):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the memory")
 def test_a_lack_of_memory_names_the_bytes():
-    in_child("""
+    in_a_process("""
 import resource
 import mingru, torch
 
@@ -380,7 +371,7 @@ for keeps in (True, False):
 
 def test_the_process_keeps_subnormals():
     """Flags of the processor belong to a thread, and new threads inherit them."""
-    in_child("""
+    in_a_process("""
 from concurrent.futures import ThreadPoolExecutor
 import torch
 

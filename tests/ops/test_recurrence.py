@@ -13,7 +13,7 @@ import pytest
 import reference
 import torch
 from calls import ALL, BACKENDS, CELLS, INTERPRETED, NOT_LOG, SCANS, TIGHT, TIMED, Row, each, make, parts_of, states
-from cases import with_threads
+from cases import needs_kernels, with_threads
 from cover import cover
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -204,7 +204,8 @@ LONG = [
 ]
 
 
-@pytest.mark.skipif("native" not in BACKENDS, reason="the kernels were not built")
+@needs_kernels
+@not_in_the_interpreter
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("cell", "gates", "options", "lifetime"), LONG)
 def test_errors_of_long_memories_grow_like_a_random_walk(cell, gates, options, lifetime, reverse):

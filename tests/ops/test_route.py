@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from cases import ALL_BACKENDS, needs_kernels
 from torch.testing import assert_close
 
 import mingru
@@ -19,7 +20,6 @@ from mingru.ops.backends import native
 
 X = torch.zeros(2, 20, 3)
 MINGRU = spec_of("mingru", "positive", False, 0.0)
-RUNNABLE = [name for name, can_run in mingru.backends().items() if can_run is True]
 
 
 @pytest.fixture(autouse=True)
@@ -45,20 +45,31 @@ def fake(*, unavailable=None, refuses=None):
     return Backend(unavailable=lambda: unavailable, unsupported=lambda *args: refuses, scan=fail, recurrence=fail)
 
 
+@pytest.fixture
+def add(monkeypatch):
+    """Add backends of these names, which say why they cannot run."""
+
+    def added(**backends):
+        for name, why in backends.items():
+            monkeypatch.setitem(route.BACKENDS, name, fake(**why))
+
+    return added
+
+
 def chosen():
     return route.choose(MINGRU, X)
 
 
-def test_backends_tells_what_runs_here_and_why_not(monkeypatch):
+def test_backends_tells_what_runs_here_and_why_not(add):
     found = mingru.backends()
     assert all(found[name] is True for name in ("torch", "log", "sequential"))
     assert all(can_run is True or (isinstance(can_run, str) and can_run) for can_run in found.values())
     assert "auto" not in found
-    monkeypatch.setitem(route.BACKENDS, "broken", fake(unavailable="no such device found"))
+    add(broken={"unavailable": "no such device found"})
     assert mingru.backends()["broken"] == "no such device found"
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", ALL_BACKENDS)
 def test_the_body_asked_for_is_the_one_that_runs(name, ran, monkeypatch):
     def call(**options):
         functional.mingru(X, X, **options)
@@ -85,7 +96,7 @@ def test_the_backward_pass_runs_on_the_body_of_the_forward_pass(ran):
         ran.clear()
 
 
-def test_auto_takes_the_first_that_serves(ran, monkeypatch):
+def test_auto_takes_the_first_that_serves(ran, add, monkeypatch):
     def all_ran():
         ran.clear()
         functional.mingru(X, X)
@@ -94,8 +105,7 @@ def test_auto_takes_the_first_that_serves(ran, monkeypatch):
         return set(ran)
 
     assert all_ran() == {chosen()}
-    monkeypatch.setitem(route.BACKENDS, "absent", fake(unavailable="not built"))
-    monkeypatch.setitem(route.BACKENDS, "narrow", fake(refuses="it serves nothing"))
+    add(absent={"unavailable": "not built"}, narrow={"refuses": "it serves nothing"})
     monkeypatch.setattr(route, "FASTEST_FIRST", ("absent", "narrow", "sequential", "torch"))
     assert all_ran() == {"sequential"}
 
@@ -198,9 +208,8 @@ def test_unknown_names_are_refused(name, monkeypatch):
             assert chosen() == "torch"
 
 
-def test_asking_for_what_cannot_run_says_why_and_who_asked(monkeypatch):
-    monkeypatch.setitem(route.BACKENDS, "absent", fake(unavailable="no GPU found"))
-    monkeypatch.setitem(route.BACKENDS, "narrow", fake(refuses="it takes float32 alone"))
+def test_asking_for_what_cannot_run_says_why_and_who_asked(add, monkeypatch):
+    add(absent={"unavailable": "no GPU found"}, narrow={"refuses": "it takes float32 alone"})
     for name, why in (("absent", "no GPU found"), ("narrow", "it takes float32 alone")):
         text = f"selects '{name}', which cannot run this because {why}"
         for function in (functional.mingru, functional.linear_scan):
@@ -233,7 +242,7 @@ def test_a_device_without_kernels_is_named_once(monkeypatch):
     route.warn_once.cache_clear()
 
 
-@pytest.mark.skipif(mingru.backends()["native"] is not True, reason="the kernels were not built")
+@needs_kernels
 def test_a_cell_without_kernels_runs_with_a_warning(monkeypatch):
     """`coefficients` computes it like "mingru". The values of a new cell: tests/test_contributing.py."""
     monkeypatch.setitem(cells.CELLS, "only_python", cells.Cell(2, not_timed="the cell has no clock"))

@@ -254,8 +254,6 @@ def test_operators_fall_back_in_a_captured_graph(row, break_kernel, use_plan):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-# Dynamo's own way of tracing a function.
-@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.usefixtures("_auto")
 @pytest.mark.parametrize("lengths", [None, torch.tensor([4, 9])])
 def test_compiles_without_a_graph_break(lengths, launches):
@@ -274,8 +272,6 @@ def test_compiles_without_a_graph_break(lengths, launches):
     torch.testing.assert_close(found, truth)
 
 
-# Of the fake tensors of a compiler.
-@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.usefixtures("_auto")
 @pytest.mark.parametrize("form", ["padded", "packed"])
 def test_compiled_programs_capture_no_cuda_graph_of_packed_sequences(form, launches):
@@ -416,20 +412,19 @@ def test_a_failure_concerns_one_kernel(break_kernel, use_plan):
 @pytest.mark.usefixtures("_auto")
 def test_a_failure_while_a_graph_is_captured_is_an_error_of_that_call_alone(break_kernel, monkeypatch):
     break_kernel(1)
-    x = torch.randn(2, 5, 8, device=DEVICE)
-    with monkeypatch.context() as patch:
-        patch.setattr(device, "is_capturing", lambda device: True)
-        with pytest.raises(RuntimeError, match="call the module once before the capture"):
-            mingru.functional.mingru(x, x)
+    x, captures = torch.randn(2, 5, 8, device=DEVICE), True
+    monkeypatch.setattr(device, "is_capturing", lambda device: captures)
+    with pytest.raises(RuntimeError, match="call the module once before the capture"):
+        mingru.functional.mingru(x, x)
+    captures = False
     assert not launch._failures
     mingru.functional.mingru(x, x)
     # One that failed before is known, and no call would help.
     break_kernel()
     launch._compiled.clear()
-    for _ in range(2):
+    for captures in (False, True):  # noqa: B007 (read by is_capturing)
         with pytest.warns(RuntimeWarning, match=FALLS_BACK):
             mingru.functional.mingru(x, x)
-        monkeypatch.setattr(device, "is_capturing", lambda device: True)
         route.warn_once.cache_clear()
 
 

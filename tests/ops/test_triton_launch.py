@@ -4,6 +4,7 @@ The driver and the compiler are replaced by some that only write down what they 
 interpreter mode.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -34,17 +35,34 @@ class Driver(NoDriver):
 
     def __init__(self):
         self.launches, self.compiled = [], []
+        # What compiling and launching raise, and how often loading finds no memory.
+        self.error, self.times = None, 0
 
     def compile(self, source, target, options):
+        self.check()
         kernel = Kernel.__new__(Kernel)
+        kernel.driver = self
         kernel.what = repr((source.signature, source.constants, source.attrs, options))
         kernel.name, kernel.src, kernel.module, kernel.function, kernel.packed_metadata = "", source, object(), 0, ()
-        kernel._run = lambda *args: self.launches.append((kernel, args[:3], args[9:]))
+        kernel._run = functools.partial(self.launch, kernel)
         self.compiled.append(kernel)
         return kernel
 
+    def launch(self, kernel, *args):
+        self.check()
+        self.launches.append((kernel, args[:3], args[9:]))
+
+    def check(self):
+        if self.error is not None:
+            raise self.error
+
 
 class Kernel(CompiledKernel):
+    def _init_handles(self):
+        if self.driver.times > 0:
+            self.driver.times -= 1
+            raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
+
     def __del__(self):
         """Nothing was loaded."""
 
@@ -73,19 +91,17 @@ def type_of(x):
     return "fp32" if isinstance(x, float) else "constexpr"
 
 
-def launches_of(config, driver, compiled):
-    """Return the launches of both passes of a call, with these compiled kernels."""
+def launches_of(config, driver):
+    """Return the launches of both passes of a call."""
     given, weights = calls.drawn(config)
     driver.launches.clear()
-    with mock.patch.object(launch, "_compiled", compiled):
-        calls.graded(lambda *leaves: calls.run("triton", config, given.of(*leaves)), given.leaves(), weights)
+    calls.graded(lambda *leaves: calls.run("triton", config, given.of(*leaves)), given.leaves(), weights)
     return [(kernel.what, grid, list(map(type_of, values))) for kernel, grid, values in driver.launches]
 
 
 def test_random_calls_are_launched_with_a_kernel_for_their_types(driver):
-    compiled, configs = {}, list(smoke.configurations(200, 0, SIZES))
-    for config in configs:
-        first = launches_of(config, driver, compiled)
+    for config in smoke.configurations(200, 0, SIZES):
+        first = launches_of(config, driver)
         assert len(first) in (2, 3, 4)
         for kernel, _, values in driver.launches:
             count = sum(name.isupper() for name in kernels.PARAMETERS)
@@ -95,8 +111,8 @@ def test_random_calls_are_launched_with_a_kernel_for_their_types(driver):
             assert [kernel.src.constants[(index,)] for index in range(len(constants))] == list(constants)
             # The compiler assumes nothing of addresses and numbers.
             assert not any(kernel.src.attrs.values())
-        assert launches_of(config, driver, compiled) == first
-    assert len({kernel.what for kernel in compiled.values()}) == len(compiled) == len(driver.compiled)
+        assert launches_of(config, driver) == first
+    assert len({kernel.what for kernel in driver.compiled}) == len(launch._compiled) == len(driver.compiled)
 
 
 PLAN, X = launch.Plan(1, 1, 32, 1, 1, None), torch.zeros(32)
@@ -116,11 +132,10 @@ NOT_SELECTING = [
 
 @pytest.mark.parametrize(("change", "count"), [(each, 2) for each in SELECTING] + [(each, 1) for each in NOT_SELECTING])
 def test_types_and_constants_select_a_kernel_and_values_do_not(change, count, driver):
-    with mock.patch.object(launch, "_compiled", {}):
-        for changed in ({}, change, {}, change):
-            args = {"CELL": "mingru", "EVEN": False, "inputs": (SEQUENCE,), "num_steps": 5, "backwards": 1, **changed}
-            plan = args.pop("plan", PLAN)
-            launch.run("forward", 1, plan, args | {"TYPES": launch.types_of(args)})
+    for changed in ({}, change, {}, change):
+        args = {"CELL": "mingru", "EVEN": False, "inputs": (SEQUENCE,), "num_steps": 5, "backwards": 1, **changed}
+        plan = args.pop("plan", PLAN)
+        launch.run("forward", 1, plan, args | {"TYPES": launch.types_of(args)})
     assert len(driver.compiled) == count
     assert [kernel for kernel, *_ in driver.launches] == [driver.compiled[0], driver.compiled[-1]] * 2
 
@@ -134,21 +149,21 @@ PASSING[torch.OutOfMemoryError] += ["UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", "UR_
 
 @pytest.mark.parametrize(("kind", "why"), [(kind, why) for kind, all_of in PASSING.items() for why in all_of])
 def test_a_kernel_that_found_no_memory_or_disk_is_compiled_at_the_next_call(kind, why, driver):
-    config, compiled = next(smoke.configurations(1, 0, SIZES)), {}
-    fails = mock.Mock(side_effect=RuntimeError(why))
-    with mock.patch("triton.compiler.compile", fails), pytest.raises(kind, match=re.escape(why)):
-        launches_of(config, driver, compiled)
+    config, driver.error = next(smoke.configurations(1, 0, SIZES)), RuntimeError(why)
+    with pytest.raises(kind, match=re.escape(why)):
+        launches_of(config, driver)
     assert not launch._failures
+    driver.error = None
     kernels.recurrence_kernel.device_caches.clear()
-    assert launches_of(config, driver, compiled)
+    assert launches_of(config, driver)
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_kernel_is_loaded_again_without_the_memory_that_torch_keeps(times, driver):
-    fails = mock.Mock(side_effect=times * [RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")] + 100 * [None])
+    driver.times = times
     raises = pytest.raises(torch.OutOfMemoryError, match="cpu has no memory") if times > 1 else nullcontext()
-    with mock.patch.object(Kernel, "_init_handles", fails), mock.patch.object(device, "free") as free, raises:
-        assert launches_of(next(smoke.configurations(1, 0, SIZES)), driver, {})
+    with mock.patch.object(device, "free") as free, raises:
+        assert launches_of(next(smoke.configurations(1, 0, SIZES)), driver)
     assert free.mock_calls == [mock.call(CPU)]
 
 
@@ -171,12 +186,9 @@ def test_segments_are_as_many_as_processors_hold_programs(number, programs, driv
 
 def test_a_failed_launch_of_a_known_kernel_is_an_error(driver):
     config = next(smoke.configurations(1, 0, SIZES))
-    compiled = {}
-    launches_of(config, driver, compiled)
-    for kernel in driver.compiled:
-        kernel._run = mock.Mock(side_effect=RuntimeError("no such device"))
+    launches_of(config, driver)
+    driver.error = RuntimeError("no such device")
     kernels.recurrence_kernel.device_caches.clear()
-    with mock.patch("triton.compiler.compile", side_effect=RuntimeError("no such device")):
-        with pytest.raises(RuntimeError, match="no such device"):
-            launches_of(config, driver, compiled)
-        assert not launch._failures
+    with pytest.raises(RuntimeError, match="no such device"):
+        launches_of(config, driver)
+    assert not launch._failures

@@ -3,14 +3,13 @@
 import importlib.util
 import itertools
 import re
-import subprocess
 import sys
 import types
 import warnings
-from unittest import mock
 
 import pytest
 import torch
+from cases import in_a_process
 
 import mingru
 from mingru import ops
@@ -19,6 +18,7 @@ from mingru.ops.backends import triton
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.plan import KEEPING, Work, plan_of
 from mingru.ops.cells import NUM_INPUTS
+from mingru.ops.linear_map import are_recomputed
 
 MINGRU = spec_of("mingru", "positive", False, 0.0)
 NONE_HERE = not (torch.cuda.is_available() or torch.xpu.is_available())
@@ -166,16 +166,38 @@ def test_batch_sizes_are_copied_once_to_each_stream_and_never_captured(monkeypat
             rnn(sequences)
 
 
-def test_pre_activations_are_recomputed_only_on_the_cpu(monkeypatch):
-    kept = []
-    monkeypatch.setattr(ops.autograd, "run_kernel", lambda *args: kept.append(args[-1]))
-    monkeypatch.setattr(route, "FASTEST_FIRST", ("triton",))
-    without_checks = type(triton.BACKEND)(linear_kernel=triton.BACKEND.linear_kernel)
-    monkeypatch.setitem(route.BACKENDS, "triton", without_checks)
-    for kind, num_features in (("cpu", 63), ("cpu", 64), ("meta", 63)):
-        x, linear = torch.empty(1, 2, num_features, device=kind), torch.nn.Linear(num_features, 8, device=kind)
-        ops.linear_recurrence(MINGRU, x, linear, Start(x, x, None), ops.BATCH_FIRST)
-    assert kept == [False, True, True]
+def test_pre_activations_are_recomputed_only_on_the_cpu():
+    found = [are_recomputed(torch.empty(1, 2, size, device=kind), None) for kind, size in (("cpu", 63), ("meta", 63))]
+    assert found == [True, False]
+
+
+def forgotten():
+    for cached in (device._problem_of, device._why_not, route.warn_once, device.facts_of):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Let the cards of this process be a kind of GPU, by its compute capability, or an error; `facts` are others."""
+
+    def of(*capabilities, hip=None, **facts):
+        def capability(device):
+            if isinstance(capabilities[0], Exception):
+                raise capabilities[0]
+            return capabilities[device.index]
+
+        names = {"is_available": lambda: True, "device_count": lambda: len(capabilities)}
+        names |= {"get_device_capability": capability, "get_device_name": lambda device: f"card {device.index}"}
+        names |= {"get_device_properties": lambda device: types.SimpleNamespace(**facts)}
+        for owner, name, value in [*((torch.cuda, *each) for each in names.items()), (torch.version, "hip", hip)]:
+            monkeypatch.setattr(owner, name, value)
+        forgotten()
+
+    monkeypatch.setattr(device, "IS_INTERPRETED", False)
+    monkeypatch.delenv("MINGRU_BACKEND", raising=False)
+    yield of
+    monkeypatch.undo()
+    forgotten()
 
 
 @pytest.mark.skipif(not NONE_HERE or device.IS_INTERPRETED, reason="there is a device for Triton")
@@ -196,11 +218,8 @@ def test_without_a_device():
         ("__version__ = '3.10.0'", "torch cannot use the GPU (Cannot re-initialize CUDA in forked subprocess."),
     ],
 )
-def test_why_triton_cannot_run(module, why, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    error = RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use ...") if "forked" in why else None
-    monkeypatch.setattr(device, "_problem_of", mock.Mock(return_value=None, side_effect=error))
+def test_why_triton_cannot_run(module, why, card, monkeypatch, tmp_path):
+    card(RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use ...") if "forked" in why else (8, 0))
     (tmp_path / "triton.py").write_text(module or "")
     monkeypatch.syspath_prepend(str(tmp_path))
     # Also what this test imports leaves again.
@@ -208,7 +227,6 @@ def test_why_triton_cannot_run(module, why, monkeypatch, tmp_path):
     del sys.modules["triton"]
     if module is None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(device, "_why_not", device._why_not.__wrapped__)
     assert str(mingru.backends()["triton"]).startswith(why)
 
 
@@ -237,10 +255,9 @@ def test_few_programs_divide_time_until_all_processors_have_what_they_hold(proce
         ((2048, 65_536, 233_472), 128, 99_328, 2),
     ],
 )
-def test_programs_that_a_processor_holds(facts, registers, shared, number, monkeypatch):
+def test_programs_that_a_processor_holds(facts, registers, shared, number, card):
     names = ("max_threads_per_multi_processor", "regs_per_multiprocessor", "shared_memory_per_multiprocessor")
-    found = types.SimpleNamespace(**dict(zip(names, facts, strict=True)))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    card(**dict(zip(names, facts, strict=True)))
     kernel = types.SimpleNamespace(n_regs=registers, metadata=types.SimpleNamespace(shared=shared))
     assert device.num_resident(torch.device("cuda", 0), 8, lambda: kernel) == number
     assert device.num_resident(torch.device("xpu", 0), 8, None) == 2
@@ -267,13 +284,10 @@ def test_deterministic_mode_fills_no_memory_that_a_kernel_writes(monkeypatch):
 
 
 @pytest.mark.parametrize("facts", [(32, 132), (64, 304)])
-def test_what_a_plan_knows_of_the_device(facts, monkeypatch):
-    found = types.SimpleNamespace(warp_size=facts[0], multi_processor_count=facts[1])
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    monkeypatch.setattr(torch.version, "hip", "7" if facts[0] == 64 else None)
-    facts_of = device.facts_of.__wrapped__
-    assert facts_of(torch.device("cuda", 0)) == (facts[0], facts[0] == 64, facts[1])
-    assert facts_of(torch.device("cpu")) == (32, False, 132)
+def test_what_a_plan_knows_of_the_device(facts, card):
+    card(warp_size=facts[0], multi_processor_count=facts[1], hip="7" if facts[0] == 64 else None)
+    assert device.facts_of(torch.device("cuda", 0)) == (facts[0], facts[0] == 64, facts[1])
+    assert device.facts_of(torch.device("cpu")) == (32, False, 132)
 
 
 def test_dtypes_and_devices_without_a_kernel():
@@ -286,26 +300,6 @@ def test_dtypes_and_devices_without_a_kernel():
     assert device.unsupported(on_gpu, spec_of("linear_scan", "linear", False, 0.0)) is None
     on_gpu.dtype = torch.complex32
     assert device.unsupported(on_gpu, MINGRU) == "it does not support torch.complex32"
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """Let the cards of this process be a kind of GPU, by its compute capability."""
-
-    def of(*capabilities):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
-        for cached in (device._problem_of, device._why_not, route.warn_once):
-            cached.cache_clear()
-
-    monkeypatch.setattr(device, "IS_INTERPRETED", False)
-    monkeypatch.delenv("MINGRU_BACKEND", raising=False)
-    yield of
-    monkeypatch.undo()
-    for cached in (device._problem_of, device._why_not, route.warn_once):
-        cached.cache_clear()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -339,5 +333,4 @@ def test_old_cards_run_tensor_operations_and_say_so_once(capabilities, dtype, wh
 
 def test_import_does_not_load_triton():
     code = "import sys, mingru; mingru.MinGRU(3, 4)(__import__('torch').zeros(1, 2, 3)); print('triton' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "False"
+    assert in_a_process(code).strip() == "False"
