@@ -7,6 +7,9 @@ tests/modes runs in every mode. In the others, every two values of two options m
 import inspect
 import io
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -26,8 +29,11 @@ from mingru.ops.backends import torch_in_graphs
 INPUT, HIDDEN, PIXELS = 3, 4, 5
 DOUBLE = {"dtype": torch.double}
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
+EXACT = {"rtol": 0, "atol": 0}
+ALL_BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
+needs_kernels = pytest.mark.skipif("native" not in ALL_BACKENDS, reason=str(mingru.backends()["native"]))
 # "log" takes neither resets nor times, and needs a positive candidate.
-BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "log"]
+BACKENDS = [name for name in ALL_BACKENDS if name != "log"]
 
 
 class Case:
@@ -183,6 +189,23 @@ def through_a_file(value: Any, **options: Any) -> Any:
     return torch.load(file, **options)
 
 
+def padded(case, lengths, **factory):
+    """What is given, with NaN in the padding, and random resets."""
+    given = case.given(len(lengths), **factory)
+    padding = torch.arange(case.steps) >= torch.tensor(lengths).unsqueeze(1)
+    given["x"][padding] = torch.nan
+    return given, padding
+
+
+def in_a_process(code: str, *arguments: str, **variables: str) -> str:
+    """Return what a program prints in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    environment = os.environ | variables
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def graded(module: nn.Module, run: Callable[..., Any], given: Any) -> dict[str, Tensor]:
     """Return the outputs by name, and the gradients of all that is given and of all parameters; 0 if there is none."""
     leaves = dict(module.named_parameters())
@@ -253,6 +276,31 @@ class Model(nn.Module):
         state = self.cell(y.mean(1), cell)
         y = torch.cat([y, state.unsqueeze(1).expand_as(y)], 2)
         return self.head(y), after_images + after_stack + [after_rnn, state]
+
+
+class Doubled(mingru.modules.Layer, role="sequence"):
+    """Two averages over the past, with a trained decay for each feature: a layer of two states and another size."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.input_dims, self.output_dims, self.num_states = dims, 2 * dims, 2
+        self.decay = nn.Parameter(torch.linspace(-1.0, 2.0, dims))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.decay)
+
+    def forward(
+        self,
+        x: Tensor,
+        h: list[Tensor] | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dt: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        a = self.decay.sigmoid().expand_as(x)
+        first = mingru.functional.linear_scan(a, x, None if h is None else h[0].transpose(0, 1), reset=reset)
+        second = mingru.functional.linear_scan(a, -2 * x, None if h is None else h[1].transpose(0, 1), reset=reset)
+        return torch.cat([first, second], -1), [first[:, -1:].transpose(0, 1), second[:, -1:].transpose(0, 1)]
 
 
 def case(name: str, kind: Any, *sizes: Any, space: int = 0, **options: Any) -> Case:
@@ -510,6 +558,38 @@ MIXED = case(
     residual=True,
     norm="rms",
 )
+# Layers and cells of one linear map or convolution.
+ONE_MAP = [
+    case("MinGRU", mingru.MinGRU, INPUT, 5),
+    case("MinGRU, learned", mingru.MinGRU, INPUT, 5, learn_initial_state=True),
+    case("MinLSTM", mingru.MinLSTM, INPUT, 5),
+    case("MinLSTM, unnormalized", mingru.MinLSTM, INPUT, 5, normalize=False),
+    case("MinConv2dGRU", mingru.MinConv2dGRU, INPUT, 5, 1, space=2),
+    case("MinGRUCell", mingru.MinGRUCell, INPUT, 5),
+    case("MinConv2dGRUCell", mingru.MinConv2dGRUCell, INPUT, 5, 1, space=2),
+]
+
+
+class Model(Case):
+    """A language model."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(name, partial(mingru.models.LanguageModel, 11, 6, 2, **options))
+
+    @property
+    def states(self) -> list[Any]:  # type: ignore[override]
+        return [self.module.initial_state(batch) for batch in (2, 3)]
+
+    def given(self, batch: int = 3, steps: int | None = None, **factory: Any) -> dict[str, Any]:
+        given = super().given(batch, steps, **factory)
+        return {**given, "x": torch.randint(11, given["x"].shape[:2])}
+
+
+MODELS = [
+    Model("LanguageModel", cell="minlstm", expansion=1.5, learn_initial_state=True, tied=False, norm="layer"),
+    Model("LanguageModel with convolutions", conv=6, mlp=2, checkpoint=True),
+    Model("LanguageModel without bias", bias=False, candidate="tanh", mlp=1),
+]
 # The combined model has no reference.
 ROWS = [*CASES[:-1], *FEATURES, MIXED, *STEPS, *IMAGES, *LIKE_TORCH, *STACKS, *BLOCKS]
 

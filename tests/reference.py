@@ -342,6 +342,8 @@ def module(rnn, x, h=None, reset=None, dt=None):
         return torch.func.functional_call(rnn.module, weights, x), []
     if isinstance(rnn, library.models.Block):
         return block(rnn, x, h, reset, dt=dt)
+    if isinstance(rnn, library.models.LanguageModel):
+        return language_model(rnn, x, h, reset)
     if isinstance(rnn, library.convert.Projected):
         out, last = module(rnn.rnn, x, h, reset, dt)
         return linear(out, dict(rnn.named_parameters()), "out"), last

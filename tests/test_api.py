@@ -6,7 +6,6 @@ import importlib.util
 import inspect
 import operator
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from cases import in_a_process
 
 import mingru
 from mingru.models import block
@@ -85,8 +85,7 @@ def test_signatures_have_short_lines_and_keep_types():
 
 def test_import_brings_nothing_but_the_package():
     code = "import sys, torch; before = set(sys.modules); import mingru; print(*sorted(set(sys.modules) - before))"
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    loaded = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.split()
+    loaded = in_a_process(code).split()
     assert "mingru" in loaded
     # Not matplotlib, not numpy, not Triton, not Lightning, and of torch nothing that `import torch` leaves for later,
     # such as its compiler.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import TIGHT
 from minGRU_pytorch.minLM import minLM
 from peers import Authors, B, Cheind, Lucidrains, Puffer, double, zeros
 from torch import nn
@@ -15,7 +16,6 @@ from torch.testing import assert_close
 import mingru
 from mingru.convert import Projected, from_cheind, from_pufferlib, language_model_from_lucidrains
 
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 KINDS = {"mingru": mingru.MinGRU, "minlstm": mingru.MinLSTM}
 
 

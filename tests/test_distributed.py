@@ -1,7 +1,6 @@
 """Sequences and features that several processes divide: each has its part of what one process computes."""
 
 import datetime
-import functools
 import itertools
 import os
 import zlib
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import BLOCKS, DOUBLE, FEATURES, IMAGES, STACKS, Case, case, some
+from cases import BLOCKS, DOUBLE, FEATURES, IMAGES, MODELS, STACKS, case, some
 from refusals import assert_refused
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,24 +29,6 @@ PROCESSES = 4
 STEPS = 13
 
 
-class Model(Case):
-    """A language model, as the rows of other classes."""
-
-    def __init__(self, name, **options):
-        super().__init__(name, functools.partial(LanguageModel, 11, 6, 2, **options))
-
-    @property
-    def states(self):
-        return [self.module.initial_state(batch) for batch in (2, 3)]
-
-    def given(self, batch, steps, **factory):
-        return {**super().given(batch, steps, **factory), "x": torch.randint(11, (batch, steps))}
-
-
-MODELS = [
-    Model("LanguageModel", cell="minlstm", learn_initial_state=True),
-    Model("LanguageModel with convolutions", conv=6, mlp=2, checkpoint=True),
-]
 WIDE = {"residual": True, "learn_initial_state": True, "norm": "rms"}
 FEATURES_OF_EACH = [
     case("MinGRU", mingru.MinGRU, 3, 8, 2, bidirectional=True, **WIDE),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import TIGHT
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.testing import assert_close
@@ -16,7 +17,6 @@ from mingru import drop_in
 from mingru.drop_in.interface import states_of
 
 S, B, IN, H = 5, 2, 3, 4
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def table(title):
@@ -257,29 +257,6 @@ def test_a_mask_says_which_steps_are_valid(kind, batch_first):
 
 
 # A module among modules
-
-
-class Around(nn.Module):
-    """nn.GRU itself can't be called when scripted on its own."""
-
-    def __init__(self, rnn):
-        super().__init__()
-        self.rnn = rnn
-
-    def forward(self, x, h: torch.Tensor | None = None):
-        return self.rnn(x, h)
-
-
-@pytest.mark.parametrize("home", [nn, drop_in])
-def test_scripts_as_torch_does(home):
-    run = torch.jit.script(Around(home.GRU(IN, H, 2, bidirectional=True)))
-    assert [run(torch.randn(*sizes, IN))[0].shape for sizes in ((S, B), (S,))] == [(S, B, 2 * H), (S, 2 * H)]
-    cell = torch.jit.script(home.GRUCell(IN, H))
-    assert cell(torch.randn(B, IN), torch.randn(B, H)).shape == (B, H)
-    assert cell(torch.randn(IN)).shape == (H,)
-    for call in ((torch.randn(B, IN - 1),), (torch.randn(B, IN), torch.randn(1, H)), (torch.randn(1, B, IN),)):
-        with pytest.raises((RuntimeError, torch.jit.Error)):
-            cell(*call)
 
 
 OPTIONS = [{}, {"num_layers": 2, "batch_first": True, "bidirectional": True}, {"num_layers": 2, "bias": False}]

@@ -8,16 +8,13 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from cases import ALL_BACKENDS, BACKENDS, TIGHT
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-import mingru
 from mingru import functional
 
-BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
-WITH_RESETS = [name for name in BACKENDS if name != "log"]
 INF, NAN = math.inf, math.nan
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 half_widths = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
@@ -41,16 +38,13 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("scripted", [False, True])
 @pytest.mark.parametrize("name", BY_HAND)
-def test_activations_by_hand(name, scripted):
+def test_activations_by_hand(name):
     function, (values, slopes) = getattr(functional, name), BY_HAND[name]
-    function = torch.jit.script(function) if scripted else function
-    for _ in range(3):
-        assert_close(function(tensor(*PLACES)), tensor(*values), rtol=1e-15, atol=1e-15, equal_nan=True)
-        v = tensor(*PLACES[1:-2]).requires_grad_()
-        (grad,) = torch.autograd.grad(function(v).sum(), v)
-        assert_close(grad, tensor(*slopes), rtol=1e-12, atol=0)
+    assert_close(function(tensor(*PLACES)), tensor(*values), rtol=1e-15, atol=1e-15, equal_nan=True)
+    v = tensor(*PLACES[1:-2]).requires_grad_()
+    (grad,) = torch.autograd.grad(function(v).sum(), v)
+    assert_close(grad, tensor(*slopes), rtol=1e-12, atol=0)
     v = torch.randn(4, 5).double()
     v = (v + 0.1 * v.sign()).requires_grad_()
     assert_close(function(v), reference.g(v).log() if name == "log_g" else reference.g(v))
@@ -124,7 +118,7 @@ def test_the_log_form_loses_accuracy_with_length_and_the_torch_form_does_not():
 def test_the_error_without_normalization_does_not_grow_with_length(steps):
     inputs = [2 * torch.randn(1, steps, 2) for _ in range(3)]
     truth = functional.minlstm(*(each.double() for each in inputs), normalize=False, backend="torch")
-    for backend in BACKENDS:
+    for backend in ALL_BACKENDS:
         if backend not in ("log", "sequential"):
             out = functional.minlstm(*inputs, normalize=False, backend=backend)
             assert reference.relative_error(out, truth) <= 2e-6
@@ -151,7 +145,7 @@ def test_states_are_what_expands(shape):
     for h, number in itertools.product((None, torch.randn(2, 1, 3).double()), (-1.0, 0.0, 2.5)):
         state = torch.full(shape, number).double()
         expected = with_gradient(functools.partial(truth, h=h), state)
-        for backend in WITH_RESETS:
+        for backend in BACKENDS:
             assert_close(with_gradient(functools.partial(found, h=h, backend=backend), state), expected, **TIGHT)
 
 
@@ -193,12 +187,7 @@ def test_derivatives_of_a_half_width_scan(dtype):
             assert (one.double() - other).abs().max() <= 4 * torch.finfo(dtype).eps * other.abs().max()
 
 
-def test_linear_scan_with_lengths_and_scripted_without():
+def test_linear_scan_with_lengths():
     halves = torch.full((2, 3), 0.5), torch.ones(2, 3)
     out, last = functional.linear_scan(*halves, torch.tensor(4.0), lengths=torch.tensor([2, 0]))
     assert (out.tolist(), last.tolist()) == ([[3.0, 2.5, 0.0], [0.0, 0.0, 0.0]], [[2.5], [4.0]])
-    scripted = torch.jit.script(functional.linear_scan)
-    for dtype in (torch.float32, torch.bfloat16, torch.cfloat):
-        a, b, h = torch.randn(3, 2, 40, 3, dtype=dtype)
-        options = {"h": h[:, :1], "reset": torch.rand(2, 40) < 0.2, "reverse": True}
-        assert_close(scripted(a.tanh(), b, **options), functional.linear_scan(a.tanh(), b, **options))

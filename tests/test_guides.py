@@ -29,8 +29,6 @@ def _trusts_no_more_classes_afterwards():
 )
 # What torch's own tools say of torch.
 @pytest.mark.filterwarnings("ignore:`torch.jit.(script_method|optimize_for_inference)` is deprecated")
-@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 def test_the_code_runs(guide, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (DOCS / guide).read_text(encoding="utf-8")

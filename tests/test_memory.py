@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import BLOCKS, CASES, case, parametrized, tensors, with_threads
+from cases import BLOCKS, CASES, case, needs_kernels, parametrized, tensors, with_threads
 from torch import nn
 
 import mingru
@@ -18,7 +18,7 @@ from mingru.ops.scan import LinearScan
 C = ctypes.CDLL(None) if sys.platform == "linux" else None
 pytestmark = [
     pytest.mark.skipif(not hasattr(C, "mallinfo2"), reason="the C library does not count its memory"),
-    pytest.mark.skipif(mingru.backends()["native"] is not True, reason="the kernels were not built"),
+    needs_kernels,
 ]
 
 

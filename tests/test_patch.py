@@ -317,7 +317,6 @@ def test_torch_does_not_take_our_layers_for_its_own():
             assert eval("isinstance(of_torch, nn.GRU)", names)
 
 
-@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 def test_compiled_and_scripted_in_the_block():
     def output_of(rnn, x):
         single, several = isinstance(rnn, nn.GRU), isinstance(rnn, (nn.GRU, nn.LSTM))

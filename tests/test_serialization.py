@@ -1,12 +1,10 @@
 """Whole models as files, loaded with weights_only=True in a process of its own."""
 
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, in_a_process
 from torch import nn
 
 import mingru
@@ -61,7 +59,7 @@ def test_whole_models_load_in_a_fresh_process(tmp_path):
     # A class that no file names would be trusted for nothing.
     assert named == {f"{each.__module__}.{each.__qualname__}" for each in mingru.safe_globals()}
     found = str(tmp_path / "found")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD, found, *made], check=True, timeout=120)
+    in_a_process(LOAD, found, *made)
     for path, (kind, text, weights) in torch.load(found, weights_only=True).items():
         model = made[path]
         assert (kind, text) == (type(model).__name__, repr(model))

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BLOCKS, graded, parametrized, with_threads
+from cases import BLOCKS, graded, needs_kernels, parametrized, with_threads
 from cover import cover
 from torch import nn
 from torch.autograd import forward_ad
@@ -50,12 +50,6 @@ def test_states(case):
                 assert all(each.untyped_storage().nbytes() == each.numel() * each.element_size() for each in last)
 
 
-@pytest.mark.usefixtures("_scripts_are_freed")
-def test_states_of_a_scripted_block_do_not_keep_the_sequence():
-    _, h = torch.jit.script(Block(DIMS, conv=4))(torch.randn(B, 500, DIMS))
-    assert [each.untyped_storage().nbytes() for each in h] == [4 * B * DIMS, 4 * B * 3 * DIMS]
-
-
 def laid_out(x, layout):
     """Return a sequence (B, S, N) with these strides, if they can have its values."""
     if layout == "expanded":
@@ -75,10 +69,9 @@ CONVOLUTIONS = {
     "layout": LAYOUTS,
     "layout_of_grad": LAYOUTS,
 }
-native = pytest.mark.skipif(mingru.backends()["native"] is not True, reason="the kernels were not built")
 
 
-@native
+@needs_kernels
 @pytest.mark.parametrize("row", cover(CONVOLUTIONS), ids=str)
 def test_the_operator_of_the_convolution_is_as_exact_as_tensor_operations(row):
     """Operations in float64 are exact; those of the same type have an error too. NaN is in the same places."""
@@ -107,7 +100,7 @@ def test_the_operator_of_the_convolution_is_as_exact_as_tensor_operations(row):
         assert errors[1] <= 2 * errors[0] + 8 * torch.finfo(dtype).eps * size_of_sums
 
 
-@native
+@needs_kernels
 def test_when_the_convolution_is_one_operator():
     conv, x, state = CausalConv(DIMS, 4, True), torch.randn(B, S, DIMS), torch.randn(1, B, 3, DIMS)
 
@@ -141,7 +134,7 @@ def test_hooks_of_the_convolution_see_its_own_output():
     assert torch.equal(block(x)[0], block(2 * x)[0])
 
 
-@native
+@needs_kernels
 def test_gradients_of_the_convolution_do_not_depend_on_the_number_of_threads():
     x, state, conv = torch.randn(7, 300, 40), torch.randn(1, 7, 3, 40, requires_grad=True), CausalConv(40, 4, True)
     first, *others = with_threads((1, 2, 3), lambda: graded(conv, conv, (x, state)))

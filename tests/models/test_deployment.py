@@ -16,12 +16,6 @@ from torch.testing import assert_close
 
 from mingru.models import LanguageModel, map_state
 
-# PyTorch's compiler and exporter warn about PyTorch's own code.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-]
-
 VOCAB, DIMS = 11, 8
 GIVEN = {
     "ids": (),
@@ -85,21 +79,6 @@ def test_generate_with_compiled_blocks():
     assert counters["stats"]["unique_graphs"] == num_graphs > 0
 
 
-# TorchScript
-
-
-@pytest.mark.usefixtures("_scripts_are_freed")
-def test_a_scripted_model_equals_eager_and_rejects_a_wrong_number_of_states():
-    lm = make()
-    run = torch.jit.script(lm)
-    args = arguments(lm, GIVEN["all"])
-    with torch.no_grad():
-        assert_close(run(**args), lm(**args))
-    args["state"].pop()
-    with pytest.raises(torch.jit.Error, match="must be 4 tensors, got 3"):
-        run(**args)
-
-
 # Activation checkpointing
 
 
@@ -129,11 +108,10 @@ def test_checkpoint_recomputes_only_in_training(mode, calls):
 # Copies
 
 
-def test_copies():
+def test_copies_are_tied():
     lm = make()
     args = arguments(lm, GIVEN["all"])
     for other in (copy.deepcopy(lm), pickle.loads(pickle.dumps(lm))):
-        assert_close(graded(other, other, args), graded(lm, lm, args), rtol=0, atol=0)
         with torch.no_grad():
             other.embedding.weight.zero_()
         assert lm.embedding.weight.abs().min() > 0

@@ -16,11 +16,6 @@ import mingru
 OPTIONS = {"MinConv1dGRU": {"layout_optimization": False}}
 SIZES = [(2, 7), (3, 9), (4, 40), (5, 17), (2, 33)]
 
-pytestmark = [
-    # Dynamo makes a context for each autograd function, in a way that torch warns of.
-    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
-]
-
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before(_fresh_compiler):

@@ -14,11 +14,7 @@ BATCH, STEPS = Dim("batch"), Dim("steps", max=20)
 # Beside the sizes that were exported: one alone, one chunk of steps and its neighbour, many chunks.
 SIZES = [(2, 7), (1, 1), (3, 4), (2, 5), (1, 20)]
 
-pytestmark = [
-    pytest.mark.usefixtures("_fresh_compiler"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"),
-]
+pytestmark = pytest.mark.usefixtures("_fresh_compiler")
 
 
 def export(case, module, reset=False, strict=False):

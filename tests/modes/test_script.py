@@ -1,14 +1,24 @@
-"""TorchScript: every class scripted, traced and frozen, saved and run without mingru, and from several threads."""
+"""TorchScript: every class scripted, traced and frozen, saved and run without mingru, and from several threads.
+
+Values are those of the same module in eager mode, which other tests compare with the reference.
+"""
 
 import io
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import reference
 import torch
-from cases import DOUBLE, assert_equal, graded, selected_cases
+from cases import CASES, DOUBLE, ONE_MAP, ROWS, STACKS, Doubled, assert_equal, graded, padded, selected_cases, some
 from elsewhere import run_without_mingru
 from mode import FEW, each_case, given, mode
+from torch import nn
+from torch.autograd import gradgradcheck
+
+import mingru
+from mingru import drop_in, functional
 
 pytestmark = pytest.mark.usefixtures("_scripts_are_freed")
 
@@ -50,7 +60,29 @@ def test_script(case, count):
         assert_equal(graded(run, run, args), graded(module, module, args))
 
 
-@mode("torch.jit.script", ["MinGRU"])
+# TorchScript takes long to compile: every eighth row, of which some are quick.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if index % 5 in (0, 4) else [pytest.mark.slow])
+        for index, case in enumerate(some(ROWS, 8))
+    ],
+)
+def test_script_of_any_options_and_with_lengths(case):
+    module = case.varied(**DOUBLE)
+    run, everything = torch.jit.script(module), case.given(**DOUBLE)
+    assert [name for name, _ in run.named_parameters()] == [name for name, _ in module.named_parameters()]
+    # Twice: TorchScript runs other code once it has seen the shapes.
+    calls = [{"x": everything["x"]}, everything, everything]
+    if "lengths" in case.takes:
+        calls.append({**padded(case, (9, 1, 0, 21), **DOUBLE)[0], "lengths": torch.tensor([9, 1, 0, 21])})
+    for args in calls:
+        found = [graded(module, lambda each=each, **given: case.call(each, **given), args) for each in (run, module)]
+        assert found[0].keys() == found[1].keys()
+        assert_equal(*found, rtol=1e-9, atol=1e-9)
+
+
+@mode("torch.jit.script", ["MinGRU", "Stack with modules of torch"], [*CASES, STACKS[3]])
 def test_script_in_training_and_not(case):
     module = case.make(**DOUBLE)
     for each in module.modules():
@@ -67,6 +99,148 @@ def test_script_in_training_and_not(case):
                 torch.manual_seed(1)
                 results.append(graded(each, each, args))
             assert_equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+# Scripted cells multiply one step at a time, and round otherwise.
+@each_case([], ONE_MAP[:5])
+def test_script_rounds_no_more_often(case, dtype):
+    """In half width, and under autocast, if x is in float32: states are in float32."""
+    is_autocast, x = dtype == torch.float32, torch.randn(2, 300, *case.features, dtype=dtype)
+    module, eps = case.make(dtype=dtype), torch.finfo(torch.bfloat16 if is_autocast else dtype).eps
+    run = torch.jit.script(module)
+    h = [torch.rand_like(state, dtype=torch.float32) for state in case.call(module, x)[1]]
+    lengths = {"lengths": torch.tensor([200, 300])} if "lengths" in case.takes else {}
+    for args in ({}, {"h": h}, lengths):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            (out, states), (expected, last) = (case.call(each, x, **args) for each in (run, module))
+        assert out.dtype == expected.dtype and reference.relative_error(out, expected) <= 1.001 * eps
+        if is_autocast or "h" in args:
+            assert states[0].dtype == torch.float32 and reference.relative_error(states[0], last[0]) <= 4e-6
+
+
+def test_lengths_of_each_integer_dtype_on_another_default_device():
+    rnn = mingru.MinGRU(3, 4, bidirectional=True, **DOUBLE)
+    run, x, lengths = torch.jit.script(rnn), torch.randn(3, 21, 3, **DOUBLE), torch.tensor([9, 1, 21])
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        with torch.device("meta"):
+            found = run(x, lengths=lengths.to(dtype))
+        assert_equal(found, rnn(x, lengths=lengths))
+
+
+def test_functions():
+    x = torch.tensor([-math.inf, -1e30, -100.0, -0.5, -0.0, 0.0, 0.5, 1e30, math.inf, math.nan], **DOUBLE)
+    for function in (functional.g, functional.log_g):
+        run = torch.jit.script(function)
+        for _ in range(3):
+            assert_equal(run(x), function(x), rtol=0, atol=0, equal_nan=True)
+            assert_equal(*(graded(nn.Module(), lambda x, each=each: each(x), [x[1:-2]]) for each in (run, function)))
+        assert gradgradcheck(run, torch.tensor([-2.0, -0.3, 0.2, 1.5], **DOUBLE).requires_grad_())
+    scripted = torch.jit.script(functional.linear_scan)
+    for dtype in (torch.float32, torch.bfloat16, torch.cfloat):
+        a, b, h = torch.randn(3, 2, 40, 3, dtype=dtype)
+        options = {"h": h[:, :1], "reset": torch.rand(2, 40) < 0.2, "reverse": True}
+        assert_equal(scripted(a.tanh(), b, **options), functional.linear_scan(a.tanh(), b, **options))
+
+
+@pytest.mark.slow
+def test_a_layer_of_ones_own():
+    stack, x = mingru.Stack([mingru.MinGRU(4, 4), Doubled(4), mingru.MinLSTM(8, 5)]), torch.randn(3, 7, 4)
+    run, reset = torch.jit.script(stack), torch.rand(3, 7) < 0.3
+    assert_equal(run(x, None, reset), stack(x, None, reset))
+    assert_equal(run(x, stack(x)[1]), stack(x, stack(x)[1]))
+
+
+def test_a_language_model():
+    lm, ids, reset = (
+        mingru.models.LanguageModel(11, 8, 2, conv=4, mlp=2),
+        torch.randint(11, (2, 7)),
+        torch.rand(2, 7) < 0.3,
+    )
+    run, (_, state) = torch.jit.script(lm), lm(ids)
+    with torch.no_grad():
+        assert_equal(run(ids, state, reset, torch.tensor([3, 7])), lm(ids, state, reset, torch.tensor([3, 7])))
+    with pytest.raises(torch.jit.Error, match="must be 4 tensors, got 3"):
+        run(ids, state[1:])
+    # States do not keep the sequence.
+    _, h = torch.jit.script(mingru.models.Block(8, conv=4))(torch.randn(3, 500, 8))
+    assert [each.untyped_storage().nbytes() for each in h] == [4 * 3 * 8, 4 * 3 * 3 * 8]
+
+
+class Around(nn.Module):
+    """nn.GRU itself can't be called when scripted on its own."""
+
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x, h: torch.Tensor | None = None):
+        return self.rnn(x, h)
+
+
+@pytest.mark.parametrize("home", [nn, drop_in])
+def test_drop_in_scripts_as_torch_does(home):
+    run = torch.jit.script(Around(home.GRU(3, 4, 2, bidirectional=True)))
+    assert [run(torch.randn(*sizes, 3))[0].shape for sizes in ((5, 2), (5,))] == [(5, 2, 8), (5, 8)]
+    cell = torch.jit.script(home.GRUCell(3, 4))
+    assert cell(torch.randn(2, 3), torch.randn(2, 4)).shape == (2, 4)
+    assert cell(torch.randn(3)).shape == (4,)
+    for call in ((torch.randn(2, 2),), (torch.randn(2, 3), torch.randn(1, 4)), (torch.randn(1, 2, 3),)):
+        with pytest.raises((RuntimeError, torch.jit.Error)):
+            cell(*call)
+
+
+# Checks, of shapes only
+
+X, NO = torch.randn(2, 5, 3), torch.zeros(2, 5, dtype=torch.bool)
+IMAGES = torch.randn(2, 5, 3, 4)
+SCRIPTED = {
+    mingru.MinGRU(3, 5): [
+        ((X[..., :2],), "x must be (B, S, 3), got [2, 5, 2]"),
+        ((X, None, None, None, X[0]), "dt must be [2, 5], got [5, 3]"),
+    ],
+    mingru.MinGRU(3, 5, batch_first=False): [((X[0],), "x must be (S, B, 3), got [5, 3]")],
+    mingru.MinGRUCell(3, 8, gate="signed"): [
+        ((X,), "x must be (B, 3), got [2, 5, 3]"),
+        ((X[:, 0, :2],), "x must be (B, 3), got [2, 2]"),
+        ((X[:, 0], torch.zeros(1, 8)), "h must be [2, 8], got [1, 8]"),
+        ((X[:, 0], None, NO[0, :1]), "reset must be [2], got [1]"),
+        ((X[:, 0], None, None, X[:, 0, 0]), "dt must be None because this cell takes no"),
+    ],
+    mingru.MinConv1dGRU(3, 4, 3, bidirectional=True): [
+        ((IMAGES[:, :, :2],), "x must be (B, S, 3, *space)"),
+        ((X,), "x must be (B, S, 3, *space)"),
+        ((IMAGES, [torch.zeros(1)]), "h must have one state per layer and direction"),
+        ((IMAGES, None, NO[:1]), "reset must be"),
+    ],
+    mingru.Stack([mingru.MinConv1dGRU(3, 3, 3, 2, padding=1), mingru.MinConv1dGRU(3, 3, 3)], residual=True): [
+        ((IMAGES, None, None, torch.tensor([5, 2])), "lengths must be None because convolutional layers do not"),
+        ((IMAGES, None, None, None, torch.ones(2, 5)), "dt must be None because convolutional layers do not"),
+        ((IMAGES, [torch.zeros(1)] * 2), "h must be 3 tensors, got 2"),
+        ((IMAGES,), "layers[1] must keep the shape of x because residual is True, got from [2, 5, 3, 4] to [2, 5"),
+    ],
+    drop_in.GRU(3, 4): [
+        *(((x,), "input must be") for x in (X[..., :2], X[None], X[:0, :0])),
+        *((args, "hx must be") for args in ((X, X[:1, :1]), (X, X[:1, :, 0]), (X[0], X[:1]))),
+    ],
+    mingru.MinConv1dGRU(3, 4, 1, batch_first=False): [((X,), "x must be (S, B, 3, *space)")],
+    mingru.MinConv1dGRUCell(3, 4, 3): [
+        ((IMAGES,), "x must be (B, 3, *space)"),
+        ((X[0, :, :2],), "x must be (B, 3, *space)"),
+        ((IMAGES[0], torch.zeros(1, 3, 4, 2)), "h must be expandable to (B, H, *space)"),
+        ((IMAGES[0, 0], torch.zeros(1, 4, 2)), "h must be expandable to (B, H, *space)"),
+        ((IMAGES[0], None, NO[0, :2]), "reset must be"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("module", "calls"), SCRIPTED.items(), ids=[module.name for module in SCRIPTED])
+def test_scripted_modules_refuse_what_would_pass_unseen(module, calls):
+    scripted = torch.jit.script(module)
+    for args, message in calls:
+        with pytest.raises(torch.jit.Error) as caught:
+            scripted(*args)
+        assert f"{module.name}: {message}" in str(caught.value)
 
 
 # Traced
@@ -90,6 +264,16 @@ def test_trace_refuses_what_does_not_fit(case):
     x, h = case.args(2, **DOUBLE)["x"], case.args(5, **DOUBLE)["h"]
     with pytest.raises((ValueError, RuntimeError), match=r"\bhx?(\[\d\])? must be"):
         torch.jit.trace(case.make(**DOUBLE), (x, h))
+
+
+def test_lengths_in_a_trace():
+    rnn = mingru.MinGRU(3, 4, 2, bidirectional=True, norm="layer", **DOUBLE)
+    x, h, dt = torch.randn(2, 21, 3, **DOUBLE), torch.randn(4, 2, 1, 4, **DOUBLE), torch.rand(2, 21, **DOUBLE)
+    args = x, h, torch.rand(2, 21) < 0.2, torch.tensor([4, 21]), dt
+    run = torch.jit.trace(rnn, args, check_trace=False)
+    for lengths in ((0, 9), (0, 0), (3, 0)):
+        args = *args[:3], torch.tensor(lengths), dt
+        assert_equal(*(graded(each, each, args) for each in (run, rnn)), rtol=1e-9, atol=1e-9)
 
 
 # Scripted, and then changed

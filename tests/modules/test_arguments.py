@@ -193,60 +193,6 @@ def test_hooks_may_take_arguments_of_their_own():
         layer(X, mask=None)
 
 
-# Of any autograd function that is compiled.
-@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
 def test_a_compiled_layer_tells_the_same():
     with pytest.raises(TypeError, match="MinGRU: no argument 'hx'; use h"):
         torch.compile(mingru.MinGRU(3, 4), backend="eager")(X, hx=None)
-
-
-# Scripted modules check shapes only.
-
-NO = torch.zeros(2, 5, dtype=torch.bool)
-SCRIPTED = {
-    mingru.MinGRU(3, 5): [
-        ((X[..., :2],), "x must be (B, S, 3), got [2, 5, 2]"),
-        ((X, None, None, None, X[0]), "dt must be [2, 5], got [5, 3]"),
-    ],
-    mingru.MinGRU(3, 5, batch_first=False): [((X[0],), "x must be (S, B, 3), got [5, 3]")],
-    mingru.MinGRUCell(3, 8, gate="signed"): [
-        ((X,), "x must be (B, 3), got [2, 5, 3]"),
-        ((X[:, 0, :2],), "x must be (B, 3), got [2, 2]"),
-        ((X[:, 0], torch.zeros(1, 8)), "h must be [2, 8], got [1, 8]"),
-        ((X[:, 0], None, NO[0, :1]), "reset must be [2], got [1]"),
-        ((X[:, 0], None, None, X[:, 0, 0]), "dt must be None because this cell takes no"),
-    ],
-    mingru.MinConv1dGRU(3, 4, 3, bidirectional=True): [
-        ((IMAGES[1][:, :, :2],), "x must be (B, S, 3, *space)"),
-        ((X,), "x must be (B, S, 3, *space)"),
-        ((IMAGES[1], [torch.zeros(1)]), "h must have one state per layer and direction"),
-        ((IMAGES[1], None, NO[:1]), "reset must be"),
-    ],
-    mingru.Stack([mingru.MinConv1dGRU(3, 3, 3, 2, padding=1), mingru.MinConv1dGRU(3, 3, 3)], residual=True): [
-        ((IMAGES[1], None, None, torch.tensor([5, 2])), "lengths must be None because convolutional layers do not"),
-        ((IMAGES[1], None, None, None, torch.ones(2, 5)), "dt must be None because convolutional layers do not"),
-        ((IMAGES[1], [torch.zeros(1)] * 2), "h must be 3 tensors, got 2"),
-        ((IMAGES[1],), "layers[1] must keep the shape of x because residual is True, got from [2, 5, 3, 4] to [2, 5"),
-    ],
-    drop_in.GRU(3, 4): [
-        *(((x,), "input must be") for x in (X[..., :2], X[None], X[:0, :0])),
-        *((args, "hx must be") for args in ((X, X[:1, :1]), (X, X[:1, :, 0]), (X[0], X[:1]))),
-    ],
-    mingru.MinConv1dGRU(3, 4, 1, batch_first=False): [((X,), "x must be (S, B, 3, *space)")],
-    mingru.MinConv1dGRUCell(3, 4, 3): [
-        ((IMAGES[1],), "x must be (B, 3, *space)"),
-        ((X[0, :, :2],), "x must be (B, 3, *space)"),
-        ((IMAGES[1][0], torch.zeros(1, 3, 4, 2)), "h must be expandable to (B, H, *space)"),
-        ((IMAGES[1][0, 0], torch.zeros(1, 4, 2)), "h must be expandable to (B, H, *space)"),
-        ((IMAGES[1][0], None, NO[0, :2]), "reset must be"),
-    ],
-}
-
-
-@pytest.mark.parametrize(("module", "calls"), SCRIPTED.items(), ids=[module.name for module in SCRIPTED])
-def test_scripted_modules_refuse_what_would_pass_unseen(module, calls):
-    scripted = torch.jit.script(module)
-    for args, message in calls:
-        with pytest.raises(torch.jit.Error) as caught:
-            scripted(*args)
-        assert f"{module.name}: {message}" in str(caught.value)

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import DOUBLE, ROWS, case, parametrized, some, tensors, with_threads
+from cases import DOUBLE, ROWS, case, needs_kernels, parametrized, some, tensors, with_threads
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import BaseTorchFunctionMode
@@ -23,9 +23,8 @@ import mingru
 from mingru.models.causal_conv import CausalConv
 from mingru.ops import inference
 
-WHY_NOT = mingru.backends()["native"]
 pytestmark = [
-    pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT)),
+    needs_kernels,
     # An edit may name a cell that the kernels lack.
     pytest.mark.filterwarnings("ignore:mingru. using the slower backend:RuntimeWarning"),
 ]

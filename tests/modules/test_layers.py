@@ -1,21 +1,26 @@
-"""Dropout of layers and stacks."""
+"""Layers and stacks: dropout, the memory of outputs and states, and stacks as modules. Values: tests/properties."""
 
 import copy
+import itertools
 
+import pytest
 import torch
-from cases import DOUBLE, INPUT, TIGHT, case, conv, parametrized, stack
+from cases import BACKENDS, BLOCKS, DOUBLE, ROWS, STACKS, TIGHT, case, conv, parametrized, some, stack, tensors
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
 import mingru
 
+# Dropout
+
 OPTIONS = {"num_layers": 3, "bidirectional": True}
 SEVERAL = [
-    case("MinGRU", mingru.MinGRU, INPUT, 5, **OPTIONS),
-    case("MinLSTM, time first", mingru.MinLSTM, INPUT, 5, batch_first=False, residual=True, **OPTIONS),
+    case("MinGRU", mingru.MinGRU, 3, 5, **OPTIONS),
+    case("MinLSTM, time first", mingru.MinLSTM, 3, 5, batch_first=False, residual=True, **OPTIONS),
     conv("MinConv1dGRU", 1, 5, **OPTIONS),
     conv("MinConv2dGRU", 2, 4, num_layers=2, batch_first=False),
-    case("drop_in.LSTM", mingru.drop_in.LSTM, INPUT, 5, **OPTIONS),
-    stack("Stack", *(lambda **factory: mingru.MinGRU(INPUT, INPUT, bidirectional=False, **factory),) * 3),
+    case("drop_in.LSTM", mingru.drop_in.LSTM, 3, 5, **OPTIONS),
+    stack("Stack", *(lambda **factory: mingru.MinGRU(3, 3, bidirectional=False, **factory),) * 3),
 ]
 
 
@@ -60,3 +65,117 @@ def test_dropout_is_on_every_layers_output_but_the_last(case):
     assert not torch.equal(case.call(module, x, reset=reset)[0], outs[1][0]), "another seed gave the same mask"
     module.eval()
     assert_close(case.call(module, x)[0], plain, **TIGHT)
+
+
+# Outputs and states are contiguous tensors of their own, in every class and by every backend.
+
+
+def calls(case):
+    """What to call the module with: no state, a state and resets, lengths, packed sequences, and no steps."""
+    x, h, reset, *_ = case.args(2, 5).values()
+    yield x, None
+    yield x, h, reset
+    if "lengths" in case.takes:
+        yield x, None, None, torch.tensor([3, 5])
+        if "lock" not in case.name:
+            yield pack_padded_sequence(x, torch.tensor([3, 5]), case.batch_dim == 0, enforce_sorted=False), None
+    if not case.is_cell and not case.of_torch:
+        yield x.narrow(case.time_dim, 0, 0), None
+    # Laid out with the other dimension first, and expanded.
+    yield x.transpose(0, 1).contiguous().transpose(0, 1), None
+    yield x.narrow(case.batch_dim, 0, 1).expand_as(x), None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+# The output of `Projected` is that of an nn.Linear.
+@parametrized(
+    [
+        case("MinGRU, wide", mingru.MinGRU, 64, 4),
+        BLOCKS[0],
+        *(each for each in some(ROWS, 3) if each.name != "Projected"),
+    ]
+)
+def test_no_output_is_a_view(case, backend):
+    module = case.make()
+    for args, grad in itertools.product(calls(case), (True, False)):
+        with torch.set_grad_enabled(grad), mingru.use_backend(backend):
+            outputs = tensors(module(*args))
+        values = [each.detach().clone() for each in outputs]
+        storages = [each.untyped_storage().data_ptr() for each in outputs if each.numel()]
+        assert len(set(storages)) == len(storages), "two outputs share memory"
+        # The state of a causal convolution consists of inputs.
+        assert all(each.requires_grad == grad for each in outputs[:2] if each.is_floating_point())
+        assert all(each._base is None and each.is_contiguous() for each in outputs), "a view"
+        # A state detached in place cuts the gradient and nothing else.
+        for each in outputs[1:]:
+            each.detach_()
+        if grad:
+            module.zero_grad()
+            # Activation checkpointing computes the forward pass again.
+            with mingru.use_backend(backend):
+                outputs[0].sum().backward()
+            weights = [weight for name, weight in module.named_parameters() if "initial" not in name]
+            assert all(weight.grad is not None for weight in weights)
+        assert all(map(torch.equal, outputs, values))
+        outputs[0].detach_()
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+def test_the_state_of_a_step_does_not_come_from_its_output(time_first):
+    """Otherwise a hook of the output would see the gradient of the state too."""
+    out, h = mingru.BlockGRU(3, 4, batch_first=not time_first)(torch.randn(1, 1, 3))
+    assert torch.autograd.grad(h.sum(), out, allow_unused=True) == (None,)
+
+
+# A stack: its states, residuals and hooks
+
+X = torch.zeros(2, 5, 3)
+
+
+class Wide(mingru.MinGRU):
+    """A subclass that keeps `forward` is a layer."""
+
+    def __init__(self, input_dims):
+        super().__init__(input_dims, 4 * input_dims)
+
+
+def test_a_module_among_modules():
+    stack = mingru.Stack(layer for layer in (Wide(3), mingru.MinLSTM(12, 5)))
+    assert list(stack.state_dict()) == [
+        f"layers.{index}.{name}" for index, layer in enumerate(stack.layers) for name in layer.state_dict()
+    ]
+    seen = []
+    for layer in stack.layers:
+        layer.register_forward_hook(lambda module, args, out: seen.append(module))
+    assert stack(X)[0].shape == (2, 5, 5) and seen == list(stack.layers)
+    assert stack.extra_repr() == ""
+    stack = mingru.Stack([mingru.MinGRU(3, 4), mingru.MinLSTM(4, 5)], dropout=0.25, residual=True)
+    assert stack.extra_repr() == "dropout=0.25, residual=True" and "MinGRU(\n      3, 4\n" in repr(stack)
+    # Weights can be shared: the same layer twice is one set of parameters.
+    layer = mingru.MinGRU(3, 3)
+    stack, x = mingru.Stack([layer, layer]), torch.randn(2, 5, 3)
+    assert len(list(stack.parameters())) == 2
+    below, first = layer(x)
+    out, second = layer(below)
+    assert_close(stack(x), (out, [first, second]), rtol=0, atol=0)
+
+
+def test_modules_of_torch_get_no_dropout():
+    stack, x = mingru.Stack([torch.nn.Linear(3, 6), mingru.MinGRU(6, 6)], dropout=1.0), torch.randn(2, 5, 3)
+    assert torch.equal(stack(x)[0], stack.eval()(x)[0])
+
+
+def test_dropout_of_a_packed_sequence():
+    stack = mingru.Stack([mingru.MinGRU(3, 6, 2), mingru.MinLSTM(6, 6)], dropout=0.5)
+    packed = pack_padded_sequence(torch.randn(3, 9, 3), [9, 4, 1], batch_first=True)
+    dropped = stack(packed)[0].data
+    assert not torch.equal(stack(packed)[0].data, dropped)
+    assert torch.equal(stack.eval()(packed)[0].data, stack(packed)[0].data)
+
+
+@parametrized(STACKS[1:])
+def test_states_are_those_of_the_layers_in_a_list_or_a_tuple(case):
+    module, x = case.make(), case.args()["x"]
+    _, h = module(x)
+    assert len(h) == module.num_states == sum(layer.num_states for layer in module.layers)
+    assert_close(module(x, tuple(h)), module(x, h), rtol=0, atol=0)

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from cases import BACKENDS, DOUBLE, TIGHT, graded, with_threads
+from cases import BACKENDS, DOUBLE, TIGHT, graded, needs_kernels, with_threads
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
@@ -36,29 +36,26 @@ def inputs(lengths, num_steps=S, features=IN):
     return x, torch.rand(len(lengths), num_steps) < 0.1
 
 
-# Devices, dtypes and traces
+# Devices and dtypes
 
 
-@pytest.mark.parametrize("form", ["lengths", "packed", pytest.param("scripted", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["lengths", "packed"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_another_default_device(backend, form):
     rnn, h = make(bidirectional=True), torch.randn(2, 3, 1, H).double()
     x, reset = inputs(LENGTHS)
     given = [packed(x, LENGTHS), h, packed(reset, LENGTHS)] if form == "packed" else [x, h, reset, LENGTHS]
-    run = torch.jit.script(rnn) if form == "scripted" else rnn
     with mingru.use_backend(backend):
-        expected = run(*given)
+        expected = rnn(*given)
         with torch.device("meta"):
-            out, last = run(*given)
+            out, last = rnn(*given)
     assert_close((out[0], last), (expected[0][0], expected[1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
-@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_lengths_of_each_integer_dtype(scripted, dtype):
+def test_lengths_of_each_integer_dtype(dtype):
     rnn, (x, _), lengths = make(), inputs(LENGTHS), LENGTHS.to(dtype)
-    run = torch.jit.script(rnn) if scripted else rnn
-    assert_close(run(x, lengths=lengths), rnn(x, lengths=LENGTHS), **TIGHT)
+    assert_close(rnn(x, lengths=lengths), rnn(x, lengths=LENGTHS), **TIGHT)
     assert torch.equal(lengths, LENGTHS.to(dtype))
     # More steps than a narrow dtype could hold.
     steps, length = {torch.uint8: (600, 200), torch.int16: (40_000, 30_000)}.get(dtype, (300, 100))
@@ -68,22 +65,10 @@ def test_lengths_of_each_integer_dtype(scripted, dtype):
     assert not out[:, length:].any()
 
 
-def test_lengths_in_a_trace():
-    rnn = make(num_layers=2, bidirectional=True, norm="layer")
-    x, h, reset = torch.randn(2, S, IN).double(), torch.randn(4, 2, 1, H).double(), torch.rand(2, S) < 0.2
-    dt = torch.rand(2, S).double()
-    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.trace"):
-        traced = torch.jit.trace(rnn, (x, h, reset, torch.tensor([4, S]), dt), check_trace=False)
-    for lengths in ((0, 9), (0, 0), (3, 0)):
-        given = {"x": x, "h": h, "reset": reset, "lengths": torch.tensor(lengths), "dt": dt}
-        found = graded(rnn, lambda **given: traced(*given.values()), given)
-        assert_close(found, graded(rnn, rnn, given), **TIGHT)
-
-
 # Padding is skipped, in blocks of 2048 rows, by several threads
 
 
-@pytest.mark.skipif("native" not in BACKENDS, reason="no kernels")
+@needs_kernels
 @pytest.mark.parametrize("options", [{}, {"cell": "minlstm", "bidirectional": True, "num_layers": 2}])
 def test_padding_is_skipped_without_packing(options, monkeypatch):
     rnn, (x, reset) = make(**options), inputs(LENGTHS)

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from cases import ALL_BACKENDS
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru
 
 B, S, IN, H = 3, 21, 4, 5
-BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
 
 
 def test_a_highway_by_hand():
@@ -60,7 +60,7 @@ def test_autocast_casts_weights_once_for_all_steps():
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("recompute", [None, False, True])
 @pytest.mark.parametrize("hidden", [32, 64])
-@pytest.mark.parametrize("backend", [name for name in ("native", "torch") if name in BACKENDS])
+@pytest.mark.parametrize("backend", [name for name in ("native", "torch") if name in ALL_BACKENDS])
 def test_what_is_kept_for_the_backward_pass(backend, hidden, recompute, num_layers, batch_first):
     batch, steps = 4, 256
     rnn = mingru.MinGRU(hidden, hidden, num_layers, batch_first=batch_first, recompute=recompute)
@@ -82,7 +82,7 @@ def test_what_is_kept_for_the_backward_pass(backend, hidden, recompute, num_laye
     assert values <= sum(kept.values()) / (num_layers * batch * steps * hidden) <= values + 0.1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_gradients_when_one_input_is_made_from_another(backend):
     """With `create_graph`, each path is counted once."""
     rnn, encoder = mingru.MinGRU(3, 4).double(), torch.nn.Linear(3, 4).double()

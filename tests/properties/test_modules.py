@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from cases import DOUBLE, FEATURES, IMAGES, LIKE_TORCH, ROWS, STEPS, parametrized, some, tensors, through_a_file
+from cases import DOUBLE, FEATURES, IMAGES, LIKE_TORCH, MODELS, ROWS, STEPS, parametrized, some, tensors, through_a_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -15,7 +15,7 @@ import mingru
 from mingru import drop_in
 
 
-@parametrized(ROWS)
+@parametrized([*ROWS, *MODELS])
 def test_copies_and_files(case):
     module, other, given = case.varied(**DOUBLE), case.make(**DOUBLE), case.given(2, 5, **DOUBLE)
     expected = case.call(module, **given)

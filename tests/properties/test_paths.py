@@ -44,10 +44,6 @@ PATHS = [
     case("convolution of a mixture", mingru.models.Block, 4, conv=2, expansion=2, gate="mixed"),
     stack("stack", lambda **factory: MinGRU(4, 8, 2, **factory), lambda **factory: MinLSTM(8, 8, **factory)),
 ]
-# Dynamo makes a context for each autograd function, in a way that torch warns of.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"
-)
 GIVEN = ["x", "reset", "lengths", "packed", "dt"]
 TRAINED = ["all", "x", "weights", "first weight", "last weight"]
 

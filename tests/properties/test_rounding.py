@@ -3,28 +3,10 @@
 import pytest
 import reference
 import torch
-from cases import INPUT, Case, case
+from cases import ONE_MAP, Case, parametrized
 from torch.testing import assert_close
 
-import mingru
-
-ONE_MAP = [
-    case("MinGRU", mingru.MinGRU, INPUT, 5),
-    case("MinGRU, learned", mingru.MinGRU, INPUT, 5, learn_initial_state=True),
-    case("MinLSTM", mingru.MinLSTM, INPUT, 5),
-    case("MinLSTM, unnormalized", mingru.MinLSTM, INPUT, 5, normalize=False),
-    case("MinConv2dGRU", mingru.MinConv2dGRU, INPUT, 5, 1, space=2),
-    case("MinGRUCell", mingru.MinGRUCell, INPUT, 5),
-    case("MinConv2dGRUCell", mingru.MinConv2dGRUCell, INPUT, 5, 1, space=2),
-]
-# Scripted cells multiply one step at a time, and round otherwise.
-every_map = pytest.mark.parametrize(
-    ("case", "scripted"),
-    [
-        *(pytest.param(case, False, id=case.name) for case in ONE_MAP),
-        *(pytest.param(case, True, id=f"scripted {case.name}", marks=pytest.mark.slow) for case in ONE_MAP[:5]),
-    ],
-)
+every_map = parametrized(ONE_MAP)
 half_widths = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -49,40 +31,37 @@ def assert_last(states, out):
 
 @half_widths
 @every_map
-def test_half_width_layers_round_once_after_the_map(case, dtype, scripted):
+def test_half_width_layers_round_once_after_the_map(case, dtype):
     module, x = case.make(dtype=dtype), torch.randn(2, 300, *case.features, dtype=dtype)
-    run = torch.jit.script(module) if scripted else module
     expected = truth(case, module, x)
     if case.is_cell:
         # Its output is its state, which is in float32 if it begins there.
-        out, _ = case.call(run, x[:, :1])
+        out, _ = case.call(module, x[:, :1])
         assert reference.relative_error(out, expected[:, :1]) <= 1.001 * torch.finfo(dtype).eps / 2
     else:
-        out, _ = case.call(run, x)
+        out, _ = case.call(module, x)
         assert reference.relative_error(out, expected) <= 1.001 * torch.finfo(dtype).eps / 2
     if "lengths" in case.takes:
-        out, _ = case.call(run, x, lengths=torch.tensor([200, 300]))
+        out, _ = case.call(module, x, lengths=torch.tensor([200, 300]))
         assert reference.relative_error(out[0, :200], expected[0, :200]) <= 1.001 * torch.finfo(dtype).eps / 2
     h = [torch.rand_like(state, dtype=torch.float32) for state in case.call(module, x)[1]]
-    _, states = case.call(run, x, h)
+    _, states = case.call(module, x, h)
     assert_last(states, truth(case, module, x, h))
 
 
 @every_map
-def test_autocast_keeps_the_state_in_float32(case, scripted):
+def test_autocast_keeps_the_state_in_float32(case):
     module = case.make()
-    run = torch.jit.script(module) if scripted else module
-    for dtype in [torch.float32] if scripted else [torch.float32, torch.bfloat16]:
+    for dtype in [torch.float32, torch.bfloat16]:
         x = torch.randn(2, 300, *case.features, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16):
-            out, states = case.call(run, x)
+            out, states = case.call(module, x)
             expected = truth(case, module, x)
             pieces = None
             for piece in x.split([100, 1, 199], 1):
-                _, pieces = case.call(run, piece, pieces)
-            if not scripted:
-                _, again = case.call(run, x, [state.bfloat16() for state in states])
-                assert again[0].dtype == torch.float32
+                _, pieces = case.call(module, piece, pieces)
+            _, again = case.call(module, x, [state.bfloat16() for state in states])
+            assert again[0].dtype == torch.float32
         assert out.dtype == (torch.float32 if case.is_cell else torch.bfloat16)
         # Float32 in more than name: nothing was rounded to half width on the way.
         assert_last(states, expected)

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import reference
 import torch
-from cases import BACKENDS, DOUBLE, FEATURES, IMAGES, ROWS, STEPS, TIGHT, graded, parametrized, some
+from cases import BACKENDS, DOUBLE, FEATURES, IMAGES, MODELS, ROWS, STEPS, TIGHT, graded, padded, parametrized, some
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
@@ -38,7 +38,7 @@ def without(given, *names):
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-@parametrized(ROWS)
+@parametrized([*ROWS, *MODELS])
 def test_equals_the_reference(case, backend):
     module = case.varied(**DOUBLE)
     everything = case.given(**DOUBLE)
@@ -65,27 +65,6 @@ def test_the_comparison_can_fail(case):
         assert_same(graded(module, by(case, module), given), expected)
 
 
-# TorchScript takes long to compile: every eighth row, of which some are quick.
-@pytest.mark.usefixtures("_scripts_are_freed")
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=[] if index % 5 in (0, 4) else [pytest.mark.slow])
-        for index, case in enumerate(some(ROWS, 8))
-    ],
-)
-def test_scripted_equals_the_reference(case):
-    module = case.varied(**DOUBLE)
-    run = torch.jit.script(module)
-    assert [name for name, _ in run.named_parameters()] == [name for name, _ in module.named_parameters()]
-    everything = case.given(**DOUBLE)
-    # Twice: TorchScript runs other code once it has seen the shapes.
-    for given in ({"x": everything["x"]}, everything, everything):
-        assert_same(graded(module, by(case, run), given), graded(module, truth(module), given))
-    if "lengths" in case.takes:
-        assert_each_is_as_alone(case, module, run, ENDS[0])
-
-
 # Calls that follow each other
 
 
@@ -105,7 +84,7 @@ def in_pieces(case, module, sizes):
     return run
 
 
-@parametrized([case for case in ROWS if not case.is_cell and not is_of_both_directions(case.module)])
+@parametrized([case for case in [*ROWS, *MODELS] if not case.is_cell and not is_of_both_directions(case.module)])
 def test_pieces_and_steps_are_the_whole(case):
     module, given = case.varied(**DOUBLE), case.given(**DOUBLE)
     expected = graded(module, by(case, module), given)
@@ -186,23 +165,17 @@ def each_alone(case, call, lengths):
     return run
 
 
-def padded(case, lengths, **factory):
-    """What is given, with NaN in the padding, and random resets."""
-    given = case.given(len(lengths), **factory)
-    padding = torch.arange(case.steps) >= torch.tensor(lengths).unsqueeze(1)
-    given["x"][padding] = torch.nan
-    return given, padding
-
-
 ENDS = [(9, 1, 0, 21), (0, 0), (21, 4, 2)]
 
 
-def assert_each_is_as_alone(case, module, run, lengths):
-    everything, padding = padded(case, lengths, **DOUBLE)
+@pytest.mark.parametrize("lengths", ENDS, ids=str)
+@parametrized(WITH_LENGTHS)
+def test_each_sequence_is_as_alone(case, lengths):
+    module, (everything, padding) = case.varied(**DOUBLE), padded(case, lengths, **DOUBLE)
     clean = {**everything, "x": everything["x"].nan_to_num(7.0)}
 
     def together(**given):
-        return case.call(run, lengths=torch.tensor(lengths), **given)
+        return case.call(module, lengths=torch.tensor(lengths), **given)
 
     for names in ((), ("h", "reset", "dt"))[: 2 if lengths == ENDS[0] else 1]:
         given = without(everything, *names)
@@ -213,13 +186,6 @@ def assert_each_is_as_alone(case, module, run, lengths):
         with torch.no_grad():
             out, states = together(**given)
         assert_close([out, *states], list(got.values())[: 1 + len(states)], **TIGHT)
-
-
-@parametrized(WITH_LENGTHS)
-def test_each_sequence_is_as_alone(case):
-    module = case.varied(**DOUBLE)
-    for lengths in ENDS:
-        assert_each_is_as_alone(case, module, module, lengths)
 
 
 @parametrized(FEATURES)
@@ -359,9 +325,13 @@ def test_nothing_in_nothing_out(case):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @parametrized(some(ROWS, 2))
-def test_what_goes_in_comes_out_in_each_dtype(case, dtype, monkeypatch):
+def test_what_goes_in_comes_out_in_each_dtype(case, dtype):
     # Without oneDNN, because test_precision.py skips what it gets wrong.
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", len(case.features) == 1)
+    with torch.backends.mkldnn.flags(len(case.features) == 1):
+        check_dtype(case, dtype)
+
+
+def check_dtype(case, dtype):
     module, given = case.varied(dtype=dtype), case.given(dtype=dtype)
     wide = copy.deepcopy(module).double()
     for norm in (each for each in wide.modules() if isinstance(each, torch.nn.RMSNorm) and each.eps is None):

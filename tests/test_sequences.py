@@ -1,4 +1,5 @@
-"""`elapsed_times`, times that are too large, and bounds by hand. Their values in layers: tests/properties."""
+"""Functions for sequences: `elapsed_times`, with times that are too large and bounds by hand; and `check_resets`, which
+names mistakes of flags that are moved in time, inverted, or not used in the rollout. Values in layers: properties."""
 
 import functools
 import math
@@ -6,15 +7,15 @@ import warnings
 
 import pytest
 import torch
+from cases import EXACT, TIGHT
+from torch import nn
 from torch.testing import assert_close
 
 import mingru
 from mingru.check import forms as check
-from mingru.functional import elapsed_times
+from mingru.functional import check_resets, elapsed_times
 
-B, S, IN, H = 3, 21, 4, 6
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
-EXACT = {"rtol": 0, "atol": 0}
+B, S, IN, H = 4, 9, 3, 5
 
 
 def test_min_decay_bounds_the_decay():
@@ -29,9 +30,9 @@ def test_min_decay_bounds_the_decay():
 
 
 @pytest.fixture(autouse=True)
-def _nothing_was_called(monkeypatch):
-    monkeypatch.setattr(check, "_warn_once", functools.cache(check._warn_once.__wrapped__))
-    monkeypatch.setattr(check, "_WITH_LONG_SEQUENCES", set())
+def _nothing_was_called():
+    check._warn_once.cache_clear()
+    check._WITH_LONG_SEQUENCES.clear()
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -132,3 +133,60 @@ def test_elapsed_times_have_gradients_and_graphs():
     other = torch.rand(3, 9).double().cumsum(1)
     for module in (exported, torch.jit.trace(Model(), t.detach())):
         assert_close(module(other), elapsed_times(other, 1.5), **EXACT)
+
+
+# check_resets
+
+LAYERS = {
+    "MinGRU": lambda: mingru.MinGRU(IN, H, 2, candidate="tanh", residual=True),
+    "MinLSTM": lambda: mingru.MinLSTM(IN, H, batch_first=False),
+    "Stack": lambda: mingru.Stack([mingru.MinGRU(IN, H), mingru.MinLSTM(H, H)]),
+    "drop_in.LSTM": lambda: mingru.drop_in.LSTM(IN, H),
+}
+MISTAKES = {
+    "early": r"flags one step early; pass reset\[t\] = flags\[t - 1\]",
+    "late": r"flags one step late; pass reset\[t\] = flags\[t \+ 1\]",
+    "inverted": "inverted flags; pass ~reset",
+    "unused": "a rollout without resets; pass each step its flags there too",
+    "other": "flags that do not reproduce the rollout; check h, and that rnn has not changed and has no dropout",
+    "one": "flags that do not reproduce the rollout.*",
+}
+
+
+def rollout(rnn, x, h, reset, time):
+    outs = []
+    for one, flags in zip(x.split(1, time), reset.split(1, time), strict=True):
+        out, h = rnn(one, h, reset=flags)
+        outs.append(out)
+    return torch.cat(outs, time)
+
+
+@pytest.mark.parametrize("mistake", [None, *MISTAKES])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_mistake_is_named(name, mistake):
+    rnn = LAYERS[name]()
+    time = int(rnn.batch_first)
+    # One more step at both ends, so that flags can be moved.
+    flags = torch.rand(B, S + 2) < 0.3
+    flags[0, 5] = True
+    moved = {"early": flags[:, 2:], "late": flags[:, :-2], "inverted": ~flags[:, 1:-1]}
+    in_order = [torch.randn(B, S, IN), flags[:, 1:-1], moved.get(mistake, flags[:, 1:-1])]
+    x, right, reset = in_order if time == 1 else (each.transpose(0, 1) for each in in_order)
+    _, h = rnn(x)
+    out = rollout(rnn, x, h, torch.zeros_like(right) if mistake == "unused" else right, time)
+    out = out * 1.01 if mistake == "other" else out
+    if mistake == "one":
+        out[-1, -1, 2] += 0.01
+    if mistake is None:
+        check_resets(rnn, x, h, reset, out)
+        return
+    with pytest.raises(ValueError, match=f"^check_resets: reset must be .*, got {MISTAKES[mistake]}$"):
+        check_resets(rnn, x, h, reset, out)
+
+
+def test_any_function_and_observations_of_any_dims():
+    encoder, rnn = nn.Flatten(2), mingru.MinGRU(IN * 2, H)
+    x, reset = torch.randn(B, S, IN, 2), torch.rand(B, S) < 0.3
+    reset[0, 1] = True
+    out = rollout(rnn, encoder(x), None, reset, 1)
+    check_resets(lambda x, h, reset: rnn(encoder(x), h, reset), x, None, reset, out)
