@@ -284,7 +284,7 @@ def deploy(args):
         options = {"num_layers": 2, "norm": "rms", "residual": True}
         modules = {GRU: nn.GRU(*shape[2:], 2, batch_first=True), "MinGRU": mingru.MinGRU(*shape[2:], **options)}
         modules |= {"MinGRU, mixed": mingru.MinGRU(*shape[2:], **options, gate="mixed")}
-        modules |= {"BlockGRU": mingru.BlockGRU(*shape[2:], **options)}
+        modules |= {"BlockGRU": mingru.BlockGRU(*shape[2:], num_layers=2)}
         with tempfile.TemporaryDirectory() as folder:
             paths = {name: Path(folder, f"{name}.onnx") for name in modules}
             rows, methods = [], {}

@@ -39,6 +39,13 @@ def on_files(files, config):
             file.edit_uri = None
 
 
+def on_page_markdown(markdown, page, config, files):
+    # In the repository, where GitHub shows the pages, these files are beside the folder docs.
+    for name, source in PAGES.items():
+        markdown = markdown.replace(f"](../{source}", f"]({name}")
+    return markdown
+
+
 def on_post_build(config):
     """Write llms.txt: a list of all pages, and then their text."""
     paths = sorted(Path(config.docs_dir).rglob("*.md"), key=lambda path: ("reference" in path.parts, path))

@@ -161,16 +161,15 @@ def train(run: Run, name: str, data: tuple[Tensor, Tensor], test: tuple[Tensor, 
 def main(argv: list[str] | None = None) -> None:
     defaults = {"num_steps": 2000, "batch_size": 64, "hidden_dims": 256, "learning_rate": 1e-3, "save_every": 1000}
     parser = Parser(__file__, __doc__, QUICK, models=MODELS, **defaults)
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder with a folder of videos for each class")
-    add("--lists", type=Path, help="folder with trainlist01.txt, testlist01.txt, ...; if omitted, split by group")
-    add("--split", type=at_least(1), default=1, help="number of the lists")
-    add("--num-classes", type=at_least(2), help="use only the first classes")
-    add("--clips", type=at_least(1), help="use at most so many clips of each class in training, and in the test")
-    add("--backbone", default="resnet18", help="name of a model in torchvision")
-    add("--weights", help="DEFAULT or a file with a state dict; if omitted, the weights are random")
-    add("--num-frames", type=at_least(1), default=16, help="frames of each clip")
-    add("--size", type=at_least(32), default=112, help="height and width of the frames")
+    parser.add("--data", type=Path, required=True, help="folder with a folder of videos for each class")
+    parser.add("--lists", type=Path, help="folder with trainlist01.txt, testlist01.txt, ...; else, split by group")
+    parser.add("--split", type=at_least(1), default=1, help="number of the lists")
+    parser.add("--num-classes", type=at_least(2), help="use only the first classes")
+    parser.add("--clips", type=at_least(1), help="use at most so many clips of each class in training, and in the test")
+    parser.add("--backbone", default="resnet18", help="name of a model in torchvision")
+    parser.add("--weights", help="DEFAULT or a file with a state dict; if omitted, the weights are random")
+    parser.add("--num-frames", type=at_least(1), default=16, help="frames of each clip")
+    parser.add("--size", type=at_least(32), default=112, help="height and width of the frames")
     args = parser.parse_args(argv)
     for package in ("av", "torchvision"):
         installed(package, f"run `pip install {package}`")

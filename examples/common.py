@@ -210,22 +210,29 @@ OPTIONS: dict[str, tuple[Any, str]] = {
 }
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A form of `--help` that shows defaults which say something, and examples in their own lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser with the options of all programs. It refuses in one line, and shows defaults in the help.
 
     Args:
         file: `__file__` of the program.
-        doc: Its docstring, whose first line is the description.
+        doc: Its docstring, whose first line is the description, and whose commands are the examples of `--help`.
         quick: The defaults that `--quick` replaces.
         defaults: Defaults of those of OPTIONS that the program has, and of options of all programs.
     """
 
     def __init__(self, file: str, doc: str, quick: Mapping[str, Any], **defaults: Any) -> None:
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(prog=Path(file).name, description=doc.splitlines()[0], formatter_class=formatter)
+        commands = "\n".join(["examples:", *re.findall(r"^    (?:pip|apt-get|python) .*", doc, re.MULTILINE)])
+        super().__init__(Path(file).name, "%(prog)s [options]", doc.splitlines()[0], commands, formatter_class=Help)
         self.quick, self.outputs, self.error = quick, ["checkpoint"], fail
-        add = self.add_argument_group("all programs").add_argument
-        add("--quick", action="store_true", help="run the whole program with smaller numbers, in less than a minute")
+        self.add("--quick", action="store_true", help="run the whole program with smaller numbers, in under a minute")
+        add = self.add_argument_group("checkpoints, logs and devices").add_argument
         add("--checkpoint", type=Path, help="file to save to and, with --resume, to continue from")
         add("--resume", action="store_true", help="continue from --checkpoint")
         add("--save-every", type=at_least(1), default=100, help="training steps between checkpoints")
@@ -243,6 +250,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         return super().add_argument(*names, *["--lr"] * ("--learning-rate" in names), **options)
+
+    add = add_argument
 
     def add_output(self, option: str, text: str) -> None:
         """Add an option for a file to write, which is checked before the training."""

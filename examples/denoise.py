@@ -289,12 +289,11 @@ def plot(path: Path, ratios: dict[str, Sequence[list[float]]], signals: dict[str
 def main(argv: list[str] | None = None) -> None:
     defaults = {"num_steps": 300, "num_parameters": 100_000, "batch_size": 16, "learning_rate": 5e-3}
     parser = Parser(__file__, __doc__, QUICK, models=tuple(MODELS), plot=Path("denoise.png"), **defaults)
-    add = parser.add_argument
-    add("--folder", type=Path, default=Path("/usr/share/asterisk"), help="folder with the folders sounds and moh")
-    add("--test", nargs="+", default=[*SPEAKERS, *MUSIC], metavar="NAME", help="speakers and music of the test")
-    add("--seconds", type=at_least(1), default=4, help="length of a mixture in training")
-    add("--num-test", type=at_least(1), default=64, help="mixtures of 8 s in the test, for each ratio")
-    add("--listen", type=Path, help="folder for wav files of one mixture of the test")
+    parser.add("--folder", type=Path, default=Path("/usr/share/asterisk"), help="folder that contains sounds and moh")
+    parser.add("--test", nargs="+", default=[*SPEAKERS, *MUSIC], metavar="NAME", help="speakers and music of the test")
+    parser.add("--seconds", type=at_least(1), default=4, help="length of a mixture in training")
+    parser.add("--num-test", type=at_least(1), default=64, help="mixtures of 8 s in the test, for each ratio")
+    parser.add("--listen", type=Path, help="folder for wav files of one mixture of the test")
     args = parser.parse_args(argv)
     run = Run(parser, args, free=["listen"])
     if args.listen:

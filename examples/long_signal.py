@@ -240,11 +240,10 @@ def main(argv: list[str] | None = None) -> None:
     defaults = {"num_steps": 800, "num_parameters": 8000, "num_layers": 3, "batch_size": 16, "learning_rate": 0.01}
     parser = Parser(__file__, __doc__, QUICK, models=MODELS, plot=Path("long_signal.png"), **defaults)
     parser.set_defaults(models=["minGRU"], accelerator="cpu")
-    add = parser.add_argument
-    add("--file", type=Path, help=".npy file; if omitted, Task1_ECG.npy of the package systole")
-    add("--max-length", type=at_least(4 * NUM_WARMUP), help="use at most so many time steps of the file")
-    add("--segment", type=at_least(1), default=1024, help="time steps of a training step, in each stream")
-    add("--limit", type=positive, default=60.0, help="most seconds of a timed call")
+    parser.add("--file", type=Path, help=".npy file; if omitted, Task1_ECG.npy of the package systole")
+    parser.add("--max-length", type=at_least(4 * NUM_WARMUP), help="use at most so many time steps of the file")
+    parser.add("--segment", type=at_least(1), default=1024, help="time steps of a training step, in each stream")
+    parser.add("--limit", type=positive, default=60.0, help="most seconds of a timed call")
     args = parser.parse_args(argv)
     signal = read(args.file or installed("systole", FIX) / "datasets" / "Task1_ECG.npy", args.max_length)
     length = stream_length(signal, args)

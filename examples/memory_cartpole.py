@@ -216,10 +216,9 @@ def plot(path: Path, results: dict[str, list[Curve]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     defaults = {"hidden_dims": 64, "learning_rate": 2e-3, "save_every": 10, "accelerator": "cpu"}
     parser = Parser(__file__, __doc__, QUICK, seeds=(0, 1, 2), plot=Path("memory_cartpole.png"), **defaults)
-    add = parser.add_argument
-    add("--policies", nargs="+", choices=POLICIES, default=POLICIES, help="policies to train")
-    add("--num-steps", type=at_least(1), default=150_000, help="time steps of each policy")
-    add("--num-envs", type=at_least(NUM_MINIBATCHES), default=16, help="number of environments")
+    parser.add("--policies", nargs="+", choices=POLICIES, default=POLICIES, help="policies to train")
+    parser.add("--num-steps", type=at_least(1), default=150_000, help="time steps of each policy")
+    parser.add("--num-envs", type=at_least(NUM_MINIBATCHES), default=16, help="number of environments")
     args = parser.parse_args(argv)
     run = Run(parser, args, free=["policies"])
     torch.set_num_threads(1)  # The layers are too small for more.

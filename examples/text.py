@@ -414,11 +414,11 @@ def train(run: Run, model: Model, corpus: Corpus, points: list[dict[str, float]]
 
 def parse_args(argv: list[str] | None) -> tuple[Parser, Any]:
     parser = Parser(__file__, __doc__, QUICK, save_every=250)
-    add = parser.add_argument
-    add("--text", type=Path, help="UTF-8 file to train on; if omitted, Shakespeare")
+    parser.add("--text", type=Path, help="UTF-8 file to train on; if omitted, Shakespeare")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--bytes", action="store_true", help="predict UTF-8 bytes instead of characters")
     either("--subwords", type=at_least(257), metavar="N", help="predict N frequent groups of bytes instead")
+    add = parser.add_argument_group("model").add_argument
     add("--preset", choices=PRESETS, default="small", help="defaults of the options from --dims to --weight-decay")
     add("--cell", choices=(*CELLS, *PEERS), default="mingru", help="gru and lstm are torch's layers")
     add("--dims", type=at_least(1), help="features of embeddings and blocks")
@@ -426,6 +426,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, Any]:
     add("--conv", type=at_least(0), help="kernel size of the convolution in each block; 0 means none")
     add("--mlp", type=at_least(0, float), help="features of the MLP in each block, over --dims; 0 means none")
     add("--dropout", type=at_least(0, float, 1), help="dropout in blocks or between layers, for texts read many times")
+    add = parser.add_argument_group("training").add_argument
     add("--batch", type=at_least(1), help="streams of text read in parallel, on all devices together")
     add("--length", type=at_least(1), help="symbols of each stream in a training step")
     add("--steps", type=at_least(1), help="number of training steps")
@@ -436,8 +437,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, Any]:
     add("--clip", type=at_least(0, float), default=1.0, help="gradient norm to which larger gradients are scaled down")
     add("--seed", type=at_least(0, most=MAX_SEED), default=0, help="random seed of weights and dropout")
     add("--eval-every", type=at_least(1), default=500, help="training steps between printed losses")
-    parser.add_output("--curve", "JSON file to write the learning curve to")
     add("--save", type=Path, help="folder to write the trained model to")
+    add = parser.add_argument_group("sample of text").add_argument
     add("--load", type=Path, help="folder of a saved model to sample from, instead of training")
     add("--sample", type=at_least(0), default=0, help="symbols to generate after training")
     add("--prompt", help="text that the sample continues; if omitted, a line feed or the text's first character")
@@ -445,7 +446,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, Any]:
     add("--top-k", type=at_least(0), default=0, help="sample from the k most likely symbols; 0 means all")
     add("--top-p", type=at_least(1e-3, float, 1), default=1.0, help="sample from the most likely that sum to p")
     add("--sample-seed", type=at_least(0, most=MAX_SEED), default=0, help="random seed of the sample")
-    add("--devices", type=at_least(1), default=1, help="number of devices; each takes an equal part of the batch")
+    parser.add("--devices", type=at_least(1), default=1, help="number of devices, which divide the batch")
+    parser.add_output("--curve", "JSON file to write the learning curve to")
     parser.set_defaults(**PRESETS["small"])  # shown by --help
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     args = parser.parse_args(argv)

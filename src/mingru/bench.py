@@ -3,7 +3,7 @@
     python -m mingru.bench
     python -m mingru.bench --threads 1 --shape 8 512 256 256 --shape 1 1 64 64
 
-Torch's models have one layer. Each time is the median of interleaved rounds in one process, in milliseconds, in
+All models have two layers. Each time is the median of interleaved rounds in one process, in milliseconds, in
 float32; in brackets is the middle half of the rounds. If it is wide, other programs run: use --threads 1, whose times
 are of the processor, and a longer --seconds. "forward" runs in inference mode. "fwd + bwd" also computes the gradients
 of the input and of all parameters. The program needs only torch.
@@ -33,7 +33,7 @@ from .ops.call import spec_of
 from .ops.route import backends, choose
 
 Calls = dict[str, Callable[[], Any]]
-OPTIONS: dict[str, Any] = {"num_layers": 2, "norm": "rms", "residual": True, "gate": "mixed"}
+OPTIONS: dict[str, Any] = {"norm": "rms", "residual": True, "gate": "mixed"}
 # Batch, steps, input features, hidden features.
 SHAPE = (16, 256, 64, 64)
 
@@ -116,10 +116,10 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def models(input_dims: int, hidden_dims: int, device: str) -> dict[str, nn.Module]:
     """Return what is compared. The first model is the one that the README begins with."""
     found = {
-        "BlockGRU": BlockGRU(input_dims, hidden_dims, num_layers=2),
-        "MinGRU": MinGRU(input_dims, hidden_dims, **OPTIONS),
-        "nn.GRU": nn.GRU(input_dims, hidden_dims, batch_first=True),
-        "nn.LSTM": nn.LSTM(input_dims, hidden_dims, batch_first=True),
+        "BlockGRU": BlockGRU(input_dims, hidden_dims, 2),
+        "MinGRU": MinGRU(input_dims, hidden_dims, 2, **OPTIONS),
+        "nn.GRU": nn.GRU(input_dims, hidden_dims, 2, batch_first=True),
+        "nn.LSTM": nn.LSTM(input_dims, hidden_dims, 2, batch_first=True),
     }
     return {name: module.to(device) for name, module in found.items()}
 
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     auto = choose(spec_of("mingru_mixed", "tanh", False, 0.0), torch.zeros(1, 1, 1, device=args.device))
     print(f"device {args.device}{_product(args.device)}: mingru uses the backend {auto!r}")
     options = ", ".join(f"{name}={value!r}" for name, value in OPTIONS.items())
-    print(f"BlockGRU: num_layers=2, the README's model\nMinGRU: {options}\nnn.GRU, nn.LSTM: one layer")
+    print(f"BlockGRU: the README's model\nMinGRU: {options}\nall models: two layers")
     for shape in args.shape or [SHAPE]:
         rows = compared(shape, args.device, args.seconds)
         columns = ["", "forward, ms", "fwd + bwd, ms", *(f"{part} / BlockGRU" for part in ("forward", "fwd + bwd"))]

@@ -1,24 +1,23 @@
-"""The programs of docs/other_libraries.md: what one process saves, another loads, with equal results."""
+"""The programs of docs/reference/integrations.md: what one process saves, another loads, with equal results."""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/other_libraries.md").read_text(encoding="utf-8")
-TABS = dict(re.findall(r'^=== "([^"]+)"\n(.*?)(?=^\S)', PAGE, re.DOTALL | re.MULTILINE))
+PAGE = (ROOT / "docs/reference/integrations.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^### (\S+)\n(.*?)(?=^###|\Z)", PAGE, re.DOTALL | re.MULTILINE))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TABS)
+@pytest.mark.parametrize("name", SECTIONS)
 def test_programs(name, tmp_path):
     pytest.importorskip(name.lower().replace("-", "_"), reason=f"pip install {name}", exc_type=(ImportError, OSError))
-    programs = dict(re.findall(r'```py title="(\w+\.py)"\n(.*?)```', dedent(TABS[name]), re.DOTALL))
+    programs = dict(re.findall(r'```py title="(\w+\.py)"\n(.*?)```', SECTIONS[name], re.DOTALL))
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     printed = []
     for file in ("fit.py", "load.py"):
