@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
+import mingru
 from benchmarks import measure
 from benchmarks.gpu import device, page, plans, smoke, speed, tests
 from benchmarks.gpu.device import Clock
@@ -108,6 +109,14 @@ def test_processes_end_with_a_program_that_was_killed():
         assert time.monotonic() - start < 30
 
 
+def test_the_version_of_triton_is_that_of_its_module(monkeypatch):
+    """Its distribution may have another name."""
+    monkeypatch.setattr(mingru, "backends", lambda: {"triton": True})
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.7.0+rocm"))
+    assert device.about(CPU)["triton"] == "3.7.0+rocm"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("wrong", ["", "smoke"])
 def test_all_programs_run_whatever_one_finds(wrong, tmp_path):
     python = tmp_path / "python"
@@ -148,6 +157,8 @@ def test_results_become_a_page(folder, tmp_path):
     copied = results["speed"]["copies"]["large and small"]["bandwidth"] / (2 * 6 * 4 * 4)
     assert [row[name]["floor"] * copied for name in ("forward", "training")] == pytest.approx([3, 9])
     assert page.sentence(results).endswith("8 checks were all right.")
+    # A copy that failed.
+    assert "### Recurrences" not in page.tables(results | {"speed": results["speed"] | {"copies": {}}})
     graphs = {"inference": "WRONG; after a call, right", "packed sequences": "right; after a call, right"}
     results["smoke"] |= {"failed": {"x": "a fault"}, "shares": {"y": math.nan}, "graphs": graphs}
     results["smoke"]["errors"]["mingru, one step"] = {"states": 2e-6}

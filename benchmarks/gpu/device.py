@@ -2,7 +2,7 @@
 
 import argparse
 import hashlib
-import importlib.metadata
+import importlib
 import json
 import multiprocessing
 import os
@@ -67,7 +67,7 @@ def supported(dtypes: Sequence[torch.dtype], device: torch.device, backend: str)
 def about(device: torch.device) -> dict[str, Any]:
     """Print and return the machine, the versions, and the properties of the device."""
     facts = {**where(), "cuda": torch.version.cuda, "hip": torch.version.hip, "device": str(device), "name": "CPU"}
-    facts["triton"] = importlib.metadata.version("triton") if mingru.backends()["triton"] is True else None
+    facts["triton"] = importlib.import_module("triton").__version__ if mingru.backends()["triton"] is True else None
     if device.type != "cpu":
         properties = torch.get_device_module(device).get_device_properties(device)
         facts |= {"name": properties.name, "properties": str(properties)}

@@ -77,7 +77,7 @@ def tables(results: Results | None) -> str:
     others = (each["failed"].items() for program, each in results.items() if program != "smoke")
     rows += [[f"**failed**: {name}", why] for failed in others for name, why in failed]
     parts.append(markdown(["check", "result"], rows))
-    if "copies" in speed:
+    if speed.get("copies"):
         copies = speed["copies"]["large and small"]
         first = ", ".join(f"{seconds:.1f} s" for seconds in speed.get("first call", {}).values()) or "not measured"
         parts += [COPIES.format(gigabytes=copies["bandwidth"] / 1e3, first=first, **copies)]

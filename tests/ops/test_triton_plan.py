@@ -10,13 +10,15 @@ import warnings
 import pytest
 import torch
 from cases import in_a_process
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru
 from mingru import ops
 from mingru.ops import Start, route, spec_of
 from mingru.ops.backends import triton
-from mingru.ops.backends.triton import device, launch
+from mingru.ops.backends.triton import device, fallback, launch
 from mingru.ops.backends.triton.plan import KEEPING, Work, plan_of
+from mingru.ops.call import Call, Layout
 from mingru.ops.cells import NUM_INPUTS
 from mingru.ops.linear_map import are_recomputed
 
@@ -243,6 +245,13 @@ def test_few_programs_divide_time_until_all_processors_have_what_they_hold(proce
     assert plan_of(work._replace(processors=64)).segments == 1
 
 
+@pytest.mark.parametrize("processors", [40, 132, 160])
+def test_a_long_sequence_of_few_features_has_large_programs(processors):
+    """Where there are no more segments, smaller programs would leave a larger GPU with less to do."""
+    plan = plan_of(Work("mingru", 4, 1, 10**6, 8, processors=processors))
+    assert (plan.warps, plan.segments) == (8, 62)
+
+
 # Threads, registers and shared memory of a processor of a T4, an RTX 4090 and an H100, and of a kernel of 8 warps.
 @pytest.mark.parametrize(
     ("facts", "registers", "shared", "number"),
@@ -334,3 +343,27 @@ def test_old_cards_run_tensor_operations_and_say_so_once(capabilities, dtype, wh
 def test_import_does_not_load_triton():
     code = "import sys, mingru; mingru.MinGRU(3, 4)(__import__('torch').zeros(1, 2, 3)); print('triton' in sys.modules)"
     assert in_a_process(code).strip() == "False"
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("has_reset", [False, True])
+def test_the_fallback_takes_the_operations_of_the_backend_torch(has_reset):
+    x, reset = torch.randn(2, 3, 200, 4), torch.rand(3, 200) < 0.1
+    leaves = [*x.requires_grad_().unbind(), torch.rand(3, 1, 4, requires_grad=True)]
+    with Operations() as expected:
+        out = mingru.functional.mingru(*leaves, reset=reset if has_reset else None, backend="torch")
+        grads = torch.autograd.grad(out.sum(), leaves)
+    start = Start(leaves[-1].detach(), torch.full((3, 1, 4), 0.5), reset if has_reset else None, None, None, None)
+    call = Call(MINGRU, [*x.detach().unbind()], start, Layout(False))
+    with Operations() as found:
+        states, last = fallback.forward(call)
+        own = fallback.backward(call, [states, torch.ones_like(states), torch.zeros_like(last)], False, False)
+    torch.testing.assert_close([states, *own[0].chunk(2, -1), own[1]], [out, *grads])
+    assert found.count < expected.count + 20

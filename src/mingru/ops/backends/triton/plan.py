@@ -18,6 +18,7 @@ KEEPING = {
     "mingru_quaternion": (-inf, 0.0),
     "quaternion_linear_scan": (1.0, 0.0),
 }
+MOST_SEGMENTS = 64
 
 
 class Work(NamedTuple):
@@ -91,8 +92,9 @@ def plan_of(work: Work) -> Plan:
             chunks = warps * warp // features
             # Two programs for each processor that holds them: rounded up, the last ran alone. A chunk has two tiles.
             at_once = min(2, max(1, work.held // warps)) * work.processors
-            segments = min(64, at_once // programs, num_steps // (2 * chunks * steps))
-            if 4 * programs * segments >= 3 * work.processors:
+            segments = min(MOST_SEGMENTS, at_once // programs, num_steps // (2 * chunks * steps))
+            # A smaller program only helps if it makes more segments.
+            if segments == MOST_SEGMENTS or 4 * programs * segments >= 3 * work.processors:
                 break
         if segments > 1:
             # A whole number of tiles, so that no segment is empty.
