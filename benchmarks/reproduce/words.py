@@ -97,7 +97,7 @@ def layers(name: str, folder: str) -> nn.Module:
     if name in PEERS:
         return scans(Path(folder)).MinGRUStack(DIMS, DIMS, n_layers=1, mixer=PEERS[name])
     if name in BLOCKGRUS:
-        return mingru.BlockGRU(DIMS, DIMS, **BLOCKGRUS[name])
+        return mingru.BlockGRU(DIMS, DIMS, block_size=32, **BLOCKGRUS[name])
     if name not in BLOCKS:
         return OwnInputGate(DIMS) if name == FREE else LAYERS[name](DIMS, DIMS)
     block = mingru.models.Block(DIMS, mlp=4, norm="layer", **BLOCKS[name])
