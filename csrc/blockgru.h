@@ -15,7 +15,7 @@ static_assert(most_vectors == DiagonalBlocks::num_gates, "a product has the vect
 
 // Copies columns as tiles.h does, for other numbers and processors. A line of the cache is read at once.
 template <class A>
-static void pack_columns(const A* from, int64_t stride, int64_t count, int64_t depth, A* to, int64_t to_stride) {
+static void pack_lanes(const A* from, int64_t stride, int64_t count, int64_t depth, A* to, int64_t to_stride) {
   for (int64_t first = 0; first < depth; first += 16) {
     for (int64_t i = 0; i < per_register<A>; ++i) {
       for (int64_t k = first; k < least_of(first + 16, depth); ++k) {
@@ -45,7 +45,7 @@ static void pack_diagonal_block(const DiagonalBlocks& blocks, void* packed, int6
     const int64_t count = least_of(lanes, size - lane), stride = DiagonalBlocks::num_gates * lanes;
     for (int64_t gate = 0; gate < DiagonalBlocks::num_gates; ++gate) {
       const A* from = weights + gate * gate_stride + lane * size;
-      pack_columns(from, size, count, size, to + gate * lanes, stride);
+      pack_lanes(from, size, count, size, to + gate * lanes, stride);
     }
     to += size * stride;
   }
@@ -248,7 +248,7 @@ class BlockGRUSteps {
         const Product product{
             scan_.storage, from, weights + gate * gate_stride, nullptr, products_ + gate * padded_, rows,
             num_gates * padded_, size_};
-        multiply<A>(product, lane, lane + group);
+        multiply_few_rows<A>(product, lane, lane + group);
       }
       return;
     }

@@ -55,7 +55,7 @@ struct Call {
   Call(const char* name, const Tensors& given, int64_t bits, double min_decay)
       : name(name), bits(bits), min_decay(min_decay) {
     const int64_t num_known = num_cells + static_cast<int64_t>(std::size(mixtures));
-    const bool is_known = (bits & 0xff) < num_known && (bits >> 8 & 0xff) < 3;
+    const bool is_known = (bits & 0xff) < num_known && (bits >> 8 & 0xff) < static_cast<int64_t>(Activation::count);
     STD_TORCH_CHECK(is_known, name, ": unknown cell ", bits & 0xff, " or activation");
     STD_TORCH_CHECK(bits >= 0 && bits < bit(Flag::count), name, ": unknown flags");
     size_t next = 0;

@@ -1,4 +1,4 @@
-#include "driver.h"
+#include "scratch.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -99,7 +99,7 @@ class ScanTasks {
     each(num_tasks(), [&](int64_t task) {
       alignas(64) char state[most_features * 8];
       start(task, state);
-      kernels_.run(scan_, span(task, part_.begin, part_.end), state, backward_);
+      kernels_.run_span(scan_, span(task, part_.begin, part_.end), state, backward_);
       finish(task, state);
     });
   }
@@ -164,30 +164,31 @@ class ScanTasks {
     const int64_t length = ceil_div(ceil_div(num_steps, num_chunks_), steps_per_checkpoint) * steps_per_checkpoint;
     const int64_t state_size = features_ * size_;
     const int64_t checkpoints_size = length / steps_per_checkpoint * state_size;
-    std::vector<char> ends(tasks * num_chunks_ * state_size);
-    std::vector<char> checkpoints(tasks * num_chunks_ * checkpoints_size);
+    Scratch ends_scratch, checkpoints_scratch;
+    char* const ends = static_cast<char*>(ends_scratch.at_least(tasks * num_chunks_ * state_size));
+    char* const checkpoints = static_cast<char*>(checkpoints_scratch.at_least(tasks * num_chunks_ * checkpoints_size));
     const auto chunk = [&](int64_t task, int64_t index) {
       const int64_t begin = std::min(index * length, num_steps), end = std::min(begin + length, num_steps);
       Span at = forward_in_time_ ? span(task, part_.begin + begin, part_.begin + end)
                                  : span(task, part_.end - end, part_.end - begin);
-      at.checkpoints = checkpoints.data() + (task * num_chunks_ + index) * checkpoints_size;
+      at.checkpoints = checkpoints + (task * num_chunks_ + index) * checkpoints_size;
       return at;
     };
     each(tasks * num_chunks_, [&](int64_t item) {
       const int64_t task = item / num_chunks_, index = item % num_chunks_;
-      char* state = ends.data() + item * state_size;
+      char* state = ends + item * state_size;
       if (index == 0) start(task, state);
       if (index > 0) copy_state(task, state, backward_ ? nullptr : scan_.initial_state);
-      kernels_.run(scan_, chunk(task, index), state, backward_);
+      kernels_.run_span(scan_, chunk(task, index), state, backward_);
     });
     each(tasks, [&](int64_t task) {
-      char* end = ends.data() + task * num_chunks_ * state_size;
+      char* end = ends + task * num_chunks_ * state_size;
       alignas(64) char state[most_features * 8];
       std::memcpy(state, end, state_size);
       for (int64_t index = 1; index < num_chunks_; ++index) {
         Span at = chunk(task, index);
         at.stop_at_match = true;
-        if (kernels_.run(scan_, at, state, backward_)) std::memcpy(state, end + index * state_size, state_size);
+        if (kernels_.run_span(scan_, at, state, backward_)) std::memcpy(state, end + index * state_size, state_size);
       }
       finish(task, state);
     });
@@ -204,7 +205,7 @@ class ScanTasks {
 
 }  // namespace
 
-void run(const Scan& scan, const Part& part, bool backward) { ScanTasks(scan, part, backward)(); }
+void run_scan(const Scan& scan, const Part& part, bool backward) { ScanTasks(scan, part, backward)(); }
 
 void run_diagonal_blocks(const Scan& scan, const DiagonalBlocks& blocks, const Part& part, bool backward) {
   const Kernels& kernels = kernels_of(scan.storage);
@@ -243,7 +244,7 @@ void multiply_few_rows(const Product& product) {
   const int64_t least = std::max<int64_t>(1, weights_per_thread / product.features);
   const Kernels& kernels = kernels_of(product.storage);
   torch::stable::parallel_for(
-      0, product.columns, least, [&](int64_t begin, int64_t end) { kernels.multiply(product, begin, end); });
+      0, product.columns, least, [&](int64_t begin, int64_t end) { kernels.multiply_few_rows(product, begin, end); });
 }
 
 // torch calls MKL, which takes 1.1 times as long on AMD's Zen 4, and twice as long as oneDNN on Zen 5 (docs/speed.md).

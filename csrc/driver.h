@@ -21,7 +21,7 @@ void for_each(int64_t count, int64_t values, const F& f) {
 
 // Runs a part of a scan, or of its backward pass, on torch's thread pool. Parts must be run in the order of the scan,
 // because each part continues from the state of the previous part.
-void run(const Scan& scan, const Part& part, bool backward);
+void run_scan(const Scan& scan, const Part& part, bool backward);
 
 // The same for a BlockGRU.
 void run_diagonal_blocks(const Scan& scan, const DiagonalBlocks& blocks, const Part& part, bool backward);
@@ -54,5 +54,7 @@ void convolve(const Convolution& of, bool is_backward);
 // The names of the instruction sets that this library and this processor have, the fastest last: "baseline", or "avx2" and
 // "avx512". The environment variable MINGRU_ISA chooses one.
 std::string instruction_sets();
+// The text that says from which sources the library was built.
+extern char built_from[];
 
 }  // namespace mingru

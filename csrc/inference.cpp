@@ -328,12 +328,14 @@ class InferencePass : Arguments {
   std::vector<int64_t> written_;  // how many layers of each state have been written
 };
 
-// The names of cells, activations, flags and instructions, in the order of their numbers.
+// The names of cells, activations, flags and instructions, in the order of their numbers, `group`, `first_flag`, and the
+// text `built_from`.
 std::string names() {
 #define MINGRU_TEXT(name, ...) #name " "
-  return MINGRU_CELLS(MINGRU_TEXT) MINGRU_MIXTURES(MINGRU_TEXT) "|positive linear tanh|" MINGRU_FLAGS(MINGRU_TEXT) "|"
-      MINGRU_INSTRUCTIONS(MINGRU_TEXT);
+  const std::string text = MINGRU_CELLS(MINGRU_TEXT) MINGRU_MIXTURES(MINGRU_TEXT) "|" MINGRU_ACTIVATIONS(MINGRU_TEXT) "|"
+      MINGRU_FLAGS(MINGRU_TEXT) "|" MINGRU_INSTRUCTIONS(MINGRU_TEXT);
 #undef MINGRU_TEXT
+  return text + "|" + std::to_string(group) + "|" + std::to_string(first_flag) + "|" + built_from;
 }
 
 // x is (B, S, I), (S, B, I) if `time_first`, or (B, I) for one step, whose output is (B, 1, *). Returns the output and

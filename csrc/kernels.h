@@ -268,14 +268,14 @@ class Steps {
 };
 
 template <class A>
-static bool run(const Scan& scan, const Span& span, void* state, bool is_backward) {
+static bool run_span(const Scan& scan, const Span& span, void* state, bool is_backward) {
   return with_type<A>(scan.storage, [&](auto type) { return Steps<decltype(type)>(scan, span, state, is_backward)(); });
 }
 
 // The files kernels_*.cpp instantiate this function.
 template <class A>
 Kernels kernels() {
-  Kernels all{run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>, run_diagonal_block<A>, pack_diagonal_block<A>};
+  Kernels all{run_span<A>, multiply_few_rows<A>, normalize<A>, convolve<A>, add_rows<A>, run_diagonal_block<A>, pack_diagonal_block<A>};
 #ifdef MINGRU_AVX512
   all.pack_panel = pack_panel, all.multiply_panel = multiply_panel;
 #endif

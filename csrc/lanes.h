@@ -247,6 +247,7 @@ static Loops<A> loops_of(const Scan& scan) {
     case Activation::positive: return loops_of<A, Cell<Positive>, num_inputs, takes_time>(scan);
     case Activation::linear: return loops_of<A, Cell<Linear>, num_inputs, takes_time>(scan);
     case Activation::tanh: return loops_of<A, Cell<Tanh>, num_inputs, takes_time>(scan);
+    case Activation::count: break;
   }
   return {};
 }

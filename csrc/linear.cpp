@@ -44,8 +44,8 @@ class SumOfSlices {
     sum_ = Tensor(sum);
   }
 
-  void add_rows(const Tensor& rows) {
-    mingru::add_rows({storage_of(rows), rows.data_ptr(), rows.size(0), rows.size(1), sum_.data_ptr()});
+  void add_sum(const Tensor& rows) {
+    add_rows({storage_of(rows), rows.data_ptr(), rows.size(0), rows.size(1), sum_.data_ptr()});
   }
 
   Tensor result() const { return is_narrow_ ? torch::stable::to(sum_, dtype_) : sum_; }
@@ -92,6 +92,7 @@ Outputs mingru::linear_recurrence(
   if (call.has(Flag::keep_states)) scan.out = operands.sequence(*outputs.states);
   scan.last = operands.state(*outputs.last, "the last state");
   for (const Slice& slice : operands.slices(false)) {
+    operands.enter(slice);
     if (slice.num_rows > 0) {
       char* pre_activations = operands.pre_activations_of(slice, kept);
       operands.map(pre_activations, operands.rows_of(slice), slice);
@@ -154,6 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   Scan& scan = operands.scan;
   Scratch grads_scratch;
   for (const Slice& slice : operands.slices(true)) {
+    operands.enter(slice);
     const int64_t count = slice.num_rows;
     if (count == 0) {
       operands.run(slice.part, true);
@@ -176,10 +178,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
       });
     }
     if (needs_weight) grad_weight.add_product(transposed(grads), matrix(rows, count, features, x));
-    if (needs_bias) grad_bias.add_rows(grads);
+    if (needs_bias) grad_bias.add_sum(grads);
   }
   auto [grad_recurrent, grad_recurrent_bias] = operands.grads_of_recurrent();
-  return {operands.in_given_order(grad_x), grad_weight.result(), grad_bias.result(), grad_h, grad_initial_state,
+  return {grad_x, grad_weight.result(), grad_bias.result(), grad_h, grad_initial_state,
           grads_of_dt, grad_recurrent, grad_recurrent_bias};
 }
 

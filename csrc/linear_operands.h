@@ -47,8 +47,7 @@ class LinearOperands : public Operands {
         num_features(weight.size(1)),
         num_columns(weight.size(0)),
         has_norm(call.has(Flag::rms_norm) || call.has(Flag::layer_norm)),
-        is_given_transposed_(!has_lengths() && !is_packed() && !x.is_contiguous() && x.stride(0) < x.stride(1)),
-        is_transposed_(has_wide_blocks(call) ? !call.has(Flag::time_first) : is_given_transposed_),
+        is_transposed_(!has_lengths() && !is_packed() && !x.is_contiguous() && x.stride(0) < x.stride(1)),
         time_major_(is_packed() || (!has_lengths() && call.has(Flag::time_first) != is_transposed_)),
         is_centered_(call.has(Flag::layer_norm)),
         eps_(eps),
@@ -77,8 +76,9 @@ class LinearOperands : public Operands {
   int64_t num_rows() const { return row_offsets_.empty() ? x_.numel() / num_features : row_offsets_.back(); }
   int64_t bytes_of_columns(int64_t rows) const { return rows * num_columns * x_.element_size(); }
 
-  // The slices in the order of the scan. A slice has all batch elements of some steps, all steps of some batch
-  // elements, or a part of one step or batch element.
+  // The slices in the order of the scan. A slice has all batch elements of some steps, all steps of some batch elements, or a
+  // part of one step or batch element. Of a BlockGRU, whose batch elements are computed together, it may have some steps of
+  // some batch elements, whose rows it copies.
   std::vector<Slice> slices(bool backward) const {
     const int64_t least = is_in_tiles() ? least_rows_in_tiles : least_slice_rows;
     const int64_t most = std::clamp(slice_bytes / bytes_of_columns(1), least, most_slice_rows);
@@ -90,7 +90,16 @@ class LinearOperands : public Operands {
       const Part part = time_major_ ? Part{from, to, begin, end} : Part{begin, end, from, to};
       slices.push_back({part, row, num_rows});
     };
-    for (int64_t begin = 0; begin < outer;) {
+    const int64_t together = std::min(scan.num_batch, DiagonalBlocks::most_together);
+    const bool is_divided = recurrent_ && !time_major_ && together * scan.num_steps > most;
+    for (int64_t begin = 0, row = 0; is_divided && begin < outer; begin += together) {
+      const int64_t end = std::min(begin + together, outer), steps = std::max<int64_t>(1, most / (end - begin));
+      for (int64_t from = 0; from < inner; from += steps, row += slices.back().num_rows) {
+        add(begin, end, from, std::min(from + steps, inner), row, 0);
+        for (int64_t b = begin; b < end; ++b) slices.back().num_rows += steps_of(slices.back(), b);
+      }
+    }
+    for (int64_t begin = is_divided ? outer : 0; begin < outer;) {
       const int64_t row = row_of(begin), width = row_of(begin + 1) - row;
       int64_t end = begin + 1;
       while (end < outer && row_of(end + 1) - row <= most) ++end;
@@ -104,6 +113,16 @@ class LinearOperands : public Operands {
     }
     if (scan.reverse != backward) std::reverse(slices.begin(), slices.end());
     return slices;
+  }
+
+  // Sets where the rows of each batch element are in a slice, before all that follows.
+  void enter(const Slice& slice) {
+    if (time_major_) return;
+    row_of_.resize(scan.num_batch);
+    int64_t row = 0;
+    for (int64_t b = slice.part.batch_begin; b < slice.part.batch_end; row += steps_of(slice, b++)) {
+      row_of_[b] = row - slice.part.begin;
+    }
   }
 
   // The pre-activations of a slice: those that are kept, or memory for them.
@@ -130,11 +149,10 @@ class LinearOperands : public Operands {
   // Sets `sequences` to the inputs of the cell, which are side by side in the matrix of a slice, of so many columns.
   void set_sequences(Sequence* sequences, char* data, const Slice& slice, int64_t stride) const {
     const int64_t part = scan.num_features * x_.element_size();
-    const int64_t batch_stride = time_major_ || has_lengths() ? stride : scan.num_steps * stride;
     const int64_t step_stride = time_major_ && !is_packed() ? scan.num_batch * stride : stride;
-    const int64_t* batch_offsets = has_lengths() ? row_offsets_.data() : nullptr;
+    const int64_t skipped = time_major_ ? slice.row * stride : 0;
     for (int64_t k = 0; k < stride / scan.num_features; ++k) {
-      sequences[k] = {data + k * part, batch_stride, step_stride, slice.row * stride, batch_offsets};
+      sequences[k] = {data + k * part, stride, step_stride, skipped, time_major_ ? nullptr : row_of_.data()};
     }
   }
 
@@ -148,7 +166,7 @@ class LinearOperands : public Operands {
 
   // Replaces the gradients of a slice's rows after the norm by those of x; `rows_of` was called before.
   void undo_norm(const Slice& slice, void* grad_rows) const {
-    if (has_norm) normalize(normalization(slice, normalized_scratch_.at_least(0), grad_rows), true);
+    if (has_norm) normalize(normalization(slice, normalized_scratch_.data(), grad_rows), true);
   }
 
   // Calls `compute` with the memory of the gradients of a slice's rows.
@@ -178,18 +196,11 @@ class LinearOperands : public Operands {
     return is_transposed_ ? torch::stable::transpose(result, 0, 1) : result;
   }
 
-  // Returns such a tensor in the memory order of the given x.
-  Tensor in_given_order(const Tensor& x) const {
-    if (is_transposed_ == is_given_transposed_ || x.dim() < 3) return x;
-    if (!is_given_transposed_) return as_contiguous(x);
-    return torch::stable::transpose(as_contiguous(torch::stable::transpose(x, 0, 1)), 0, 1);
-  }
-
  private:
-  // The sequences of wide diagonal blocks are computed together, so all of a step are next to each other.
-  bool has_wide_blocks(const Call& call) const {
-    const Tensor* weight = call[Argument::recurrent];
-    return weight && weight->size(-1) >= DiagonalBlocks::least_wide && !has_lengths() && !is_packed();
+  // How many steps of a batch element a slice has.
+  int64_t steps_of(const Slice& slice, int64_t batch) const {
+    const int64_t length = has_lengths() ? scan.lengths[batch] : scan.num_steps;
+    return std::max<int64_t>(0, std::min(slice.part.end, length) - slice.part.begin);
   }
 
   const void* rows_of_x(const Slice& slice) const {
@@ -216,21 +227,24 @@ class LinearOperands : public Operands {
 
   int64_t row_bytes() const { return num_features * x_.element_size(); }
 
-  // How far steps are from each other, in bytes.
-  int64_t step_bytes(const Tensor& sequence) const { return sequence.stride(step_dim_) * sequence.element_size(); }
+  // How far steps are from each other, in bytes. Without lengths, sequences are contiguous in the order of memory.
+  int64_t step_bytes(const Tensor& sequence) const {
+    return has_lengths() ? sequence.stride(step_dim_) * sequence.element_size() : row_bytes();
+  }
 
   char* step_of(const Tensor& sequence, int64_t batch, int64_t step) const {
-    const int64_t first = batch * sequence.stride(batch_dim_) * sequence.element_size();
-    return data_of<char>(sequence) + first + step * step_bytes(sequence);
+    const int64_t stride = has_lengths() ? sequence.stride(batch_dim_) : scan.num_steps * num_features;
+    return data_of<char>(sequence) + batch * stride * sequence.element_size() + step * step_bytes(sequence);
   }
 
   // The rows of a slice in a sequence, or null if they are not next to each other.
   char* rows_in(const Tensor& sequence, const Slice& slice) const {
     const Part& part = slice.part;
-    if (!has_lengths()) return data_of<char>(sequence) + slice.row * row_bytes();
-    const bool are_neighbors = slice.num_rows == 1 || step_bytes(sequence) == row_bytes();
-    const bool is_one = part.batch_end == part.batch_begin + 1 && are_neighbors;
-    return is_one ? step_of(sequence, part.batch_begin, part.begin) : nullptr;
+    if (time_major_) return data_of<char>(sequence) + slice.row * row_bytes();
+    const bool is_one = part.batch_end == part.batch_begin + 1;
+    const bool are_neighbors = is_one ? slice.num_rows == 1 || step_bytes(sequence) == row_bytes()
+                                      : !has_lengths() && part.end - part.begin == scan.num_steps;
+    return are_neighbors ? step_of(sequence, part.batch_begin, part.begin) : nullptr;
   }
 
   // Calls f with the memory of each run of neighboring steps, and its size in bytes.
@@ -244,11 +258,12 @@ class LinearOperands : public Operands {
   // matrix of the slice's rows, and their size, in bytes.
   template <class F>
   void each_part_of(const Slice& slice, const Tensor& sequence, char* rows, const F& f) const {
-    parallel_for(slice.row, slice.row + slice.num_rows, row_bytes(), [&](int64_t begin, int64_t end) {
+    parallel_for(0, slice.num_rows, row_bytes(), [&](int64_t begin, int64_t end) {
       for (int64_t b = slice.part.batch_begin; b < slice.part.batch_end; ++b) {
-        const int64_t first = row_offsets_[b], from = std::max(begin, first), to = std::min(end, row_offsets_[b + 1]);
-        char* part = rows + (from - slice.row) * row_bytes();
-        each_run(sequence, b, from - first, to - first, row_bytes(), [&](char* steps, int64_t size) {
+        const int64_t first = row_of_[b] + slice.part.begin;
+        const int64_t from = std::max(begin, first), to = std::min(end, first + steps_of(slice, b));
+        char* part = rows + from * row_bytes();
+        each_run(sequence, b, from - row_of_[b], to - row_of_[b], row_bytes(), [&](char* steps, int64_t size) {
           f(steps, part, size);
           part += size;
         });
@@ -262,11 +277,12 @@ class LinearOperands : public Operands {
     torch::stable::parallel_for(begin, end, std::max(bytes_per_thread / bytes, int64_t(1)), f);
   }
 
-  const bool is_given_transposed_, is_transposed_, time_major_, is_centered_;
+  const bool is_transposed_, time_major_, is_centered_;
   const double eps_;
   const Tensor x_;
   MaybeTensor bias_;
   std::optional<RecurrentWeights> recurrent_;
+  std::vector<int64_t> row_of_;  // where the first step of each batch element would be in the present slice
   mutable Scratch pre_activations_scratch_, rows_scratch_, normalized_scratch_, scales_scratch_, grad_rows_scratch_;
 };
 

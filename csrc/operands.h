@@ -128,11 +128,11 @@ class Operands {
 
   // Runs the recurrence, of a mixture that of each half of the features.
   void run(const Part& part, bool is_backward) const {
-    if (!call_.is_mixture()) return mingru::run(scan, part, is_backward);
+    if (!call_.is_mixture()) return run_scan(scan, part, is_backward);
     const int64_t half = scan.num_features / 2;
     for (int i = 0; i < 2; ++i) {
       const Scan own = of_features(scan, call_.cell(i), i * half, half, i * call_.num_groups(2 * half) / 2);
-      mingru::run(own, part, is_backward);
+      run_scan(own, part, is_backward);
     }
   }
 

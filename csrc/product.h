@@ -39,7 +39,7 @@ static void multiply_columns(const Product& product, int64_t row, int64_t column
 }
 
 template <class T>
-static void multiply(const Product& product, int64_t begin, int64_t end) {
+static void multiply_few_rows(const Product& product, int64_t begin, int64_t end) {
   for (int64_t column = begin; column < end; column += 4) {
     const int64_t count = least_of(end - column, 4);
     int64_t row = 0;

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> recurrence_forward(
   Tensor out = empty_as(inputs[0]), last = empty_as(operands.h);
   operands.scan.out = operands.sequence(out);
   operands.scan.last = last.data_ptr();
-  run(operands.scan, operands.whole(), false);
+  run_scan(operands.scan, operands.whole(), false);
   return {out, last};
 }
 
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
   for (int64_t k = 0; k < count; ++k) {
     operands.scan.grad_inputs[k] = operands.sequence(torch::stable::narrow(grads, -1, k * features, features));
   }
-  run(operands.scan, operands.whole(), true);
+  run_scan(operands.scan, operands.whole(), true);
   return {grads, grad_h, grad_initial_state, grads_of_dt};
 }
 

@@ -28,11 +28,12 @@ class RecurrentWeights {
     blocks_.given = data_of<void>(*given);
     if (blocks_.is_wide()) blocks_.parallel_for = share_wide_block;
     const int64_t padded = blocks_.padded * h.element_size(), bytes = blocks_.size * h.element_size();
-    biases_.resize(blocks_.count * padded);
+    char* const biases = static_cast<char*>(biases_.at_least(blocks_.count * padded));
+    std::memset(biases, 0, blocks_.count * padded);
     for (int64_t i = 0; bias && i < blocks_.count; ++i) {
-      std::memcpy(&biases_[i * padded], data_of<char>(*bias) + i * bytes, bytes);
+      std::memcpy(biases + i * padded, data_of<char>(*bias) + i * bytes, bytes);
     }
-    blocks_.biases = biases_.data();
+    blocks_.biases = biases;
   }
 
   void run(const Scan& scan, const Part& part, bool is_backward) {
@@ -89,8 +90,7 @@ class RecurrentWeights {
   const Tensor h_;
   DiagonalBlocks blocks_{};
   MaybeTensor totals_;
-  std::vector<char> biases_;
-  Scratch packed_, transposed_;
+  Scratch biases_, packed_, transposed_;
 };
 
 }  // namespace

@@ -36,7 +36,8 @@ enum class Cell { MINGRU_CELLS(MINGRU_NAME) };
 #define MINGRU_MIXTURES(MIXTURE) MIXTURE(mingru_mixed, mingru, mingru_quaternion)
 
 // Of the candidate. Linear scans have none.
-enum class Activation { positive, linear, tanh };
+#define MINGRU_ACTIVATIONS(ACTIVATION) ACTIVATION(positive) ACTIVATION(linear) ACTIVATION(tanh)
+enum class Activation { MINGRU_ACTIVATIONS(MINGRU_NAME) count };
 
 // The tensors of a call: the fields of `Start` and `Layout` in src/mingru/ops/call.py. The first two are not optional.
 enum class Argument { h, initial_state, reset, dt, recurrent, recurrent_bias, batch_sizes, lengths, count };
@@ -216,9 +217,9 @@ struct DiagonalBlocks {
 // The kernels of an instruction set, for one accumulation dtype.
 struct Kernels {
   // Reads and writes `state`. Returns whether the run stopped at a match.
-  bool (*run)(const Scan&, const Span&, void* state, bool is_backward);
+  bool (*run_span)(const Scan&, const Span&, void* state, bool is_backward);
   // Computes a range of columns.
-  void (*multiply)(const Product&, int64_t begin, int64_t end);
+  void (*multiply_few_rows)(const Product&, int64_t begin, int64_t end);
   // Computes a range of rows.
   void (*normalize)(const Normalization&, int64_t begin, int64_t end, bool is_backward);
   // Computes a task.

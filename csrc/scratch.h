@@ -82,8 +82,11 @@ class Scratch {
       kept_memory().give_back(std::exchange(memory_, {}));
       memory_ = kept_memory().take(bytes);
     }
-    return memory_.lines.get();
+    return data();
   }
+
+  // As it was last asked for.
+  void* data() const { return memory_.lines.get(); }
 
  private:
   Memory memory_;

@@ -86,7 +86,9 @@ static void multiply_tile(const MatrixProduct& tile, __mmask16 last) {
   const float *left = tile.left.data, *panel = tile.right.data;
   for (int64_t k = 0; k < tile.depth; ++k, left += column_stride, panel += vectors * lanes) {
     // The rows of a transposed matrix are far from each other, where the processor does not see what comes next.
-    _mm_prefetch(reinterpret_cast<const char*>(left + 16 * column_stride), _MM_HINT_T0);
+    // A number, because it may be after the end of the matrix.
+    const uintptr_t ahead = reinterpret_cast<uintptr_t>(left) + 16 * column_stride * sizeof(float);
+    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
     __m512 right[vectors];
     for (int j = 0; j < vectors; ++j) right[j] = _mm512_loadu_ps(panel + j * lanes);
     for (int i = 0; i < rows; ++i) {

@@ -19,10 +19,11 @@ from ..layout import is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
 from .sources import number_in, number_of_sources
 
-# The `group` of csrc/scan.h, and the `first_flag` of csrc/call.h.
-_GROUP, _FIRST_FLAG = 16, 16
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _PRODUCTS = ("mingru", "torch")
+_ORDER = [f"has_{name}" for name in ("reset", "dt", "recurrent", "recurrent_bias", "batch_sizes", "lengths")]
+_ORDER += ["reverse", "time_first", "keep", "rms_norm", "layer_norm", "output_gate", "keep_states"]
+_ORDER += [f"needs_{name}" for name in ("dt", "recurrent", "x", "weight", "bias")]
 
 
 def _load() -> str | None:
@@ -119,14 +120,17 @@ def _register_shapes() -> None:
 
 
 _WHY_NOT = _load()
-if _WHY_NOT is None:
-    _register_shapes()
 # The numbers of cells and activations, of the flags of a call, and of the instructions of an inference pass: empty
-# without the kernels.
-_listed = torch.ops.mingru.names().split("|") if _WHY_NOT is None else [""] * 4
+# without the kernels. The `group` of csrc/scan.h, and the `first_flag` of csrc/call.h.
+*_listed, _group, _first_flag, _ = (torch.ops.mingru.names() if _WHY_NOT is None else "||||1|0|").split("|")
 CELL_NUMBERS, _activations, _flags, INSTRUCTION_NUMBERS = (
     {name: number for number, name in enumerate(names.split())} for names in _listed
 )
+_GROUP, _FIRST_FLAG = int(_group), int(_first_flag)
+if _WHY_NOT is None:
+    # In this order, `arguments` numbers them.
+    assert [*_flags] == _ORDER, "the flags of csrc/call.h have another order"
+    _register_shapes()
 FLAGS = {name: 1 << _FIRST_FLAG + number for name, number in _flags.items()}
 # Of a cell with its activation.
 NUMBERS = {(cell, name): n | m << 8 for cell, n in CELL_NUMBERS.items() for name, m in _activations.items()}
