@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from unittest import mock
 
 import pytest

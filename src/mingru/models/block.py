@@ -81,6 +81,8 @@ class Block(Composite, role="sequence", planned=True):
         norm: "rms" or "layer".
         dropout: Dropout probability of the outputs of W and of the MLP. Used in training only.
         checkpoint: If True, training recomputes the block in the backward pass instead of storing its activations.
+            With weights of `torch.func.functional_call`, compute the gradients inside of that call: after it, the block
+            is computed again with its own weights, as every module is in `torch.utils.checkpoint`.
         **layer_options: `bias`, `bidirectional`, `candidate`, `gate`, `min_decay`, `output_gate`,
             `learn_initial_state`, `memory`, `recompute`, `forget_bias`, `normalize`, `block_size`, `device` and `dtype`
             of `mingru.MinGRU`, `mingru.MinLSTM` or `mingru.BlockGRU`. `bias`, `device` and `dtype` apply to the other

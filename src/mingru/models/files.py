@@ -43,7 +43,9 @@ def save(model: Any, folder: str | os.PathLike[str]) -> None:
     require("save_pretrained", "the model", not change, expected, f"a model {change}", remedy)
     config = json.dumps({"model": type(model).__name__, "mingru": __version__, **model.config}, indent=2)
     # The weights contain the options too, so that `load` finds out if config.json is from another save.
-    contents = {WEIGHTS: safetensors.save(tensors, {"format": "pt", CONFIG: config}), CONFIG: f"{config}\n".encode()}
+    frozen = json.dumps([name for name, parameter in model.named_parameters() if not parameter.requires_grad])
+    metadata = {"format": "pt", CONFIG: config, "frozen": frozen}
+    contents = {WEIGHTS: safetensors.save(tensors, metadata), CONFIG: f"{config}\n".encode()}
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target, ignore_cleanup_errors=True) as new:
@@ -71,7 +73,7 @@ def load(cls: type, folder_or_name: str | os.PathLike[str], revision: str | None
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         with safetensors.safe_open(weights_path, "pt") as file:
-            saved = json.loads((file.metadata() or {}).get(CONFIG, "null"))
+            saved, frozen = (json.loads((file.metadata() or {}).get(key, "null")) for key in (CONFIG, "frozen"))
             # Copies, because get_tensor returns the file's memory, which changes if another program writes to the file.
             tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
@@ -90,6 +92,8 @@ def load(cls: type, folder_or_name: str | os.PathLike[str], revision: str | None
             raise _invalid(folder_or_name, f"{got}, which are from two different saves")
     try:
         model = _filled(cls, options, tensors)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in (frozen or ()))
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise _invalid(folder_or_name, f"options and tensors that do not fit ({_line(error)})") from error
     nan = next((name for name, tensor in tensors.items() if not tensor.is_meta and tensor.isnan().any()), None)

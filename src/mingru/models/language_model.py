@@ -271,7 +271,7 @@ class LanguageModel(Layer):
     @torch.jit.unused
     @arguments_checked()
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write the model to a folder: `config.json` and `model.safetensors`.
+        """Write the model to a folder: `config.json` and `model.safetensors`, which also says what is not trained.
 
         Existing files are replaced one after the other when all new files are on the disk, `model.safetensors` first.
         If an error or a crash occurs before the first replacement, the old files are unchanged. Later, the folder may

@@ -31,7 +31,7 @@ class BlockGRU(RecurrentLevels, planned=True):
     which is `torch.nn.GRU` with block-diagonal U_r, U_z and U_n: H / K blocks of K x K weights. Its gates see the
     state, so the steps are computed one after the other: on CPUs by kernels, elsewhere and where these were not built
     by `torch.gru` with the dense weights. In an ONNX file, each layer and direction is one node, `GRU`, of any length.
-    A graph of `torch.export`, or of ONNX with resets, has as many steps as its example.
+    Where these kernels cannot run, `torch.compile` makes a graph for each length.
 
     `mingru.MinGRU` explains the other arguments, inputs, outputs and errors.
 

@@ -45,7 +45,8 @@ class Layer(Saved):
     error. To be scripted, it names all of them. With `lengths`, `out` is 0 in the padding, and the states are those
     after the last valid steps, as `mingru.functional.linear_scan` returns them. All other attributes and methods have
     defaults; override those that do not fit, such as `num_states`. Residual and dropout are the stack's. A stack with a
-    layer of your own calls its layers one by one, also without gradients.
+    layer of your own calls its layers one by one, also without gradients. Because layers have slots, Python accepts no
+    class with slots of its own as another base: it raises "instance lay-out conflict".
 
     Examples:
         >>> class Sum(mingru.modules.Layer, role="sequence"):
