@@ -1,7 +1,6 @@
 """replace: which layers of a model are replaced, what the report says, what is refused; accelerate: what it keeps."""
 
 import copy
-import functools
 import operator
 import pickle
 import warnings
@@ -17,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import mingru
 from mingru import drop_in
-from mingru.ops import autograd, block_recurrence
+from mingru.ops import autograd
 
 S, B, IN, H = 5, 2, 3, 4
 
@@ -213,7 +212,7 @@ def test_accelerated_layers_use_the_kernels(bias, hidden, monkeypatch):
     calls, kernel = [], autograd.run_kernel
     monkeypatch.setattr(autograd, "run_kernel", lambda *args: calls.append(args) or kernel(*args))
     gru = nn.GRU(IN, hidden, 2, bias=bias)
-    own, x = copy.deepcopy(gru), torch.randn(STEPS, THREE, IN)
+    own, x = copy.deepcopy(gru), torch.randn(20, THREE, IN)
     before = list(own.parameters())
     drop_in.accelerate(own)
     assert all(map(operator.is_, own.parameters(), before))
@@ -228,19 +227,20 @@ def test_accelerated_layers_use_the_kernels(bias, hidden, monkeypatch):
         own(x)
 
 
-@pytest.mark.parametrize(("dtype", "has_avx512", "features"), [(torch.float, False, 256), (torch.double, True, 128)])
-def test_torch_computes_many_sequences_with_large_matrices(dtype, has_avx512, features, monkeypatch):
-    calls, by_torch = [], block_recurrence.by_torch
-    monkeypatch.setattr(block_recurrence, "by_torch", lambda *args: calls.append(args) or by_torch(*args))
-    use_avx512 = functools.partial(monkeypatch.setattr, "mingru.ops.backends.native.HAS_AVX512")
-    use_avx512(has_avx512)
-    for batch, size, is_faster in ((32, features, True), (31, features + 1, True), (32, features + 1, False)):
-        assert drop_in.accelerating.is_faster(size, batch, 20, dtype) is is_faster
-        mingru.BlockGRU(1, size, block_size=size, dtype=dtype)(torch.ones(batch, 2, 1, dtype=dtype))
-        assert len(calls) == 1 - is_faster
-    assert torch.no_grad()(drop_in.accelerating.is_faster)(size, batch, 20, dtype)
-    use_avx512(True)
-    assert drop_in.accelerating.is_faster(size, batch, 20, torch.float)
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("features", [191, 192])
+@pytest.mark.parametrize(("dtype", "has_avx512"), [(torch.float, True), (torch.float, False), (torch.double, True)])
+def test_torch_computes_few_steps(dtype, has_avx512, features, with_gradients, monkeypatch):
+    calls, kernel = [], autograd.run_kernel
+    monkeypatch.setattr(autograd, "run_kernel", lambda *args: calls.append(args) or kernel(*args))
+    monkeypatch.setattr("mingru.ops.backends.native.HAS_AVX512", has_avx512)
+    gru, is_wide = nn.GRU(1, features, dtype=dtype), has_avx512 and dtype == torch.float
+    drop_in.accelerate(gru)
+    least = (5 if is_wide else 10) if features < 192 else 10 if is_wide and with_gradients else 20
+    with torch.set_grad_enabled(with_gradients):
+        for steps in (least - 1, least):
+            gru(torch.ones(steps, 1, 1, dtype=dtype))
+            assert len(calls) == (steps == least)
 
 
 def test_accelerate_reports_each_layer():

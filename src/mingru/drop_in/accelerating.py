@@ -20,17 +20,6 @@ from .twins import SUBCLASS, described, is_recurrent
 _FORWARD = nn.modules.GRU.forward
 
 
-def is_faster(features: int, batch: int, steps: int, dtype: torch.dtype) -> bool:
-    """Return whether the kernels take less time than torch for H features, in a call with or without gradients.
-
-    For few steps, what comes before and after the kernels takes longer than they save. With gradients, they compute the
-    products of the states again, which is the larger part where products take longer than the calls of operators.
-    """
-    if not torch.is_grad_enabled():
-        return steps >= 6
-    return steps >= (8 if features >= 192 or batch >= 32 else 4) and not is_slower(batch, features, dtype)
-
-
 class _Equal(type):
     """A class that is equal to its first base, so that tables of classes, as those of quantization, have it."""
 
@@ -158,7 +147,7 @@ def _outputs(layer: Any, given: Any, hx: Any) -> Any:
         return None
     h = x.new_zeros(shape) if hx is None else layer.permute_hidden(hx, order)
     flat = [each for own in weights for each in own]
-    if not is_faster(layer.hidden_size, batch, steps, x.dtype):
+    if is_slower(layer.hidden_size, steps, x.dtype, torch.is_grad_enabled()):
         # The rest of torch's `forward` takes a third of the time of a step.
         options = layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional, layer.batch_first
         return None if is_packed else torch.gru(x, h, flat, *options)

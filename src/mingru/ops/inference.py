@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import autograd, block_recurrence, linear_map, names_of_torch, route
+from . import autograd, linear_map, names_of_torch, route
 from .backends import native
 from .backends.triton.plan import KEEPING
 from .call import Layout, Spec, Start
@@ -73,10 +73,9 @@ class Direction:
                 x = self.norm(x, *of_norm)
         given, how = [*states, None, *recurrent, None, None, x, *linear], self._how_of(x, backend, time_first)
         if self.norm is None and recurrent[0] is not None and 3 * recurrent[0].shape[1] == len(recurrent[0]):
-            # A GRU of torch.
-            h, is_step = states[0], x.shape[0 if time_first else 1] == 1
-            if is_step or native.is_slower(len(h), h.shape[2], x.dtype):
-                return _by_torch(how[2], given, is_step, time_first)
+            # A GRU of torch, whose cell takes less time than the kernel.
+            if x.shape[0 if time_first else 1] == 1:
+                return _cell_of_torch(given, time_first)
         found: States = autograd.apply(how, *given)
         return found
 
@@ -480,11 +479,9 @@ def _trained(
     return x, [_state_of(*each) for each in zip(found, h, strict=True)]
 
 
-def _by_torch(spec: Spec, given: list[Any], is_step: bool, time_first: bool) -> States:
-    """Compute a GRU of torch by torch, which takes less time than the kernel, and one step by its cell."""
+def _cell_of_torch(given: list[Any], time_first: bool) -> States:
+    """Compute one step of a GRU by the cell of torch."""
     h, start, reset, _, weight, bias, _, _, x, *linear = given
-    if not is_step:
-        return block_recurrence.by_torch(spec, given, time_first)[:2]
     if start is not None and reset is not None:
         h = torch.where(reset.view(-1, 1, 1), start, h)
     of_state = None if bias is None else F.pad(bias, (2 * len(bias), 0))

@@ -140,13 +140,17 @@ NUMBERS = {(cell, name): n | m << 8 for cell, n in CELL_NUMBERS.items() for name
 HAS_AVX512 = "avx512" in (os.environ.get("MINGRU_ISA") or ("" if _WHY_NOT else torch.ops.mingru.instruction_sets()))
 
 
-def is_slower(batch: int, features: int, dtype: torch.dtype) -> bool:
-    """Return whether one block with gradients takes longer than `torch.gru`, from some steps on.
+def is_slower(features: int, steps: int, dtype: torch.dtype, with_gradients: bool) -> bool:
+    """Return whether a GRU of one block takes longer than `torch.gru`: for few steps.
 
-    In registers of 256 bits, the products of many sequences with large matrices take longer than those of torch.
+    What comes before the steps, such as copies of large matrices, takes longer than the steps save. Without AVX-512,
+    products take the larger part of the time, and torch's are as fast. The numbers are from 700 random sizes with one
+    thread, on an AMD and, by MKL's choice of kernels, as on an Intel.
     """
-    is_float = dtype == torch.float32
-    return batch >= 32 and features > (256 if is_float else 128) and not (is_float and HAS_AVX512)
+    has_avx512 = HAS_AVX512 and dtype == torch.float32
+    if features >= 192:
+        return steps < (10 if has_avx512 and with_gradients else 20)
+    return steps < (5 if has_avx512 else 10)
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
