@@ -147,7 +147,9 @@ class Results:
             return
         if self.pool is None:
             own = multiprocessing.get_context("spawn"), end_with, (os.getpid(),)
-            self.pool = ProcessPoolExecutor(min(16, os.cpu_count() or 1), *own)
+            # Each process may have 3 GB of the GPU's memory.
+            free = torch.get_device_module(self.device).mem_get_info(self.device)[0]
+            self.pool = ProcessPoolExecutor(max(1, min(16, os.cpu_count() or 1, free // (3 << 30))), *own)
         try:
             for future in [self.pool.submit(compiled, function, *task) for task in tasks]:
                 future.exception()

@@ -345,6 +345,15 @@ def test_import_does_not_load_triton():
     assert in_a_process(code).strip() == "False"
 
 
+def test_the_address_of_a_state_makes_no_new_form(monkeypatch):
+    launched = Launch(monkeypatch)
+    x, memory = torch.zeros(2, 5, 8, requires_grad=True), torch.zeros(17)
+    launch._recipes.clear()
+    for at in (0, 1):
+        mingru.functional.mingru(x, x, memory[at : at + 16].view(2, 1, 8), backend="triton")
+    assert len(launched.kernels) == 2 and len(launch._recipes) == 1
+
+
 class Operations(TorchDispatchMode):
     count = 0
 

@@ -23,7 +23,7 @@ Tensors = Sequence[Tensor]
 Results = tuple[Any, ...]
 # The memory of a launch by the names of the kernel's arguments; inputs and summaries have several.
 Memory = list[tuple[str, Any]]
-# Its names, dtypes, strides, and addresses modulo 16. Only sequences and states need the last two.
+# Its names, dtypes, strides, and addresses modulo 16, which matter for sequences of features.
 Forms = Sequence[tuple[str, torch.dtype, tuple[int, ...], int]]
 
 _SEVERAL = ("inputs", "summaries")
@@ -150,7 +150,8 @@ def _recipe(planned: Any, name: str, call: Call, memory: Memory, results: Memory
     found = [(flat if kind in _FEATURES else _state if kind in _STATES else Tensor.contiguous) for kind, _ in memory]
     dense = [convert(x) for convert, (_, x) in zip(found, memory, strict=True)]
     conversions = [(at, found[at]) for at, x in enumerate(dense) if x is not memory[at][1]]
-    forms = [(kind, x.dtype, x.stride(), x.data_ptr() & 15) for x, (kind, _) in zip(dense, memory, strict=True)]
+    owned = [(kind, x) for x, (kind, _) in zip(dense, memory, strict=True)]
+    forms = _forms(owned)
     num_features = math.prod(first.shape[num_dims - 1 :])
     kinds, unit = {kind for kind, *_ in forms}, unit_of(num_features, forms)
     is_timed, is_packed = spec.min_decay != 0 or "dt" in kinds, "offsets" in kinds
@@ -174,6 +175,8 @@ def _recipe(planned: Any, name: str, call: Call, memory: Memory, results: Memory
         if devices.num_resident(first.device, plan.warps, load) == 1:
             return _recipe(planned, name, call, memory, results, plan.warps)
     shape = 2, num_sequences, plan.segments, plan.chunks, num_features
+    # Not converted again for this launch.
+    memory[:] = owned
     return plan, conversions, written, shape, launches
 
 
@@ -233,6 +236,14 @@ def unit_of(num_features: int, forms: Forms) -> int:
     return bits & -bits
 
 
+def _forms(memory: Memory) -> list[Any]:
+    return [(kind, x.dtype, x.stride(), x.data_ptr() & 15 if kind in _FEATURES else 0) for kind, x in memory]
+
+
+def _on_meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
 def _state(h: Tensor) -> Tensor:
     """Return a state (B, *) whose elements are dense in each batch element, or which is expanded from one."""
     if h.is_contiguous():
@@ -275,16 +286,18 @@ def _given(call: Call, saved: Tensors) -> Memory:
 def _pass(name: str, call: Call, saved: Tensors, *needs: bool) -> dict[str, Tensor]:
     """Run a pass, and return its results by their names."""
     memory, (spec, (x, *_), (h, *_), (time_first, batch_sizes, _)) = _given(call, saved), call
-    forms = [(kind, y.dtype, y.stride(), y.data_ptr() & 15) for kind, y in memory]
+    forms = _forms(memory)
     num_steps = None if batch_sizes is None else batch_sizes.shape
     key = plan_of, name, spec, time_first, needs, x.device, x.shape, h.shape[0], num_steps, *forms
     recipe = _recipes.get(key)
     if recipe is None:
         if len(_recipes) >= 4096:
             _recipes.clear()
-        results: Any = forward_results(call) if name == "forward" else backward_results(call, saved, *needs)
         # The forms alone, without the memory.
-        results = [(kind, y.to("meta")) for kind, y in zip(_WRITTEN[name], results, strict=True) if y is not None]
+        own = call.start._replace(h=_on_meta(h), dt=None if call.start.dt is None else _on_meta(call.start.dt))
+        meta = call._replace(tensors=[*map(_on_meta, call.tensors)], start=own)
+        results: Any = forward_results(meta) if name == "forward" else backward_results(meta, saved, *needs)
+        results = [(kind, y) for kind, y in zip(_WRITTEN[name], results, strict=True) if y is not None]
         recipe = _recipes[key] = _recipe(plan_of, name, call, memory, results)
     plan, conversions, written, shape, launches = recipe
     for at, convert in conversions:
