@@ -121,3 +121,13 @@ def test_threads_do_not_change_the_results():
 
     one, two = with_threads((1, 2), results)
     assert len(weights) == 3 and all(map(torch.equal, one, two))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_frozen_recurrent_weights(recompute):
+    rnn, x = mingru.BlockGRU(3, 40, block_size=20, recompute=recompute), torch.randn(9, 300, 3, requires_grad=True)
+    others = [x, *(each for name, each in rnn.named_parameters() if "recurrent" not in name)]
+    before = torch.autograd.grad(rnn(x)[0].square().sum(), others)
+    rnn.layers[0].recurrent.requires_grad_(False)
+    out = rnn(x)[0]
+    assert_equal(torch.autograd.grad(out.square().sum(), others), before, rtol=0, atol=0)

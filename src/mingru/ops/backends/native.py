@@ -147,10 +147,8 @@ def is_slower(features: int, steps: int, dtype: torch.dtype, with_gradients: boo
     products take the larger part of the time, and torch's are as fast. The numbers are from 700 random sizes with one
     thread, on an AMD and, by MKL's choice of kernels, as on an Intel.
     """
-    has_avx512 = HAS_AVX512 and dtype == torch.float32
-    if features >= 192:
-        return steps < (10 if has_avx512 and with_gradients else 20)
-    return steps < (5 if has_avx512 else 10)
+    least = 5 if with_gradients and HAS_AVX512 and dtype == torch.float32 else 10
+    return steps < (2 * least if features >= 192 else least)
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
