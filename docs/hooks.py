@@ -40,10 +40,10 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    # In the repository, where GitHub shows the pages, these files are beside the folder docs.
+    # In the repository, where GitHub shows the pages, these files are beside the folder docs, and docstrings in src.
     for name, source in PAGES.items():
         markdown = markdown.replace(f"](../{source}", f"]({name}")
-    return markdown
+    return markdown.partition("<!-- on GitHub -->")[0]
 
 
 def on_post_build(config):

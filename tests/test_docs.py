@@ -36,6 +36,14 @@ def test_faults_of_pages(html, fault):
     assert hooks.faults(html, is_reference=True) == ([fault] if fault else [])
 
 
+def test_what_github_shows_in_place_of_the_site():
+    text = "[Files](../CONTRIBUTING.md#files)\n<!-- on GitHub -->\nThis page"
+    assert hooks.on_page_markdown(text, None, None, None) == "[Files](contributing.md#files)\n"
+    for path in (DOCS / "reference").glob("*.md"):
+        for link in re.findall(r"docstring in .*\]\((.*)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / link).is_file()
+
+
 def test_names_become_links():
     documented = {"mingru.MinGRU"}
     assert hooks.linked("<code>mingru.MinGRU</code>", documented).startswith('<autoref identifier="mingru.MinGRU">')
