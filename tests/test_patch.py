@@ -100,6 +100,37 @@ def test_the_default_is_torchs_gru():
         ours.load_state_dict({"weight_ih_l0": gru.weight_ih_l0})
 
 
+# What a program may do with a bias that is mostly a part of the other one.
+WRITES = {
+    "data.copy_": lambda bias: bias.data.copy_(torch.ones(3 * H)),
+    "data =": lambda bias: setattr(bias, "data", torch.ones(3 * H)),
+    "init": lambda bias: nn.init.constant_(bias, 0.0),
+    "copy_": torch.no_grad()(lambda bias: bias.copy_(torch.ones(3 * H))),
+    "a slice": lambda bias: bias.detach()[:H].fill_(1.0),
+    "an index": lambda bias: bias.data.__setitem__(0, 1.0),
+    "+=": torch.no_grad()(lambda bias: bias.__iadd__(1.0)),
+    "out=": torch.no_grad()(lambda bias: torch.ones(3 * H, out=bias.data)),
+    "foreach": torch.no_grad()(lambda bias: torch._foreach_zero_([bias])),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_bias_that_is_computed_refuses_to_be_changed(write):
+    with patch():
+        model = nn.ModuleList([nn.GRU(IN, H), nn.GRUCell(IN, H)])
+    for bias in (model[0].bias_hh_l0, model[1].bias_hh):
+        with pytest.raises(RuntimeError, match=r"bias_hh cannot be changed, .* load_state_dict"):
+            WRITES[write](bias)
+    model[1].weight_ih.data.fill_(2.0)
+    assert model[1].layers[0].linear.weight.eq(2.0).all() and type(bias + 1) is torch.Tensor
+
+
+def test_cells_can_be_left():
+    with patch(cells=False) as report:
+        assert type(nn.GRUCell(IN, H)) is OF_TORCH["GRUCell"] and type(nn.GRU(IN, H)) is drop_in.GRU
+    assert len(report.built) == 1
+
+
 def test_errors_are_those_of_the_class():
     with patch(gru=False, cell="mingru"):
         assert type(nn.GRU(IN, H)) is OF_TORCH["GRU"]

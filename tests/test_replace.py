@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from cases import assert_equal, graded, tensors, with_threads
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import mingru
 from mingru import drop_in
+from mingru.drop_in.accelerating import AcceleratedGRU
 from mingru.ops import autograd
 
 S, B, IN, H = 5, 2, 3, 4
@@ -78,6 +80,9 @@ def test_replace():
     assert (again.replaced, again.left) == ([], report.left)
     assert [name for name, _, _ in drop_in.replace(model).replaced] == ["lstm"]
     assert type(model.lstm) is drop_in.LSTM and model.encoder["a"] is a
+    other = Model()
+    left = dict(each[::2] for each in drop_in.replace(other, cells=False).left)
+    assert left["cell"] == "cells is False" and type(other.cell) is nn.GRUCell and type(other.lstm) is drop_in.LSTM
     with pytest.warns(UserWarning, match=r"^replace: no layer was replaced \(nothing to replace\); use patch"):
         assert str(drop_in.replace(nn.Linear(1, 1))) == "nothing to replace"
 
@@ -104,17 +109,25 @@ def test_replace_refuses_hooks_and_then_changes_nothing(hook):
 
 
 class Rnn(nn.Module):
-    """A GRU of these options, and a head."""
+    """A recurrent layer of these options, and a head."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, kind, *args, **options):
         super().__init__()
-        self.rnn = nn.GRU(IN, *args, batch_first=True, **options)
+        self.rnn = kind(IN, *args, batch_first=True, **options)
         self.head = nn.Linear(self.rnn.hidden_size * (1 + self.rnn.bidirectional), 2)
 
     def forward(self, x, h: Tensor | None = None):
         out, h = self.rnn(x, h)
         out = pad_packed_sequence(out, True)[0] if isinstance(out, PackedSequence) else out
         return self.head(out), h
+
+
+class Packed(Rnn):
+    """The same for an LSTM, of sequences that it packs."""
+
+    def forward(self, x, h=None):
+        packed = pack_padded_sequence(x, LENGTHS, True, enforce_sorted=False)
+        return super().forward(packed, None if h is None else (h, h))
 
 
 def trained(model, x):
@@ -155,7 +168,33 @@ def in_ddp(model, x):
         dist.destroy_process_group()
 
 
+def changed_before_backward(model, x):
+    """Change what the backward of torch's layers does not need, the output among it."""
+    rnn, h, outputs = model.rnn, torch.ones(len(model.rnn.all_weights), THREE, H), []
+    rnn.register_forward_hook(lambda rnn, given, results: outputs.append(results[0]))
+    for name, weight in rnn.named_parameters():
+        weight.requires_grad_("weight_hh" not in name)
+    model(x, h)
+    output = outputs[0][0] if isinstance(outputs[0], PackedSequence) else outputs[0]
+    kept = (output * torch.arange(output.shape[-1])).sum()
+    output += 1
+    for name, weight in rnn.named_parameters():
+        if "bias" in name or name == "weight_ih_l0":
+            torch.no_grad()(weight.zero_)()
+    if isinstance(rnn, nn.GRU):
+        h.zero_()
+    return torch.autograd.grad(kept, rnn.weight_ih_l0)
+
+
+def number_of_warnings(model, x):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.jit.trace(model, x)
+    return torch.tensor(len(seen))
+
+
 STEPS, THREE = 12, 3
+LENGTHS = torch.tensor([4, STEPS, 9])
 # What a program does with a model. The result is the same, whether its layers are accelerated or not.
 MODES = {
     "state": lambda model, x: model(x, torch.ones(len(model.rnn.all_weights), THREE, H)),
@@ -189,18 +228,40 @@ MODES = {
     "deepcopy": after(copy.deepcopy),
     "pickle": after(lambda model: pickle.loads(pickle.dumps(model))),
     "undo": after(lambda model: drop_in.accelerate(model, undo=True)),
+    "dropout": after(lambda model: setattr(model.rnn, "dropout", 0.5)),
+    "strides": lambda model, x: torch.tensor(model.rnn(x)[0].stride()),
+    "changes before backward": changed_before_backward,
+    "warnings of trace": number_of_warnings,
+    "fx": after(torch.fx.symbolic_trace),
+    "from_torch": after(lambda model: setattr(model, "rnn", drop_in.GRU.from_torch(model.rnn))),
 }
+
+
+OF_GRU = {
+    "packed",
+    "forward mode",
+    "one sequence",
+    "one step",
+    "quantize_dynamic",
+    "script",
+    "trace",
+    "export",
+    "make_fx",
+}
+OF_GRU |= {"strides", "warnings of trace", "fx", "from_torch", "a hook"}
+KINDS = [(nn.GRU, mode) for mode in MODES] + [(nn.LSTM, mode) for mode in MODES if mode not in OF_GRU]
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
-@pytest.mark.parametrize("mode", MODES)
-def test_accelerated_layers_compute_the_same(mode, options):
-    model, x = Rnn(H, **options), torch.randn(THREE, STEPS, IN)
+@pytest.mark.parametrize(("kind", "mode"), KINDS)
+def test_accelerated_layers_compute_the_same(kind, mode, options, monkeypatch):
+    monkeypatch.setattr(drop_in.operators, "is_padded_faster", lambda *args: True)
+    model, x = (Rnn if kind is nn.GRU else Packed)(kind, H, **options), torch.randn(THREE, STEPS, IN)
     own = copy.deepcopy(model)
     report = drop_in.accelerate(own)
-    assert [name for name, _ in report.changed] == ["rnn"] and type(own.rnn) is not nn.GRU
-    assert isinstance(own.rnn, nn.GRU) and list(own.state_dict()) == list(model.state_dict())
+    assert [name for name, _ in report.changed] == ["rnn"] and type(own.rnn) is not kind
+    assert isinstance(own.rnn, kind) and list(own.state_dict()) == list(model.state_dict())
     expected, got = (tensors(MODES[mode](each, x.clone())) for each in (model, own) if torch.manual_seed(1))
     tolerance = 0.05 if "bfloat16" in mode or mode in ("autocast", "quantize_dynamic") else 1e-4
     assert_equal(got, expected, rtol=tolerance, atol=tolerance)
@@ -222,9 +283,52 @@ def test_accelerated_layers_use_the_kernels(bias, hidden, monkeypatch):
         own(x)
     own(x[:2]), own(x[:, :1])
     assert len(calls) == 4
-    own.weight_hh_l0 = nn.Parameter(torch.zeros(3 * hidden, 2))  # of blocks
-    with pytest.raises(RuntimeError, match="shapes"):
-        own(x)
+    torch.compile(own, backend="eager")(x)
+    assert len(calls) == 6
+
+
+# What a program may do to a layer, or pass to it.
+WRONG = {
+    "a deleted weight": lambda rnn: delattr(rnn, "weight_hh_l0"),
+    "flat weights": lambda rnn: rnn._flat_weights.__setitem__(1, torch.zeros(3 * H, H)),
+    "no flat weights": lambda rnn: rnn._flat_weights.clear(),
+    "weights of blocks": lambda rnn: setattr(rnn, "weight_hh_l0", nn.Parameter(torch.zeros(3 * H, 2))),
+    "a weight of another size": lambda rnn: setattr(rnn, "weight_ih_l0", nn.Parameter(torch.zeros(3 * H + 1, IN))),
+    "a bias that is broadcast": lambda rnn: setattr(rnn, "bias_ih_l0", nn.Parameter(torch.ones(1))),
+    "a sparse x": lambda rnn: rnn.register_forward_pre_hook(lambda rnn, given: (given[0].to_sparse(),)),
+}
+
+
+@pytest.mark.parametrize("edit", WRONG)
+def test_what_is_wrong_is_as_torchs(edit):
+    model, x = nn.GRU(IN, H), torch.randn(STEPS, THREE, IN)
+    own, outcomes = copy.deepcopy(model), []
+    drop_in.accelerate(own)
+    for rnn in (model, own):
+        WRONG[edit](rnn)
+        try:
+            outcomes.append(rnn(x))
+        except Exception as error:
+            outcomes.append((type(error), str(error)))
+    assert outcomes[0] == outcomes[1] if isinstance(outcomes[0][0], type) else not assert_equal(*outcomes[::-1])
+
+
+def test_fsdp_tells_the_classes_apart():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for first in (0, 1):
+            layers = [nn.GRU(IN, H), nn.GRU(IN, H)]
+            drop_in.accelerate(layers[0])
+            assert type(layers[0]) == nn.GRU and type(layers[0]) in {nn.GRU}  # noqa: E721 (what programs ask)
+            for at in (first, 1 - first):
+                fully_shard(layers[at], mesh=mesh)
+            assert [isinstance(layer, AcceleratedGRU) for layer in layers] == [True, False]
+            assert drop_in.accelerate(layers[0], undo=True).changed
+            assert isinstance(layers[0], FSDPModule) and not isinstance(layers[0], AcceleratedGRU)
+            layers[0](torch.randn(S, B, IN))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("with_gradients", [True, False])
@@ -247,10 +351,14 @@ def test_accelerate_reports_each_layer():
     model = Model()
     model.scripted = torch.jit.script(nn.GRU(IN, H))
     report = drop_in.accelerate(model)
-    assert [name for name, _ in report.changed] == ["encoder.a", "layers.0"]
+    assert [name for name, _ in report.changed] == ["encoder.a", "layers.0", "lstm"]
     left = {name: why for name, _, why in report.left}
-    assert list(left) == ["cell", "lstm", "own", "rnn", "scripted"] and left["lstm"] == "torch computes it as fast"
+    assert list(left) == ["cell", "own", "rnn", "scripted"] and left["cell"] == "torch computes it as fast"
     assert str(report).splitlines()[0] == "encoder.a: torch.nn.GRU(3, 4, batch_first=True) changed"
     assert drop_in.accelerate(model).changed == [] and type(model.own) is Own
-    assert [name for name, _ in drop_in.accelerate(model, undo=True).changed] == ["encoder.a", "layers.0"]
-    assert type(model.encoder["a"]) is nn.GRU
+    parametrizations.orthogonal(model.lstm, "weight_hh_l0")
+    assert [name for name, _ in drop_in.accelerate(model, undo=True).changed] == ["encoder.a", "layers.0", "lstm"]
+    assert type(model.encoder["a"]) is nn.GRU and type(model.lstm).__bases__ == (nn.LSTM,)
+    assert [name for name, _ in drop_in.accelerate(model).changed] == ["encoder.a", "layers.0", "lstm"]
+    projected = drop_in.accelerate(nn.LSTM(IN, H, proj_size=2)).left
+    assert projected == [("", "torch.nn.LSTM(3, 4, proj_size=2)", "torch has no faster code for projections")]

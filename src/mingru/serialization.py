@@ -5,7 +5,7 @@ import sys
 from torch import nn
 
 from . import convert, drop_in, models
-from .drop_in.accelerating import AcceleratedGRU
+from .drop_in.accelerating import AcceleratedGRU, AcceleratedLSTM
 from .models.causal_conv import CausalConv
 from .modules.blockgru_level import BlockGRULevel
 from .modules.conv_level import CONVOLUTIONS, ConvLevel, Geometry
@@ -48,5 +48,5 @@ def safe_globals() -> list[type]:
     layers = [each for each in public if isinstance(each, type) and issubclass(each, nn.Module)]
     of_torch = [nn.Embedding, nn.ModuleList, nn.Sequential, *OF_TORCH, *CONVOLUTIONS.values(), *NORMS.values()]
     inner = [BlockGRULevel, CausalConv, Geometry, GroupNorm, ConvLevel, PerStep, RecurrentLevel]
-    inner += [RecurrentMap, WeightAndBias, AcceleratedGRU]
+    inner += [RecurrentMap, WeightAndBias, AcceleratedGRU, AcceleratedLSTM]
     return [*layers, *inner, *of_torch]

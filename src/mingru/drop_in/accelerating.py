@@ -1,33 +1,37 @@
-"""Compute the `torch.nn.GRU` inside a model by the CPU kernels of this package, where these take less time."""
+"""Compute each `torch.nn.GRU`, and each packed `torch.nn.LSTM`, of a model in less time on the CPU."""
 
+import sys
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..check.values import check_flag, check_type
-from ..ops import autograd, route
-from ..ops.backends.native import is_slower
-from ..ops.call import Call, Layout, Start, spec_of
-from ..ops.cells import BLOCKS
-from ..ops.graph import is_compiling
-from ..ops.linear_map import are_recomputed
-from ..ops.names_of_torch import PREPARE_SCRIPTABLE, len_torch_dispatch_stack
+from ..ops.names_of_torch import PREPARE_SCRIPTABLE
+from . import operators
 from .twins import SUBCLASS, described, is_recurrent
 
-_FORWARD = nn.modules.GRU.forward
 
+class _Named(type):
+    """The class of classes that torch's tools take for their bases: by the module's name, and as keys of tables."""
 
-class _Equal(type):
-    """A class that is equal to its first base, so that tables of classes, as those of quantization, have it."""
+    __module__ = property(lambda cls: __name__)
 
     def __eq__(cls, other: object) -> bool:
-        return other is cls or other is cls.__base__
+        # FSDP has a table of the classes that it makes, where each class needs its own.
+        is_table = not sys._getframe(1).f_globals.get("__name__", "").startswith("torch.distributed.")
+        return other is cls or (is_table and other is cls.__base__)
 
     def __hash__(cls) -> int:
         return hash(cls.__base__)
+
+
+def _with_own_operators(forward: Any) -> Any:
+    """Return torch's `forward`, in which the module of torch's operators is ours."""
+    names = {**forward.__globals__, "_VF": operators}
+    return FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
 
 
 def _with_own_class(layer: Any) -> Any:
@@ -36,15 +40,24 @@ def _with_own_class(layer: Any) -> Any:
     return layer
 
 
-class AcceleratedGRU(nn.modules.GRU, metaclass=_Equal):
+class AcceleratedGRU(nn.modules.GRU, metaclass=_Named):
     """A `torch.nn.GRU` with its own weights, which computes by the kernels where these take less time."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        found = None if is_compiling() else _outputs(self, input, hx)
-        return _FORWARD(self, input, hx) if found is None else found
+    __module__ = nn.modules.GRU.__module__  # of an instance, which torch.fx asks
+    forward = _with_own_operators(nn.modules.GRU.forward)
 
 
-setattr(AcceleratedGRU, PREPARE_SCRIPTABLE, _with_own_class)
+class AcceleratedLSTM(nn.modules.LSTM, metaclass=_Named):
+    """A `torch.nn.LSTM` with its own weights, which computes packed sequences as padded where this takes less time."""
+
+    __module__ = nn.modules.LSTM.__module__
+    forward = _with_own_operators(nn.modules.LSTM.forward)
+
+
+# Not `nn.GRU`, which is another class in a block of `patch`.
+_KINDS = (nn.modules.GRU, AcceleratedGRU), (nn.modules.LSTM, AcceleratedLSTM)
+for _, _kind in _KINDS:
+    setattr(_kind, PREPARE_SCRIPTABLE, _with_own_class)
 
 
 class Acceleration(NamedTuple):
@@ -61,12 +74,13 @@ class Acceleration(NamedTuple):
 
 
 def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
-    """Let each `torch.nn.GRU` of a model compute by the CPU kernels, where these take less time.
+    """Let each `torch.nn.GRU`, and each packed `torch.nn.LSTM`, of a model take less time on the CPU.
 
     The layers stay the same objects with the same parameters, names, `state_dict`, hooks, states and outputs. Only
-    their class becomes a subclass, whose `forward` calls torch's on other devices, in other dtypes, in graphs, under
-    autocast and transforms. For few steps, it calls `torch.gru`. A copied or saved model stays accelerated, so a
-    program that loads the whole model needs this package: call this with `undo=True` before saving it for others.
+    their class becomes a subclass, whose `forward` is torch's, but computes a GRU by the kernels, and the packed
+    sequences of an LSTM by torch's code for padded ones, where these take less time. On other devices, in other dtypes,
+    in graphs, under autocast and transforms, it computes what torch does. A copied or saved model stays accelerated, so
+    a program that loads the whole model needs this package: call this with `undo=True` before saving it for others.
     `torch.jit.script` gives the layers their own class again.
 
     Args:
@@ -76,7 +90,8 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
     Returns:
         An `Acceleration`, which can be printed. `changed` has (qualified name, layer) for each layer whose class was
         changed, `left` has (qualified name, layer, reason) for each other recurrent layer of torch: layers that were
-        changed before, subclasses, scripted layers, LSTMs and cells, which torch computes as fast.
+        changed before, subclasses, scripted layers, cells, and LSTMs with `proj_size`, for which torch has no faster
+        code.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module, or `undo` is not a bool.
@@ -88,20 +103,21 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
     """
     check_type("accelerate", "model", model, nn.Module, "a torch.nn.Module")
     check_flag("accelerate", "undo", undo)
-    # Not `nn.GRU`, which is another class in a block of `patch`.
-    kinds: tuple[type, type] = nn.modules.GRU, AcceleratedGRU
-    old, new = reversed(kinds) if undo else kinds
     report = Acceleration([], [])
     for name, layer in model.named_modules():
-        kind = type(layer)
-        if kind is old:
+        found = _other_class(layer, undo)
+        if found is not None:
             report.changed.append((name, described(layer)))
-            layer.__class__ = new
+            layer.__class__ = found
         elif is_recurrent(layer):
-            why = SUBCLASS if isinstance(layer, nn.modules.GRU) else "only GRUs are changed"
-            if isinstance(layer, (nn.modules.LSTM, nn.RNNCellBase)):
+            why = (
+                SUBCLASS if isinstance(layer, (nn.modules.GRU, nn.modules.LSTM)) else "only GRUs and LSTMs are changed"
+            )
+            if isinstance(layer, nn.RNNCellBase):
                 why = "torch computes it as fast"
-            elif kind is new:
+            elif getattr(layer, "proj_size", 0) > 0:
+                why = "torch has no faster code for projections"
+            elif any(type(layer) is kind for pair in _KINDS for kind in pair):
                 why = "it has this class already"
             elif isinstance(layer, torch.jit.ScriptModule):
                 why = "call accelerate before torch.jit.script or torch.jit.trace"
@@ -109,60 +125,14 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
     return report
 
 
-def _is_possible(x: Tensor, *others: Any) -> bool:
-    """Return whether kernels can compute the recurrence of these tensors."""
-    fits = x.dtype in (torch.float32, torch.float64) and x.numel() > 0 and not len_torch_dispatch_stack()
-    fits = fits and route.is_for_native(x, *others)
-    return fits and all(each is None or (each.is_cpu and each.dtype == x.dtype) for each in others)
-
-
-def _recurrence(x: Tensor, h: Tensor, weights: list[Any], reverse: bool, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Compute a layer in one direction, from and to a state (B, H)."""
-    of_input, of_state, *biases = weights
-    size = of_state.shape[-1]
-    own: Any = (biases[0] + F.pad(biases[1][:-size], (0, size)), biases[1][-size:]) if biases else (None, None)
-    before = h.unsqueeze(1)
-    start = Start(before, before, None, None, of_state, own[1])
-    call = Call(spec_of(BLOCKS, "tanh", reverse, 0.0), [x, of_input, own[0]], start, layout)
-    keep = not are_recomputed(x, None)
-    out, last = autograd.run_kernel("linear_kernel", "native", call, keep)
-    return out, last.squeeze(1)
-
-
-def _outputs(layer: Any, given: Any, hx: Any) -> Any:
-    """Return the outputs of a layer, or None if torch's `forward` must compute them, or raise an error."""
-    is_packed = isinstance(given, PackedSequence)
-    if is_packed:
-        batch, steps = int(given.batch_sizes[0]), len(given.batch_sizes)
-    elif type(given) is Tensor and given.dim() == 3:
-        batch, steps = given.size(1 - layer.batch_first), given.size(int(layer.batch_first))
-    else:
-        return None
-    x, batch_sizes, order, original = given if is_packed else (given, None, None, None)
-    # As they are now: `functional_call` and parametrizations do not edit `_flat_weights`.
-    weights, directions = layer.all_weights, 2 if layer.bidirectional else 1
-    shape = (layer.num_layers * directions, batch, layer.hidden_size)
-    fits = x.shape[-1] == layer.input_size and x.dtype == weights[0][0].dtype
-    if not fits or not (hx is None or (isinstance(hx, Tensor) and hx.shape == shape)):
-        return None
-    h = x.new_zeros(shape) if hx is None else layer.permute_hidden(hx, order)
-    flat = [each for own in weights for each in own]
-    if is_slower(layer.hidden_size, steps, x.dtype, torch.is_grad_enabled()):
-        # The rest of torch's `forward` takes a third of the time of a step.
-        options = layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional, layer.batch_first
-        return None if is_packed else torch.gru(x, h, flat, *options)
-    # Recurrent weights of other shapes would be those of blocks.
-    fits = all(own[1].shape == (3 * layer.hidden_size, layer.hidden_size) for own in weights)
-    if not fits or not _is_possible(x, hx, *flat):
-        return None
-    layout = Layout(not (layer.batch_first or is_packed), batch_sizes)
-    lasts: list[Tensor] = []
-    for index in range(layer.num_layers):
-        both = range(index * directions, (index + 1) * directions)
-        found = [_recurrence(x, h[at], weights[at], at % directions == 1, layout) for at in both]
-        lasts += [last for _, last in found]
-        x = found[0][0] if directions == 1 else torch.cat([out for out, _ in found], -1)
-        if index < layer.num_layers - 1 and layer.dropout > 0:
-            x = F.dropout(x, layer.dropout, layer.training)
-    last = layer.permute_hidden(torch.stack(lasts), original)
-    return (PackedSequence(x, batch_sizes, order, original) if is_packed else x), last
+def _other_class(layer: Any, undo: bool) -> Any:
+    """Return the class that replaces that of a layer, or None."""
+    kind = type(layer)
+    for pair in _KINDS:
+        old, new = reversed(pair) if undo else pair
+        if kind is old and (undo or layer.proj_size == 0):
+            return new
+        # A class that torch made for this layer's parametrizations, or FSDP for ours.
+        if any(base is old for base in kind.__bases__) and (undo or is_parametrized(layer)):
+            return type(kind.__name__, tuple(new if base is old else base for base in kind.__bases__), {**vars(kind)})
+    return None

@@ -53,6 +53,28 @@ CELLS_WITH = {
 _raised_as = partial(reworded, names={"input_dims": "input_size", "hidden_dims": "hidden_size"})
 
 
+# The names of functions that change their first argument: in place, by index, or an attribute.
+_WRITES = re.compile(r"__set(item)?__|__i(?!nt|ndex|nvert)\w+__|\w*[^_]_")
+
+
+class _Computed(Tensor):
+    """A value that is computed when it is read, and refuses to be changed, because nothing would read it again."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _WRITES.fullmatch(func.__name__) or isinstance((kwargs or {}).get("out"), cls):
+            why = "bias_hh cannot be changed, because most of it is a part of the other bias"
+            remedy = (
+                "copy all weights by load_state_dict, or let the program change torch's layer before replace(model)"
+            )
+            raise RuntimeError(f"mingru.drop_in: {why}; {remedy}")
+        out = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if isinstance(out, cls):
+            stores = [each.untyped_storage().data_ptr() for each in (out, *args) if isinstance(each, cls)]
+            return out if stores[0] in stores[1:] else out.as_subclass(Tensor)
+        return out
+
+
 class DropIn(RecurrentLevels):
     """Base class of all: torch's names, repr and types of errors, and 0 as the initial state."""
 
@@ -171,7 +193,7 @@ class DropIn(RecurrentLevels):
         own = self._names_of_torch().get(name)
         if own is not None:
             weight = self.get_parameter(own)
-            return F.pad(weight, (2 * self.hidden_size, 0)) if "bias_hh" in name else weight
+            return weight if "bias_hh" not in name else F.pad(weight, (2 * self.hidden_size, 0)).as_subclass(_Computed)
         if name in self._buffers:
             return self._buffers[name]
         remedy = "let the program construct torch's layer, and then call mingru.drop_in.replace(model)"
@@ -224,7 +246,8 @@ def _check_scripted_pair(name: str, hx: Pair, proj_size: int) -> None:
 def check_pair(name: str, hx: Any, proj_size: int) -> None:
     """Raise an error if hx is not a pair (h, c) of tensors that belong together."""
     if not isinstance(hx, (tuple, list)):
-        remedy = meant.of_mask(hx) or "h alone is passed as (h, h)"
+        asks = "a program that asks isinstance(rnn, nn.LSTM) must ask for (nn.LSTM, mingru.drop_in.LSTM)"
+        remedy = meant.of_mask(hx) or f"h alone is passed as (h, h); {asks}, or keep its LSTMs by lstm=False"
         raise TypeError(expectation(name, "hx", "a pair (h, c)", type(hx).__name__, remedy))
     if len(hx) != 2:
         raise RuntimeError(expectation(name, "hx", "a pair (h, c)", f"{len(hx)} values"))

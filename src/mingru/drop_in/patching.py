@@ -125,7 +125,13 @@ _STAND_INS: dict[type[nn.Module], StandIn] = {
 
 @context_manager
 def patch(
-    gru: bool = True, lstm: bool = True, *, everywhere: bool = False, num_layers: int | None = None, **options: Any
+    gru: bool = True,
+    lstm: bool = True,
+    *,
+    cells: bool = True,
+    everywhere: bool = False,
+    num_layers: int | None = None,
+    **options: Any,
 ) -> Iterator[PatchReport]:
     """Let a program build the layers of this library wherever it builds `torch.nn.GRU`, `torch.nn.LSTM` or their cells.
 
@@ -137,6 +143,7 @@ def patch(
     Args:
         gru: If True, replace `torch.nn.GRU` and `torch.nn.GRUCell`.
         lstm: If True, replace `torch.nn.LSTM` and `torch.nn.LSTMCell`.
+        cells: If False, leave `torch.nn.GRUCell` and `torch.nn.LSTMCell`, which take no less time here.
         everywhere: If True, also replace names that loaded modules have bound by `from torch.nn import GRU`.
         num_layers: Number of layers of each layer that is built, in place of the program's, for a program that neither
             passes states nor reads `h_n`. Default: the program's.
@@ -183,7 +190,7 @@ def patch(
         ["mingru.drop_in.LSTM(3, 4, norm='rms')"]
     """
     check_flag("patch", "everywhere", everywhere)
-    running = _Patch(wanted_twins("patch", gru, lstm, num_layers, **options), everywhere, PatchReport([], []))
+    running = _Patch(wanted_twins("patch", gru, lstm, cells, num_layers, **options), everywhere, PatchReport([], []))
     stand_ins = {of_torch: _STAND_INS[of_torch] for of_torch in running.wanted}
     for of_torch in running.wanted:
         for subclass in _subclasses(of_torch):

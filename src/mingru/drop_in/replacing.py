@@ -25,7 +25,13 @@ class Report(NamedTuple):
 
 
 def replace(
-    model: nn.Module, gru: bool = True, lstm: bool = True, *, num_layers: int | None = None, **options: Any
+    model: nn.Module,
+    gru: bool = True,
+    lstm: bool = True,
+    *,
+    cells: bool = True,
+    num_layers: int | None = None,
+    **options: Any,
 ) -> Report:
     """Replace every `torch.nn.GRU` and `torch.nn.LSTM` inside a model, in place; cells too.
 
@@ -38,6 +44,7 @@ def replace(
         model: Model. Layers are found among its submodules, not in plain lists and other attributes.
         gru: If True, replace `torch.nn.GRU` and `torch.nn.GRUCell`.
         lstm: If True, replace `torch.nn.LSTM` and `torch.nn.LSTMCell`.
+        cells: If False, leave `torch.nn.GRUCell` and `torch.nn.LSTMCell`, which take no less time here.
         num_layers: Number of layers of each new layer, for a model that neither passes states nor reads `h_n`.
             Default: as many as the old one has.
         options: Keyword options of the classes of `mingru.drop_in`, such as `cell="minlstm"`, a minGRU for a GRU and a
@@ -46,8 +53,8 @@ def replace(
     Returns:
         A `Report`, which can be printed. `replaced` has (qualified name, old layer, new layer) for each replaced layer.
         `left` has (qualified name, layer, reason) for each recurrent layer of torch that is not replaced: subclasses,
-        scripted layers, those that `gru` or `lstm` exclude, and `torch.nn.RNN`. If nothing is replaced, a warning says
-        so.
+        scripted layers, those that `gru`, `lstm` or `cells` exclude, and `torch.nn.RNN`. If nothing is replaced, a
+        warning says so.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module, or no class has an option of this name.
@@ -60,7 +67,7 @@ def replace(
         rnn: torch.nn.GRU(3, 4) -> mingru.drop_in.GRU(3, 4, block_size=4, cell='blockgru')
     """
     check_type("replace", "model", model, nn.Module, "a torch.nn.Module")
-    wanted, of_torch = wanted_twins("replace", gru, lstm, num_layers, **options), tuple(TWINS)
+    wanted, of_torch = wanted_twins("replace", gru, lstm, cells, num_layers, **options), tuple(TWINS)
     if isinstance(model, of_torch) or (isinstance(model, torch.jit.ScriptModule) and is_recurrent(model)):
         got = f"{described(model)} itself"
         remedy = "construct a mingru.drop_in layer instead of it"
@@ -88,7 +95,12 @@ def replace(
         else:
             why = SUBCLASS if isinstance(layer, of_torch) else "only GRUs and LSTMs are replaced"
             if type(layer) in TWINS:
-                why = "gru is False" if "GRU" in type(layer).__name__ else "lstm is False"
+                kind = type(layer).__name__
+                why = (
+                    "cells is False"
+                    if "Cell" in kind and not cells
+                    else f"{kind.lower().removesuffix('cell')} is False"
+                )
             elif isinstance(layer, torch.jit.ScriptModule):
                 why = "call replace before torch.jit.script or torch.jit.trace"
             report.left.append((name, described(layer), why))

@@ -19,7 +19,7 @@ Wanted = dict[type[nn.Module], dict[str, Any]]
 
 
 def wanted_twins(
-    name: str, /, gru: bool = True, lstm: bool = True, num_layers: int | None = None, **options: Any
+    name: str, /, gru: bool, lstm: bool, cells: bool, num_layers: int | None = None, **options: Any
 ) -> Wanted:
     """Return torch's classes to replace, each with those of the options that its twin has.
 
@@ -27,9 +27,11 @@ def wanted_twins(
     """
     check_flag(name, "gru", gru, f"{name} with gru=False replaces LSTMs alone, and with lstm=False GRUs alone")
     check_flag(name, "lstm", lstm)
+    check_flag(name, "cells", cells)
     require(name, "gru or lstm", gru or lstm, "True", "False for both")
     # By their names, because `torch.nn.GRU` is another class in a block of `patch`.
-    twins = [(of_torch, twin) for of_torch, twin in TWINS.items() if (gru if "GRU" in twin.__name__ else lstm)]
+    all_of = [(of_torch, twin) for of_torch, twin in TWINS.items() if (gru if "GRU" in twin.__name__ else lstm)]
+    twins = [pair for pair in all_of if cells or "Cell" not in pair[1].__name__]
     known = {of_torch: inspect.signature(twin).parameters for of_torch, twin in twins}
     parameters = [each for of_twin in known.values() for each in of_twin.values()]
     names = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]

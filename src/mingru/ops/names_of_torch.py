@@ -87,6 +87,18 @@ ONNX_REGISTRATION_LOG = "torch.onnx._internal.exporter._registration"
 ASKED_BY_COMPILED = {f"torch._dynamo.variables.{name}" for name in ("builtin", "object_protocol")}
 
 
+def outside_of_graphs(function: Any) -> Any:
+    """Let `torch.compile` run a function, and what it calls, as eager code, without loading the compiler for it.
+
+    Without the names, the function is compiled.
+    """
+    frames = _of_torch("_C._dynamo.eval_frame", None)
+    if hasattr(frames, "set_code_exec_strategy") and hasattr(frames, "_FrameExecStrategy"):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    return function
+
+
 def is_untransformed() -> bool:
     """Return whether calls are neither traced nor transformed, by functorch or forward-mode AD.
 
