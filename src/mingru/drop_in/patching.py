@@ -143,7 +143,7 @@ def patch(
     Args:
         gru: If True, replace `torch.nn.GRU` and `torch.nn.GRUCell`.
         lstm: If True, replace `torch.nn.LSTM` and `torch.nn.LSTMCell`.
-        cells: If False, leave `torch.nn.GRUCell` and `torch.nn.LSTMCell`, which take no less time here.
+        cells: If False, leave `torch.nn.GRUCell` and `torch.nn.LSTMCell`, which take less time to train.
         everywhere: If True, also replace names that loaded modules have bound by `from torch.nn import GRU`.
         num_layers: Number of layers of each layer that is built, in place of the program's, for a program that neither
             passes states nor reads `h_n`. Default: the program's.

@@ -44,7 +44,7 @@ def replace(
         model: Model. Layers are found among its submodules, not in plain lists and other attributes.
         gru: If True, replace `torch.nn.GRU` and `torch.nn.GRUCell`.
         lstm: If True, replace `torch.nn.LSTM` and `torch.nn.LSTMCell`.
-        cells: If False, leave `torch.nn.GRUCell` and `torch.nn.LSTMCell`, which take no less time here.
+        cells: If False, leave `torch.nn.GRUCell` and `torch.nn.LSTMCell`, which take less time to train.
         num_layers: Number of layers of each new layer, for a model that neither passes states nor reads `h_n`.
             Default: as many as the old one has.
         options: Keyword options of the classes of `mingru.drop_in`, such as `cell="minlstm"`, a minGRU for a GRU and a
