@@ -9,7 +9,7 @@ from torch import nn
 
 import mingru
 from mingru import convert, drop_in, models
-from mingru.drop_in.accelerating import AcceleratedGRU
+from mingru.drop_in.accelerating import AcceleratedGRU, AcceleratedLSTM
 from mingru.modules.per_step import OF_TORCH
 
 # Options that bring in every class that may be inside.
@@ -23,6 +23,7 @@ MODELS = {case.name: case.make for case in CASES if case.name.isidentifier() or 
     "BlockGRUCell": lambda: mingru.BlockGRUCell(3, 4),
     "projections": lambda: drop_in.LSTM(3, 4, 2, proj_size=2, dropout=0.5),
     "accelerated": lambda: (rnn := nn.GRU(3, 4), drop_in.accelerate(rnn))[0],
+    "accelerated LSTM": lambda: (rnn := nn.LSTM(3, 4), drop_in.accelerate(rnn))[0],
 }
 
 LOAD = """
@@ -54,7 +55,10 @@ def test_whole_models_load_in_a_fresh_process(tmp_path):
             torch.load(path, weights_only=True)
         named |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     public = [getattr(home, name) for home in (mingru, convert, drop_in, models) for name in home.__all__]
-    layers = {each for each in public if isinstance(each, type) and issubclass(each, nn.Module)} | {AcceleratedGRU}
+    layers = {each for each in public if isinstance(each, type) and issubclass(each, nn.Module)} | {
+        AcceleratedGRU,
+        AcceleratedLSTM,
+    }
     assert layers == {type(model) for model in made.values()} <= set(mingru.safe_globals())
     # A class that no file names would be trusted for nothing.
     assert named == {f"{each.__module__}.{each.__qualname__}" for each in mingru.safe_globals()}
