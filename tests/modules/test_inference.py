@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mingru
 from mingru.models.causal_conv import CausalConv
-from mingru.ops import inference
+from mingru.ops import plan
 
 pytestmark = [
     needs_kernels,
@@ -41,7 +41,7 @@ def outcome(function, *args, **kwargs):
 
 
 def one_by_one(function, *args, **kwargs):
-    with mock.patch.object(inference, "run", return_value=None):
+    with mock.patch.object(plan, "run", return_value=None):
         return function(*args, **kwargs)
 
 
@@ -80,10 +80,10 @@ def assert_same_as_one_by_one(module, *args, tolerance=(1e-4, 1e-5), **kwargs):
 
 def is_in_one(function, *args, trains=False, **kwargs):
     """Return whether a call is computed by a plan, with gradients or without."""
-    run, done = inference.run, []
+    run, done = plan.run, []
     with (
         torch.set_grad_enabled(trains),
-        mock.patch.object(inference, "run", lambda *args: done.append(run(*args)) or done[-1]),
+        mock.patch.object(plan, "run", lambda *args: done.append(run(*args)) or done[-1]),
     ):
         function(*args, **kwargs)
     # A module that is called one by one calls those inside, which may be in one.
@@ -189,7 +189,6 @@ WAYS = [setattr, as_tensor, as_buffer, lambda owner, name, value: vars(owner).up
 LINEAR, NORM = "layers.0.linear", "layers.0.norm"
 # Edits of the module or of its first linear map, after which the modules are called one by one.
 ONE_BY_ONE = {
-    "MLP": ("Block", lambda module, linear: module.mlp.append(nn.Linear(DIMS, DIMS))),
     "more layers": ("MinGRU", lambda module, linear: module.layers.append(copy.deepcopy(module.layers[0]))),
     "fewer layers": ("MinGRU", lambda module, linear: module.layers.pop(1)),
     "compiled layer": ("Stack", lambda module, linear: module.layers[0].compile(backend="eager")),
@@ -222,6 +221,7 @@ STILL_IN_ONE = [
     ("Block", "load", lambda module, linear: module.load_state_dict(MODULES["Block"]().state_dict())),
     ("Block", "assign", lambda module, linear: module.load_state_dict(MODULES["Block"]().state_dict(), assign=True)),
     ("Block", "mlp", None),
+    ("Block", "longer MLP", lambda module, linear: module.mlp.append(nn.Linear(DIMS, DIMS))),
     ("Block", "mlp", mlp(nn.LayerNorm(DIMS))),
     ("MinGRU", NORM, None),
     ("plain", NORM, nn.RMSNorm(DIMS)),
@@ -333,7 +333,7 @@ def test_forward_patched_on_a_class(target):
     with mock.patch.object(target, "forward", patched):
         assert_same_as_one_by_one(module, x)
         with torch.no_grad():
-            assert inference.run(module, x, None, None, False) is None
+            assert plan.run(module, x, None, None, False) is None
     assert is_in_one(module, x)
 
 

@@ -23,7 +23,6 @@ from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate, argume
 from ..modules.recurrent_level import NORMS
 from ..ops import layout
 from ..ops.graph import is_scripting
-from ..ops.inference import LayerPlan
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .causal_conv import CausalConv, plus_convolved
 
@@ -183,30 +182,9 @@ class Block(Composite, role="sequence", planned=True):
         of_conv = [torch.zeros(shape, dtype=x.dtype, device=x.device) for shape in self._state_shapes(batch)[1:]]
         return [self.rnn._state(x, None, batch), *of_conv]
 
-    def _write_plan(self, plan: LayerPlan) -> None:
-        """Write the instructions of a pass."""
-        plan.is_trained &= not (self.checkpoint and self.training)
-        state = plan.num_states
-        if self.conv is not None:
-            plan.causal_conv(plan.child(self.conv, CausalConv), state + 1)
-        plan.require(self.batch_first, self.num_states == 1 + (self.conv is not None))
-        plan.keep()
-        rnn = plan.child(self.rnn, *LAYERS.values())
-        plan.require(rnn.batch_first)
-        rnn._write_plan(plan)
-        plan.linear(self.out)
-        plan.dropout(self)
-        plan.add()
-        if self.mlp is not None:
-            parts = plan.children(self.mlp, nn.Sequential, *NORMS.values(), nn.Linear, nn.GELU)
-            plan.require(len(parts) == 4)
-            plan.keep()
-            plan.norm(parts[0])
-            plan.linear(parts[1], gelu=parts[2])
-            plan.linear(parts[3])
-            plan.dropout(self)
-            plan.add()
-        plan.num_states = state + self.num_states
+    def _trace(self, x: Any, h: Any) -> Any:
+        x.recording.require(self.num_states == 1 + (self.conv is not None))
+        return self._run(x, h, None, None, None)
 
     def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
         if not is_scripting():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.causal_conv import Maybe, causal_conv
-from ..ops.inference import plannable
+from ..ops.plan import plannable
 from ..ops.route import is_hooked
 from ..ops.shape import States
 

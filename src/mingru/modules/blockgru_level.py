@@ -10,8 +10,8 @@ from ..check.forms import check_parameter
 from ..check.values import check_flag, check_int, require
 from ..ops.call import Start
 from ..ops.graph import is_scripting
-from ..ops.inference import LayerPlan, plannable
 from ..ops.linear_map import RecurrentMap
+from ..ops.plan import plannable
 from .recurrent_level import RecurrentLevel, RecurrentOptions
 
 
@@ -73,13 +73,6 @@ class BlockGRULevel(RecurrentLevel):
             if bias is not None:
                 check_parameter(self.name, "recurrent.bias", bias, self.shapes[1])
         return weight, bias
-
-    def _write_plan(self, plan: LayerPlan, state: int) -> None:
-        super()._write_plan(plan, state)
-        for _, own in self.maps_of_directions():
-            plan.require(type(own) is RecurrentMap)
-            of_bias = [] if own.bias is None else [(own._parameters, "bias", self.shapes[1])]
-            plan.shapes += [(own._parameters, "weight", self.shapes[0]), *of_bias]
 
     def _with_recurrent(self, start: Start, reverse: bool) -> Start:
         weight, bias = self.recurrent_weights(reverse)

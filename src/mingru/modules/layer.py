@@ -13,9 +13,9 @@ from ..check import names as meant
 from ..check.calls import MISTAKES, explain, explained
 from ..check.forms import LAYER, Form, Shape, Table, check_call, usual_error
 from ..check.values import check_choice, check_int, expectation, name_of
-from ..ops import inference
+from ..ops import plan
 from ..ops.graph import is_compiling, is_scripting, untraced
-from ..ops.inference import LayerPlan, plannable
+from ..ops.plan import plannable
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .saved import Saved
 
@@ -64,7 +64,7 @@ class Layer(Saved):
         [torch.Size([1, 10, 1, 8]), torch.Size([1, 10, 8])]
     """
 
-    # See `ops.inference`.
+    # See `ops.plan`.
     __slots__ = ("_plans",)
 
     name: str
@@ -88,7 +88,7 @@ class Layer(Saved):
     _device_error: type[Exception] = ValueError
     """Error for parameters on another device."""
     _planned = False
-    """Whether a plan can replace the modules inside this class; see `ops.inference`. Subclasses are not."""
+    """Whether a plan can replace the modules inside this class; see `ops.plan`. Subclasses are not."""
     _forms = LAYER
     """What the tensors of a call must be."""
     _hint, _error_for = meant.of_layers, usual_error
@@ -138,9 +138,9 @@ class Layer(Saved):
         expected = "called on a mingru.MinGRU, MinLSTM or BlockGRU, with a padded x"
         raise TypeError(expectation(self.name, "all_states", expected, got))
 
-    def _write_plan(self, plan: LayerPlan) -> None:
-        """Write the instructions of a pass, if the class is `planned`; see `ops.inference`."""
-        raise NotImplementedError
+    def _trace(self, x: Any, h: Any) -> Any:
+        """Compute a call whose instructions are recorded, if the class is `planned`; see `ops.traced`."""
+        return self._compute(x, h, None, None, None)
 
     def _tables(self) -> list[Table]:
         """Return the forms of all arguments, for each form of x."""
@@ -201,7 +201,7 @@ class Layer(Saved):
             self._check_scripted(x, h, reset, dt)
         else:
             if lengths is None and self._planned:
-                done = inference.run(self, x, h, reset, not self.batch_first, dt)
+                done = plan.run(self, x, h, reset, not self.batch_first, dt)
                 if done is not None:
                     return done
             self._check_all(x, h, reset, lengths, dt)

@@ -12,8 +12,8 @@ from ..check.values import check_int, check_parts, is_number, level_of_the_calle
 from ..ops.call import Layout, Start
 from ..ops.cells import CELLS, GATES
 from ..ops.graph import is_scripting
-from ..ops.inference import LayerPlan, plannable
 from ..ops.linear_map import LINEAR_MAPS
+from ..ops.plan import plannable
 from ..ops.shape import MaybeList, Outputs, States
 from .levels import Level
 from .options import Options
@@ -123,20 +123,6 @@ class RecurrentLevel(Level):
         if self.residual:
             out = out + (x if self.align is None else self.align(x))
         return out, states
-
-    def _write_plan(self, plan: LayerPlan, state: int) -> None:
-        """Write the instructions of a pass."""
-        plan.require(not self.highway, self.num_parts == CELLS[self.cell].num_inputs + self.has_output_gate)
-        if self.residual:
-            plan.keep()
-        if self.norm is not None:
-            plan.norm(self.norm)
-        plan.scan(self.spec(False), self.has_output_gate, state, self.maps_of_directions(), self.recompute)
-        if self.projections is not None:
-            (projection,) = plan.children(self.projections, nn.ModuleList, *LINEAR_MAPS)
-            plan.linear(projection)
-        if self.residual:
-            plan.add(self.align)
 
     def initialize_maps(self) -> None:
         super().initialize_maps()

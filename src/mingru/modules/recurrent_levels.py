@@ -14,11 +14,10 @@ from torch.nn.utils.rnn import PackedSequence
 from ..check.calls import explained
 from ..check.forms import check_parameter
 from ..check.values import check_min_decay, name_of
-from ..ops import inference
+from ..ops import plan
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS
 from ..ops.graph import is_autocast, is_captured, is_scripting
-from ..ops.inference import LayerPlan
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.names_of_torch import is_symbolic
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, as_dtype, reshaped
@@ -132,17 +131,12 @@ class RecurrentLevels(Levels, role="sequence"):
         state: Tensor = super().initial(batch)[0]
         return state
 
-    def _write_plan(self, plan: LayerPlan) -> None:
-        """Write the instructions of a pass."""
-        layers = plan.children(self.layers, nn.ModuleList, RecurrentLevel, BlockGRULevel)
-        plan.shape(self, "initial_state", self._shape_of_initial_state())
-        plan.require(len(layers) == self.num_layers)
-        for index, layer in enumerate(layers):
-            if index > 0:
-                plan.dropout(self)
-            plan.require(layer.hidden_dims == self.hidden_dims, len(layer.maps()) == self.num_directions)
-            layer._write_plan(plan, plan.num_states)
-        plan.num_states += 1
+    def _trace(self, x: Any, h: Any) -> Any:
+        (state, _), layers = h[0], self.layers
+        x.recording.require(len(layers) == self.num_layers, {each.hidden_dims for each in layers} == {self.hidden_dims})
+        x.recording.parameter(self.initial_state, self._shape_of_initial_state())
+        each_layer: Any = [(state, index) for index in range(self.num_layers * self.num_directions)]
+        return self._run_layers(x, each_layer, None, None, Layout(False))[0], h
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         order = "B, S" if self.batch_first else "S, B"
@@ -186,7 +180,7 @@ class RecurrentLevels(Levels, role="sequence"):
         """Return whether all layers take padded sequences with lengths. Otherwise the sequences are packed."""
         # A GPU would have to wait for the lengths to pack them. A captured graph masks the padding, because it cannot
         # depend on the number of valid steps. A kernel skips it, but computes only a linear map and its recurrence.
-        return not x.is_cpu or is_symbolic() or (self._planned and inference.skips_padding(self, x, reset, dt))
+        return not x.is_cpu or is_symbolic() or (self._planned and plan.skips_padding(self, x, reset, dt))
 
     def _run_packed(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, lengths: Tensor) -> Outputs:
         """Pack the valid steps once for all layers."""

@@ -13,7 +13,6 @@ from ..check.calls import arguments_checked
 from ..check.forms import LAYER, Form, Shape, check_list
 from ..check.values import check_dropout, check_type, expectation, require
 from ..ops import layout
-from ..ops.inference import LayerPlan
 from ..ops.names_of_torch import PREPARE_SCRIPTABLE
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .layer import Composite, Layer, Steps, with_named
@@ -171,24 +170,6 @@ class Stack(Composite, role="sequence", planned=True):
 
     def _state_forms(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
         return [state for layer in self.layers for state in layer._state_forms(x)]  # type: ignore[operator]
-
-    def _write_plan(self, plan: LayerPlan) -> None:
-        """Write the instructions of a pass."""
-        layers = plan.children(self.layers, nn.ModuleList, *{type(each) for each in self.layers if each._planned})
-        aligns = plan.children(self.aligns, nn.ModuleList, nn.Identity, nn.Linear)
-        plan.require(len(aligns) == len(layers) == len(self._ends) - 1, self.num_states == self._ends[-1])
-        plan.require(self._of_torch == [False] * len(layers))
-        first = plan.num_states
-        for layer, align, end in zip(layers, aligns, self._ends[1:], strict=True):
-            if layer is not layers[0]:
-                plan.dropout(self)
-            plan.require(layer.role == "sequence", layer.batch_first == self.batch_first)
-            if self.residual:
-                plan.keep()
-            layer._write_plan(plan)
-            plan.require(plan.num_states == first + end)
-            if self.residual:
-                plan.add(None if isinstance(align, nn.Identity) else align)
 
     def _align(self, index: int, layer: Any) -> nn.Module:
         """Return the map from the layer's input to the shape of its output, for `residual`."""

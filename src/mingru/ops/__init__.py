@@ -24,6 +24,7 @@ from .linear_map import LINEAR_MAPS, are_recomputed, gated
 from .names_of_torch import is_tracing
 from .scan import LinearScan, in_accumulation_dtype
 from .shape import States, as_dtype
+from .traced import Traced
 
 
 def linear_scan(
@@ -73,6 +74,8 @@ def linear_recurrence(
 
     `recompute` is that of `are_recomputed`. The last of the pre-activations may be an output gate of the states.
     """
+    if isinstance(x, Traced):
+        return x.recurrence(spec, linear, start, recompute, norm, output_gate)
     backend = route.choose(spec, x)
     call = route.fused_with(linear, backend, Call(spec, [x], start, layout), norm, output_gate)
     if call is None and norm is not None:

@@ -14,6 +14,7 @@ from .call import Layout, Start, flattened
 from .graph import are_batched, scripted_as
 from .route import is_for_native
 from .shape import States, as_dtype
+from .traced import Traced
 
 # Not half widths: their conversions take as long as what the operator saves.
 _DTYPES = (torch.float32, torch.float64)
@@ -47,6 +48,8 @@ def causal_conv(
 
     x is (B, S, C), the weight (num_past + 1, C), and the state the inputs before x, (1, B, num_past, C).
     """
+    if isinstance(x, Traced):
+        return x.causal_conv(weight, bias, state, num_past, adds_x)
     tensors = (x, weight, bias, state, reset, lengths)
     is_plain = is_for_native(*tensors) and x.dtype in _DTYPES
     own = zip((weight, bias), ((num_past + 1, x.shape[-1]), x.shape[-1:]), strict=True)

@@ -1,112 +1,83 @@
 """The plan of a module: what it computes, asked once. Norms, linear maps, recurrences and residuals.
 
-The method `_write_plan` of a class with `planned=True` writes the instructions of its modules into a `LayerPlan`. An
-instruction checks that the module that it replaces is exactly what it computes, and refuses every other one. After any
-change of a module or its submodules, the plan is made again. Without gradients, one operator computes all instructions,
-and checks the sizes. With gradients, or on a GPU, `_trained` computes them one by one, each recurrence by one autograd
-function.
+A `LayerPlan` records what the `forward` of a module does; see `ops.traced`. All modules inside are of known classes,
+whose `forward` has no other effect. After any change of a module or its submodules, the plan is made again. Without
+gradients, one operator computes all instructions, and checks the sizes. With gradients, or on a GPU, `_trained`
+computes them one by one, each recurrence by one autograd function.
 
 `run` returns None whenever the modules must be called one by one: with hooks, autocast, transforms, graph capture, a
 refused module or unusual arguments. If an argument is wrong, that ordinary call raises the error.
 """
 
 import functools
+import inspect
 import itertools
-import math
 import operator
 import weakref
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import autograd, linear_map, names_of_torch, route
-from .backends import native
 from .backends.triton.plan import KEEPING
-from .call import Layout, Spec, Start
+from .call import Layout, Start
 from .causal_conv import causal_conv
-from .cells import CELLS
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
-from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, RecurrentMap
+from .linear_map import FORWARDS, HOOKS, RecurrentMap
 from .shape import MaybeTensor, Outputs, States
+from .traced import Direction, Place, Recording, Traced
 
 _DTYPES = (torch.float32, torch.float64)
 _OF_GPU = "triton", "triton alone"
-_CALL, _SCANS = nn.Module.__call__, ("scan", "scan_both")
+_CALL = nn.Module.__call__
 _forward_of, _shape_of, _dtype_of, _is_cpu = map(operator.attrgetter, ("forward", "shape", "dtype", "is_cpu"))
 _device_of = operator.attrgetter("device")
 FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, RecurrentMap)})
 
 
 def plannable(cls: type[nn.Module]) -> type[nn.Module]:
-    """Register a class whose `forward` instructions may replace."""
+    """Register a class whose `forward` may be recorded, because it has no other effect."""
     FORWARDS[cls] = cls.forward
     return cls
-
-
-class Direction:
-    """What the recurrence of one layer and direction is computed from, except x and the states.
-
-    Weights are indices into those of the plan; -1 means None.
-    """
-
-    def __init__(self, spec: Spec, norm: Any, weights: list[int], recompute: bool | None) -> None:
-        self.spec, self.recompute = spec, recompute
-        self.norm: _Norm | None = norm
-        """Norm before the linear map. The kernels of the CPU include it."""
-        self.map, self.recurrent = weights[:2], weights[2:] or [-1, -1]
-        self._how: dict[Any, autograd.How] = {}
-
-    def run(self, x: Tensor, w: list[Any], states: Any, backend: str, time_first: bool) -> States:
-        """Compute it with the weights w, from the state before, the initial state and resets."""
-        linear, recurrent = [w[index] for index in self.map], [w[index] for index in self.recurrent]
-        if self.norm is not None:
-            of_norm = [w[index] for index in self.norm.weights]
-            if backend == "native":
-                linear = linear_map.map_with_norm(*linear, *of_norm)
-            else:
-                x = self.norm(x, *of_norm)
-        given, how = [*states, None, *recurrent, None, None, x, *linear], self._how_of(x, backend, time_first)
-        if self.norm is None and recurrent[0] is not None and 3 * recurrent[0].shape[1] == len(recurrent[0]):
-            # A GRU of torch, whose cell takes less time than the kernel.
-            if x.shape[0 if time_first else 1] == 1:
-                return _cell_of_torch(given, time_first)
-        found: States = autograd.apply(how, *given)
-        return found
-
-    def _how_of(self, x: Tensor, backend: str, time_first: bool) -> autograd.How:
-        """Return how a kernel computes it. The default of eps depends on the dtype of x."""
-        found = self._how.get(key := (backend, x.dtype, time_first))
-        if found is None:
-            is_native, spec = backend == "native", self.spec
-            if self.norm is not None and is_native:
-                spec = linear_map.with_norm(spec, self.norm.kind, self.norm.eps, x.dtype)
-            keep = not (linear_map.are_recomputed(x, self.recompute) if is_native else self.recompute)
-            found = self._how[key] = "linear_kernel", backend, spec, time_first, keep
-        return found
-
-
-class _Norm(NamedTuple):
-    kind: str
-    shape: tuple[int, ...]
-    eps: float | None
-    weights: list[int]
-
-    def __call__(self, x: Tensor, weight: Any, bias: Any) -> Tensor:
-        if self.kind == "rms":
-            return F.rms_norm(x, self.shape, weight, self.eps)
-        return F.layer_norm(x, self.shape, weight, bias, self.eps)  # type: ignore[arg-type]
 
 
 @functools.cache
 def _methods(cls: Any) -> frozenset[str]:
     """Return the names for which an attribute of an instance would stand in for a method of its class."""
     return frozenset(name for name in dir(cls) if callable(getattr(cls, name, None)))
+
+
+@functools.cache
+def _names(cls: Any) -> frozenset[str]:
+    """Return all names in the code of a class. An attribute of another name was set by the program, for itself."""
+    found = {*dir(cls)}
+    values = [value for each in cls.__mro__ for value in vars(each).values()]
+    codes = [
+        inspect.unwrap(getattr(each, "fget", each)).__code__
+        for each in values
+        if hasattr(getattr(each, "fget", each), "__code__")
+    ]
+    for code in codes:
+        found |= {*code.co_names, *code.co_varnames, *(each for each in code.co_consts if isinstance(each, str))}
+        codes += [each for each in code.co_consts if inspect.iscode(each)]
+    return frozenset(found)
+
+
+def _record(module: Any, modules: list[Any], recorded: Recording) -> tuple[list[Any], list[float]]:
+    """Record a module, and return the code and the numbers of the operator; refuse modules of unknown classes."""
+    for each in modules:
+        cls: Any = type(each)
+        recorded.require(cls in FORWARDS, each._compiled_call_impl is None, not any(map(vars(each).get, HOOKS)))
+        recorded.require(_methods(cls).isdisjoint(vars(each)))
+    states = [(index, 0) for index in range(module.num_states)]
+    _, found = module._trace(Traced(recorded), states)
+    recorded.require(found == states)
+    return recorded.finish()
 
 
 def _forget(plan: weakref.ref[Any], _: object) -> None:
@@ -123,44 +94,40 @@ class LayerPlan:
     """
 
     def __init__(self, module: Any) -> None:
-        self.num_states = 0
         # For the batch size of the last call.
         self._state_shapes: dict[int, list[tuple[int, ...]]] = {}
-        self.is_bidirectional = False
-        # Parameters with the shapes that they must have at each call, because the operator takes others too.
-        self.shapes: list[tuple[dict[str, Any], str, tuple[int, ...]]] = []
-        # The instructions with gradients: a name, what it computes with, and the indices of its weights.
-        self.steps: list[tuple[str, Any, list[int]]] = []
-        # Whether one operator can compute them, whether they hold with gradients, and whether all are recurrences.
-        self.is_operator = self.is_trained = self.is_scan = True
-        # Whether the kernels of GPUs compute the recurrences.
-        self.is_for_gpu = True
-        self._instructions: list[tuple[int, int, int, int]] = []
-        self._numbers: list[float] = []
-        # The dictionary and the name of each weight of the instructions, in their order.
-        self._used: list[tuple[dict[str, Any], str]] = []
-        # The same of what must stay: parameters that are None, an initial state, and the dictionaries themselves.
-        self._others: list[tuple[dict[str, Any], str]] = []
-        self.is_supported = True
         self._type: type | None = type(module)
-        modules = list(module.modules())
+        modules: list[Any] = list(module.modules())
+        owned = [(each._parameters, name) for each in modules for name in each._parameters]
+        places: dict[int, list[Place]] = {}
+        for place, name in owned:
+            places.setdefault(id(place[name]), []).append((place, name))
+        recorded = Recording(places, not module.batch_first)
         try:
-            for each in modules:
-                cls: Any = type(each)
-                attributes = vars(each)
-                self.require(cls in FORWARDS, attributes.get("_compiled_call_impl") is None)
-                self.require(_methods(cls).isdisjoint(attributes))
-            module._write_plan(self)
-            self.code = torch.tensor(self._instructions, dtype=torch.int64, device="cpu").view(-1, 4)
-            self.numbers = torch.tensor(self._numbers, dtype=torch.float64, device="cpu")
+            rows, numbers = _record(module, modules, recorded)
+            self.code = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
+            self.numbers = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+            self.is_supported = True
         except Exception:
             # Refused, or an attribute has a wrong type: the ordinary call then raises the error.
-            self.is_supported = False
-            self._used = []
-            self._others = [(vars(each), "_parameters") for each in modules]
-            self._others += [(each._parameters, name) for each in modules for name in each._parameters]
+            self.is_supported, recorded = False, Recording({}, False)
+            recorded.others = owned
+        # Parameters that are None may become others.
+        others = [*recorded.others, *places.get(id(None), [])]
+        self.steps, self.shapes, used = recorded.steps, recorded.shapes, recorded.used
+        scans, names = [of[0] for name, of, _ in self.steps if name == "scan"], {name for name, *_ in self.steps}
+        self.is_bidirectional = any(len(directions) == 2 for directions in scans)
+        # Whether one operator can compute all, and whether all are recurrences.
+        self.is_operator = "dropout" not in names
+        self.is_scan = names <= {"scan", "dropout"} and not any(first.norm for first, *_ in scans)
+        # Whether recurrences with gradients, and the kernels of GPUs, compute them.
+        recomputes = any(getattr(each, "checkpoint", False) and each.training for each in modules)
+        self.is_trained = recorded.fits and not recomputes
+        specs = [each.spec for directions in scans for each in directions]
+        self.is_for_gpu = all(spec.cell in KEEPING and not spec.output_gate for spec in specs)
         # The attributes of each module, and copies of them.
-        self._now = [vars(each) for each in modules if type(each) is not nn.ModuleList]
+        watched = [each for each in modules if type(each) is not nn.ModuleList]
+        self._now, self._types_now = list(map(vars, watched)), list(map(type, watched))
         self._then = list(map(dict, self._now))
         self.hooks = list(itertools.chain(*(map(each.get, HOOKS, repeat({})) for each in self._now)))
         # No other module gets more modules and keeps its attributes.
@@ -168,10 +135,11 @@ class LayerPlan:
         self._lengths = list(map(len, self._lists))
         # The places of the weights, of all modules and of what must stay. The ids and types tell whether the same is
         # there, because the plan keeps neither modules nor weights.
-        self._num_weights = len(self._used)
-        self._others += [(vars(each), "_modules") for each in modules if type(each) is nn.ModuleList]
+        self._num_weights = len(used)
+        others += [(vars(each), "_modules") for each in modules if type(each) is nn.ModuleList]
+        others += [(vars(each), "_parameters") for each in modules if each._parameters]
         children = [(each._modules, name) for each in modules for name in each._modules]
-        self._places = tuple(zip(*self._used, *children, *self._others, strict=True))
+        self._places = tuple(zip(*used, *children, *others, strict=True))
         values = list(map(operator.getitem, *self._places)) if self._places else []
         self._ids, self._types = list(map(id, values)), list(map(type, values))
         # Recurrences take weights of these shapes; of other modules, torch raises the errors.
@@ -185,18 +153,28 @@ class LayerPlan:
     def forget(self) -> None:
         """Forget all modules, after which the plan is made again."""
         self._type, self._places, self.hooks, self._lists, self.shapes = None, (), [], [], []
-        self._now, self._then, self._used, self._others = [], [], [], []
+        self._now, self._then, self._types_now = [], [], []
 
     def weights_now(self, module: nn.Module) -> list[Tensor] | None:
         """Return the weights of the instructions, or None if something has changed."""
         try:
-            if self._now == self._then and type(module) is self._type:
+            if (self._now == self._then or self._has_notes()) and type(module) is self._type:
                 values: list[Any] = list(map(operator.getitem, *self._places))
                 if list(map(id, values)) == self._ids and list(map(type, values)) == self._types:
                     return values[: self._num_weights] if list(map(len, self._lists)) == self._lengths else None
         except Exception:
             pass  # values that cannot be compared, such as tensors, are new, or a parameter was deleted
         return None
+
+    def _has_notes(self) -> bool:
+        """Return whether only attributes have changed that the program has set for itself."""
+        for now, then, cls in zip(self._now, self._then, self._types_now, strict=True):
+            changed = {key for key in now.keys() | then.keys() if now.get(key, self) is not then.get(key, self)}
+            if not changed.isdisjoint(_names(cls)):
+                return False
+            then.clear()
+            then.update(now)
+        return True
 
     def is_hooked(self) -> bool:
         """Return whether the same modules are there, and some have hooks."""
@@ -228,126 +206,9 @@ class LayerPlan:
             self._state_shapes = {batch: shapes}
         return list(map(_shape_of, states)) == shapes
 
-    def require(self, *conditions: bool) -> None:
-        """Refuse the module if an assumption of the instructions does not hold."""
-        if not all(conditions):
-            raise ValueError("the instructions cannot describe this module")
 
-    def shape(self, module: Any, name: str, shape: tuple[int, ...]) -> None:
-        """Require a shape of a parameter that is no weight of an instruction, if there is one."""
-        if getattr(module, name) is not None:
-            self.require(name in module._parameters)
-            self.shapes.append((module._parameters, name, shape))
-            self._others += [(vars(module), "_parameters"), (module._parameters, name)]
-
-    def child(self, module: Any, *types: type) -> Any:
-        """Return a submodule, and refuse all but these types."""
-        self.require(type(module) in types)
-        return module
-
-    def children(self, container: Any, type_of_container: type, *types: type) -> list[Any]:
-        """Return the submodules of a list or sequence of modules."""
-        self.child(container, type_of_container)
-        return [self.child(module, *types) for module in container._modules.values()]
-
-    def dropout(self, module: Any) -> None:
-        """Add dropout if it is active, which is no instruction of the operator."""
-        self.require(0 <= module.dropout <= 1)
-        if module.training and module.dropout > 0:
-            self.is_operator = False
-            self.steps.append(("dropout", partial(F.dropout, p=module.dropout), []))
-
-    def keep(self) -> None:
-        """Remember x, for `add`."""
-        self._add("keep", None)
-
-    def add(self, linear: Any = None) -> None:
-        """Add what was remembered last, or a linear map of it."""
-        if linear is None:
-            self._add("add", None)
-        else:
-            self._add("add_linear", F.linear, self._map(linear))
-
-    def linear(self, linear: object, gelu: Any = None) -> None:
-        """Add a linear map of x, and GELU of it if there is one."""
-        self._add("linear" if gelu is None else "linear_gelu", F.linear, self._map(linear))
-        if gelu is not None:
-            self.require(self.child(gelu, nn.GELU).approximate == "none")
-            self.steps.append(("gelu", F.gelu, []))
-
-    def norm(self, norm: Any) -> None:
-        kind, eps = NORMS[type(self.child(norm, *NORMS))], norm.eps
-        own = [self._weight(norm, "weight"), self._weight(norm, "bias") if kind == "layer" else -1]
-        self.require(own[0] >= 0, kind == "rms" or own[1] >= 0, norm.normalized_shape == norm.weight.shape)
-        is_number = type(eps) is float and not math.isnan(eps)
-        self.require(is_number or (kind == "rms" and eps is None))
-        # NaN is the default of RMSNorm, which depends on the dtype.
-        self._numbers.append(math.nan if eps is None else eps)
-        # In C++, the norm with a bias is the layer norm.
-        self._add("norm", _Norm(kind, norm.normalized_shape, eps, own), own)
-
-    def causal_conv(self, conv: Any, state: int) -> None:
-        """Add the convolution of x; the caller has checked its type."""
-        own = [self._weight(conv, "weight"), self._weight(conv, "bias")]
-        self.require(own[0] >= 0, len(conv.weight) == conv.kernel_size)
-        self._add("causal_conv", state, own, state)
-
-    def scan(
-        self, spec: Spec, output_gate: bool, state: int, directions: list[list[Any]], recompute: bool | None
-    ) -> None:
-        """Add a recurrence with the linear map of each direction, and its recurrent weights if it has some."""
-        # A cell without a kernel has no number.
-        number = native.NUMBERS[spec.cell, spec.activation] | output_gate * native.FLAGS["output_gate"]
-        self.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
-        weights = [[index for each in own for index in self._map(each, RecurrentMap)] for own in directions]
-        has_bias = {index >= 0 for own in weights for index in own[1::2]}
-        both = len(directions) == 2
-        self.require(len(has_bias) == 1)
-        self._numbers.append(spec.min_decay)
-        self.is_bidirectional |= both
-        spec, before = spec._replace(output_gate=output_gate), self.steps[-1] if self.steps else ("",)
-        self.is_for_gpu &= spec.cell in KEEPING and not output_gate
-        # Kernels include the norm, unless several maps read its result.
-        norm = self.steps.pop()[1] if before[0] == "norm" and not both else None
-        for linear, *_ in directions:
-            of_norm = [] if norm is None else [self._used_weight(index) for index in norm.weights]
-            sizes = zip((linear.bias, *of_norm), (0, 1, 1), strict=False)
-            # Of other sizes, the modules raise the errors.
-            self.is_trained &= all(x is None or x.shape == linear.weight.shape[dim : dim + 1] for x, dim in sizes)
-        of = [Direction(spec._replace(reverse=way == 1), norm, own, recompute) for way, own in enumerate(weights)]
-        self._add("scan_both" if both else "scan", (of, state), [0 if has_bias == {True} else -1] * 2, state, number)
-
-    def _used_weight(self, index: int) -> Any:
-        return None if index < 0 else operator.getitem(*self._used[index])
-
-    def _map(self, linear: Any, *others: type) -> list[int]:
-        """Take the weights of a linear map, or of a module of these types; return the indices of weight and bias."""
-        self.child(linear, *LINEAR_MAPS, *others)
-        own = [self._weight(linear, "weight"), self._weight(linear, "bias")]
-        self.require(own[0] >= 0)
-        return own
-
-    def _weight(self, module: nn.Module, name: str) -> int:
-        """Take a parameter; return its index, or -1 for None. A subclass, such as a quantized tensor, is refused."""
-        weight = getattr(module, name)
-        self.require(weight is module._parameters.get(name), type(weight) in (nn.Parameter, type(None)))
-        if name == "weight":
-            self._others.append((vars(module), "_parameters"))
-        if weight is None:
-            self._others += [(module._parameters, name)] if name in module._parameters else []
-            return -1
-        self._used.append((module._parameters, name))
-        return len(self._used) - 1
-
-    def _add(self, operation: str, of: Any, weights: Sequence[int] = (), state: int = 0, cell: int = 0) -> None:
-        has_bias = len(weights) > 1 and weights[1] >= 0
-        self._instructions.append((native.INSTRUCTION_NUMBERS[operation], has_bias, state, cell))
-        self.steps.append((operation, of, [*weights]))
-        self.is_scan &= operation in _SCANS
-
-
-def current_plan(module: Any) -> tuple[LayerPlan, list[Tensor]]:
-    """Return the plan of a module, made again if the module has changed, and the weights that it has now."""
+def current_plan(module: Any) -> tuple[LayerPlan, list[Tensor]] | None:
+    """Return the plan of a module, made again if it has changed, and its weights; or None if a class is patched."""
     # In a slot of the module: plans are freed with it, and are no part of its copies and pickles. The last two stay,
     # because many programs switch between `train()` and `eval()` all the time.
     plans: tuple[LayerPlan, ...] = getattr(module, "_plans", ())
@@ -358,6 +219,8 @@ def current_plan(module: Any) -> tuple[LayerPlan, list[Tensor]]:
         # With hooks, whose program may set weights before each call, the plan is not open whatever else has changed.
         if plan.is_hooked():
             return plan, []
+    if nn.Module.__call__ is not _CALL or any(cls.forward is not forward for cls, forward in FORWARDS.items()):
+        return None
     plan = LayerPlan(module)
     module._plans = (plan, *plans[:1])
     return plan, plan.weights_now(module) or []
@@ -379,8 +242,11 @@ def _backend_of(x: Any) -> str | None:
 def skips_padding(module: Any, x: Tensor, *others: MaybeTensor) -> bool:
     """Return whether a module computes only recurrences of linear maps, by kernels that take lengths."""
     is_plain = all(each is None or type(each) is Tensor for each in others) and _backend_of(x) == "native"
-    plan, weights = current_plan(module) if is_plain else (None, [])
-    return plan is not None and plan.is_scan and plan.is_open() and plan.can_train(x, "native", weights)
+    found = current_plan(module) if is_plain else None
+    if found is None:
+        return False
+    plan, weights = found
+    return plan.is_scan and plan.is_open() and plan.can_train(x, "native", weights)
 
 
 # None without the kernels.
@@ -391,6 +257,10 @@ def run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any 
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
     if is_compiling():
         return None
+    if type(x) is Traced:
+        x.recording.require(module.role == "sequence", time_first == x.recording.time_first)
+        outputs: Outputs = module._trace(x, states)
+        return outputs
     if not names_of_torch.is_torch_function_mode_enabled():
         return _run(module, x, states, reset, time_first, dt)
     if not is_device_context():
@@ -406,7 +276,10 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     trains = torch.is_grad_enabled() or backend in _OF_GPU
     if backend is None or x.dtype not in _DTYPES or (trains and dt is not None):
         return None
-    shape, (plan, weights) = x.shape, current_plan(module)
+    found, shape = current_plan(module), x.shape
+    if found is None:
+        return None
+    plan, weights = found
     if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:
         return None
     if (0 in shape or not plan.can_train(x, backend, weights)) if trains else not plan.is_operator:
@@ -450,14 +323,14 @@ def _trained(
     w = [*weights, None]
     x = x.unsqueeze(1) if x.dim() == 2 else x
     for name, of, at in plan.steps:
-        if name in _SCANS:
+        if name == "scan":
             directions, state = of
             if any(w[own.map[0]].shape[1:] != x.shape[2:] for own in directions):
                 return None
             outs = []
             for own, reset in zip(directions, resets or [None, None], strict=False):
                 start = None if reset is None else next(starts[state])
-                out, last = own.run(x, w, (next(befores[state]), start, reset), backend, time_first)
+                out, last = _recurrence(own, x, w, (next(befores[state]), start, reset), backend, time_first)
                 outs.append(out)
                 found[state].append(last)
             x = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
@@ -477,6 +350,30 @@ def _trained(
         else:
             x = of(x, *[w[index] for index in at])
     return x, [_state_of(*each) for each in zip(found, h, strict=True)]
+
+
+def _recurrence(own: Direction, x: Tensor, w: list[Any], states: Any, backend: str, time_first: bool) -> States:
+    """Compute one direction with the weights w, from the state before, the initial state and resets."""
+    linear, (weight, bias) = [w[index] for index in own.map], [w[index] for index in own.recurrent] or (None, None)
+    if own.norm is not None:
+        of_norm = [w[index] for index in own.norm.weights]
+        if backend == "native":
+            linear = linear_map.map_with_norm(*linear, *of_norm)
+        else:
+            x = own.norm(x, *of_norm)
+    given, how = [*states, None, weight, bias, None, None, x, *linear], own.how.get((backend, x.dtype, time_first))
+    if how is None:
+        is_native, spec = backend == "native", own.spec
+        if own.norm is not None and is_native:
+            spec = linear_map.with_norm(spec, own.norm.kind, own.norm.eps, x.dtype)
+        keep = not (linear_map.are_recomputed(x, own.recompute) if is_native else own.recompute)
+        how = own.how[backend, x.dtype, time_first] = "linear_kernel", backend, spec, time_first, keep
+    if own.norm is None and weight is not None and 3 * weight.shape[1] == len(weight):
+        # A GRU of torch, whose cell takes less time than the kernel.
+        if x.shape[0 if time_first else 1] == 1:
+            return _cell_of_torch(given, time_first)
+    found: States = autograd.apply(how, *given)
+    return found
 
 
 def _cell_of_torch(given: list[Any], time_first: bool) -> States:

@@ -1,0 +1,270 @@
+"""What the `forward` of a module does with x, recorded as instructions.
+
+`forward` is called with a `Traced` in the place of x, and an object for each state of each layer and direction. What
+x does not know, such as a product with a number, raises an error, and the module gets no plan.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backends import native
+from .call import Spec, Start
+from .cells import CELLS
+from .linear_map import LINEAR_MAPS, NORMS
+
+# The dictionary and the name of a parameter of a module.
+Place = tuple[dict[str, Any], str]
+
+
+class Norm(NamedTuple):
+    """A norm with weights, which are indices into those of the instructions; -1 means None."""
+
+    kind: str
+    shape: Any
+    eps: float | None
+    weights: list[int]
+
+    def __call__(self, x: Tensor, weight: Any, bias: Any) -> Tensor:
+        if self.kind == "rms":
+            return F.rms_norm(x, self.shape, weight, self.eps)
+        return F.layer_norm(x, self.shape, weight, bias, self.eps)  # type: ignore[arg-type]
+
+
+class Direction(NamedTuple):
+    """What the recurrence of one layer and direction is computed from, except x and the states."""
+
+    spec: Spec
+    norm: Norm | None
+    """Norm before the linear map. The kernels of the CPU include it."""
+    map: list[int]
+    recurrent: list[int]
+    recompute: bool | None
+    how: dict[Any, Any]
+    """How a backend computes it, by backend, dtype and order."""
+
+
+class Recording:
+    """The instructions of a module, in the order in which its `forward` computes them."""
+
+    def __init__(self, places: dict[int, list[Place]], time_first: bool) -> None:
+        self.time_first = time_first
+        self.steps: list[tuple[str, Any, list[int]]] = []
+        """A name, what it computes with, and the indices of its weights."""
+        self.used: list[Place] = []
+        self.others: list[Place] = []
+        """Other places of the weights, and parameters that are no weight of an instruction."""
+        self.shapes: list[tuple[dict[str, Any], str, tuple[int, ...]]] = []
+        """Parameters with the shapes that they must have at each call, because the operator takes others too."""
+        self.fits = True
+        """Whether biases and norms have the sizes of their linear maps. Of others, the modules raise the errors."""
+        self.is_open = False
+        """Whether the outputs of two directions are not one yet."""
+        self._places = places
+        self._added: list[tuple[int, int]] = []
+        self._num_layers: Counter[int] = Counter()
+
+    def require(self, *conditions: bool) -> None:
+        """Refuse the module if an assumption of the instructions does not hold."""
+        if not all(conditions):
+            raise ValueError("the instructions cannot describe this module")
+
+    def weights(self, *found: Any) -> list[int]:
+        """Take weights; return their indices, or -1 for None. A subclass, such as a quantized tensor, is refused."""
+        self.require(found[0] is not None)
+        return [-1 if each is None else self._weight(each) for each in found]
+
+    def _weight(self, found: Any) -> int:
+        self.require(type(found) is nn.Parameter)
+        place, *others = self._places[id(found)]
+        self.others += others
+        self.used.append(place)
+        return len(self.used) - 1
+
+    def parameter(self, found: Any, shape: tuple[int, ...]) -> None:
+        """Require the shape of a parameter that is no weight of an instruction, if there is one."""
+        if found is not None:
+            self.others += self._places[id(found)]
+            self.shapes.append((*self.others[-1], shape))
+
+    def norm(self, kind: str, shape: Any, weight: Any, bias: Any, eps: Any) -> Norm:
+        is_number = type(eps) is float and not math.isnan(eps)
+        self.require(weight is not None and tuple(shape) == weight.shape, kind == "rms" or bias is not None)
+        self.require(is_number or (kind == "rms" and eps is None))
+        return Norm(kind, shape, eps, self.weights(weight, bias))
+
+    def next_layer(self, state: int, layer: int) -> None:
+        """Require that layers take their states one after the other."""
+        self.require(layer == self._num_layers[state])
+        self._num_layers[state] += 1
+
+    def add(self, x: "Traced", other: "Traced") -> "Traced":
+        """Add a value from before, or a linear map of it. Sums must be nested, because values are kept on a stack."""
+        self.require(all(at >= other.at or end < other.at for at, end in self._added))
+        self._added.append((other.at, len(self.steps)))
+        if other.map is None:
+            return x.then("add", None)
+        return x.then("add_linear", F.linear, *self.weights(*other.map))
+
+    def finish(self) -> tuple[list[tuple[int, int, int, int]], list[float]]:
+        """Return the code and the numbers of the operator, and put into the steps where a value is kept."""
+        self.require(not self.is_open)
+        kept = Counter(at for at, _ in self._added)
+        steps: list[tuple[str, Any, list[int]]] = []
+        for at, step in enumerate(self.steps):
+            steps += [("keep", None, [])] * kept[at] + [step]
+        self.steps = steps
+        rows: list[tuple[int, int, int, int]] = []
+        numbers: list[float] = []
+
+        def add(name: str, has_bias: bool = False, state: int = 0, cell: int = 0) -> None:
+            rows.append((native.INSTRUCTION_NUMBERS[name], has_bias, state, cell))
+
+        def add_norm(norm: Norm) -> None:
+            # NaN is the default of RMSNorm, which depends on the dtype. In C++, the norm with a bias is a layer norm.
+            numbers.append(math.nan if norm.eps is None else norm.eps)
+            add("norm", norm.kind == "layer")
+
+        for name, of, weights in steps:
+            if name == "scan":
+                directions, state = of
+                spec, norm = directions[0].spec, directions[0].norm
+                if norm is not None:
+                    add_norm(norm)
+                numbers.append(spec.min_decay)
+                has_bias, *others = {index >= 0 for each in directions for index in (*each.map, *each.recurrent)[1::2]}
+                self.require(not others)
+                gate = spec.output_gate * native.FLAGS["output_gate"]
+                scan = "scan" if len(directions) == 1 else "scan_both"
+                add(scan, has_bias, state, native.NUMBERS[spec.cell, spec.activation] | gate)
+            elif name == "norm":
+                add_norm(of)
+            elif name == "gelu":
+                number, has_bias, *_ = rows.pop()
+                self.require(number == native.INSTRUCTION_NUMBERS["linear"])
+                add("linear_gelu", has_bias == 1)
+            elif name != "dropout":
+                add(name, len(weights) > 1 and weights[1] >= 0, of if name == "causal_conv" else 0)
+        return rows, numbers
+
+
+class Traced:
+    """x after some instructions, `map` of it, or one of two directions, which only `torch.cat` takes."""
+
+    shape = ()
+    """All have the same. The operator, or the pass with gradients, checks the sizes."""
+
+    def __init__(self, recording: Recording, map: Any = None, is_part: bool = False) -> None:
+        self.recording, self.map, self.is_part = recording, map, is_part
+        self.at = len(recording.steps)
+
+    @property
+    def is_last(self) -> bool:
+        recording = self.recording
+        return self.map is None and not self.is_part and not recording.is_open and self.at == len(recording.steps)
+
+    def then(self, name: str, of: Any, *weights: int) -> "Traced":
+        """Return x after one more instruction."""
+        self.recording.require(self.is_last)
+        self.recording.steps.append((name, of, [*weights]))
+        return Traced(self.recording)
+
+    def dim(self) -> int:
+        return 3
+
+    def chunk(self, count: int, dim: int) -> "list[Traced]":
+        self.recording.require(count == 1)
+        return [self]
+
+    def __add__(self, other: Any) -> "Traced":
+        self.recording.require(type(other) is Traced, not other.is_part)
+        return self.recording.add(self, other)
+
+    def norm(self, kind: str, shape: Any, weight: Any, bias: Any, eps: Any) -> "Traced":
+        found = self.recording.norm(kind, shape, weight, bias, eps)
+        return self.then("norm", found, *found.weights)
+
+    def linear(self, *map: Any) -> "Traced":
+        # Of a value from before, it is added later.
+        return self.then("linear", F.linear, *self.recording.weights(*map)) if self.is_last else self.mapped(map)
+
+    def mapped(self, map: Any) -> "Traced":
+        self.recording.require(self.map is None, not self.is_part)
+        found = Traced(self.recording, map)
+        found.at = self.at
+        return found
+
+    def gelu(self, approximate: str = "none") -> "Traced":
+        self.recording.require(approximate == "none")
+        return self.then("gelu", F.gelu)
+
+    def dropout(self, p: Any, training: bool, inplace: bool) -> "Traced":
+        self.recording.require(0 <= p <= 1)
+        return self.then("dropout", partial(F.dropout, p=p)) if training and p > 0 else self
+
+    def causal_conv(self, weight: Any, bias: Any, state: Any, num_past: int, adds_x: bool) -> "tuple[Traced, Any]":
+        """Return x plus its convolution, and the state."""
+        self.recording.require(weight is not None and len(weight) == num_past + 1, adds_x is True)
+        self.recording.next_layer(*state)
+        return self.then("causal_conv", state[0], *self.recording.weights(weight, bias)), state
+
+    def recurrence(
+        self, spec: Spec, linear: Any, start: Start, recompute: bool | None, norm: Any, output_gate: bool
+    ) -> "tuple[Traced, Any]":
+        """Return the recurrence of linear(norm(x)) in one direction, and the state."""
+        recording, (state, layer), steps = self.recording, start.h, self.recording.steps
+        recording.require(type(linear) in LINEAR_MAPS, norm is None or type(norm) in NORMS)
+        recording.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
+        recording.next_layer(state, layer)
+        of_norm = None
+        if norm is not None:
+            kind = NORMS[type(norm)]
+            bias = norm.bias if kind == "layer" else None
+            of_norm = recording.norm(kind, norm.normalized_shape, norm.weight, bias, norm.eps)
+        for each, dim in ((linear.bias, 0), *((getattr(norm, name, None), 1) for name in ("weight", "bias"))):
+            recording.fits &= each is None or each.shape == linear.weight.shape[dim : dim + 1]
+        own, recurrent = recording.weights(linear.weight, linear.bias), []
+        if start.recurrent is not None:
+            recurrent = recording.weights(start.recurrent, start.recurrent_bias)
+            places = [recording.used[index] for index in recurrent if index >= 0]
+            recording.shapes += [(place, name, tuple(place[name].shape)) for place, name in places]
+        of = Direction(spec._replace(output_gate=output_gate), of_norm, own, recurrent, recompute, {})
+        if spec.reverse:
+            # Reads the same x as the direction before it.
+            directions, own_state = steps[-1][1] if steps and steps[-1][0] == "scan" else ([], None)
+            recording.require(self.at == len(steps) - 1, len(directions) == 1, own_state == state)
+            directions.append(of)
+            recording.is_open = True
+            return Traced(recording, None, True), start.h
+        return self.then("scan", ([of], state)), start.h
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return OPERATIONS[function](*args, **(kwargs or {}))
+
+
+def _cat(parts: list[Any], dim: int) -> Any:
+    """Return both directions, or the only one."""
+    x = parts[0]
+    if len(parts) == 1:
+        return x
+    recording = x.recording
+    recording.require(len(parts) == 2, parts[1].is_part, x.at == parts[1].at == len(recording.steps))
+    recording.is_open = False
+    return Traced(recording)
+
+
+OPERATIONS: dict[Any, Callable[..., Any]] = {
+    F.linear: lambda x, weight, bias=None: x.linear(weight, bias),
+    F.gelu: lambda x, approximate="none": x.gelu(approximate),
+    F.dropout: lambda x, p=0.5, training=True, inplace=False: x.dropout(p, training, inplace),
+    F.rms_norm: lambda x, shape, weight=None, eps=None: x.norm("rms", shape, weight, None, eps),
+    F.layer_norm: lambda x, shape, weight=None, bias=None, eps=1e-5: x.norm("layer", shape, weight, bias, eps),
+    torch.cat: _cat,
+}
