@@ -63,6 +63,47 @@ STEPS = [
     (5, PYTHON, '    "sharp": "mingru_sharp",\n', r"^GATES\b(?:.*\n)*?(?=})"),
 ]
 
+LEVEL = "src/mingru/modules/recurrent_level.py"
+FACTOR = "if self.output_factor != 1:\n            out = self.output_factor * out\n        "
+# The same for the option of a layer.
+OPTION = [
+    (
+        1,
+        "src/mingru/modules/mingru.py",
+        "output_factor: float = 1.0,\n        ",
+        r"^class MinGRU\b(?:.*\n)*?        (?=memory: Memory)",
+    ),
+    (2, LEVEL, "output_factor = 1.0\n    ", r"^class RecurrentOptions\b(?:.*\n)*?    (?=proj_size)"),
+    (2, LEVEL, "self.output_factor = options.output_factor\n        ", r"^        (?=self\.recompute = )"),
+    (2, LEVEL, FACTOR, r"^    def forward\((?:.*\n)*?        (?=if self\.residual:)"),
+    (3, "src/mingru/modules/saved.py", '    "output_factor": Mark(1.0),\n', r"^MARKS\b(?:.*\n)*?(?=})"),
+    (
+        4,
+        "src/mingru/models/block.py",
+        "output_factor: float\n    ",
+        r"^class LayerOptions\b(?:.*\n)*?    (?=memory: Memory)",
+    ),
+]
+# Compares the layer with one without the factor: by a plan or not, in training, scripted, in a block, and loaded.
+HALVED = """
+import torch
+import mingru
+
+torch.manual_seed(0)
+half, plain = mingru.MinGRU(3, 4, output_factor=0.5), mingru.MinGRU(3, 4)
+plain.load_state_dict({key: x for key, x in half.state_dict().items() if not key.endswith("_mark")})
+x = torch.randn(2, 7, 3)
+for run in (half, torch.no_grad()(half), torch.jit.script(half)):
+    torch.testing.assert_close(run(x)[0], plain(x)[0] / 2)
+mingru.models.Block(4, output_factor=0.5)(torch.randn(2, 7, 4))
+try:
+    plain.load_state_dict(half.state_dict())
+except RuntimeError as error:
+    assert "output_factor=0.5" in str(error)
+else:
+    raise AssertionError("a layer without the factor takes weights that were trained with it")
+"""
+
 # Compares the layer with a minGRU whose gate has doubled weights, on the backend that is the argument.
 CHECK = """
 import sys
@@ -100,10 +141,10 @@ for row in calls.rows(sys.argv[1])[::4]:
 CLANG = next(filter(None, map(shutil.which, ["clang++", *(f"clang++-{version}" for version in range(14, 25))])), None)
 
 
-def added(root, *steps):
+def added(root, *steps, of=STEPS):
     """Add what these steps add."""
-    for step, file, text, where in STEPS:
-        if step in steps:
+    for step, file, text, where in of:
+        if step in steps or not steps:
             before = (root / file).read_text(encoding="utf-8")
             at = re.search(where, before, re.MULTILINE).end()
             (root / file).write_text(before[:at] + text + before[at:], encoding="utf-8")
@@ -147,10 +188,23 @@ def root(tmp_path_factory):
 
 def test_the_steps_name_these_files():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    steps = text[text.index("## Add a cell type") : text.index("## Add an option of a call")]
-    numbered = dict(re.findall(r"^(\d)\. (.*?)(?=^\d\. |\Z)", steps, re.MULTILINE | re.DOTALL))
-    for step, file, *_ in STEPS:
-        assert Path(file).name in numbered[str(step)]
+    for heading, of in (("cell type", STEPS), ("option of a layer", OPTION)):
+        _, steps = text.split(f"## Add a{'n' * (of is OPTION)} {heading}\n")
+        numbered = dict(
+            re.findall(r"^(\d)\. (.*?)(?=^\d\. |^## |\Z)", steps.split("\n## ")[0], re.MULTILINE | re.DOTALL)
+        )
+        for step, file, *_ in of:
+            assert Path(file).name in numbered[str(step)]
+
+
+def test_an_option_of_a_layer(tmp_path):
+    root = copied(tmp_path)
+    for library in Path(mingru.__file__).parent.glob("_kernels.*"):
+        shutil.copy(library, root / "src" / "mingru")
+    added(root, of=OPTION)
+    check(root, "native", HALVED)
+    lines = [line for _, _, text, _ in OPTION for line in text.strip().splitlines()]
+    assert len({file for _, file, *_ in OPTION}) <= 4 and len(lines) <= 12
 
 
 @needs_kernels
