@@ -354,9 +354,11 @@ def _trained(
 
 def _recurrence(own: Direction, x: Tensor, w: list[Any], states: Any, backend: str, time_first: bool) -> States:
     """Compute one direction with the weights w, from the state before, the initial state and resets."""
-    linear, (weight, bias) = [w[index] for index in own.map], [w[index] for index in own.recurrent] or (None, None)
+    (at, at_bias), (at_recurrent, at_other) = own.map, own.recurrent
+    linear, weight, bias = (w[at], w[at_bias]), w[at_recurrent], w[at_other]
     if own.norm is not None:
-        of_norm = [w[index] for index in own.norm.weights]
+        at, at_bias = own.norm.weights
+        of_norm = w[at], w[at_bias]
         if backend == "native":
             linear = linear_map.map_with_norm(*linear, *of_norm)
         else:

@@ -138,7 +138,8 @@ class Recording:
                 if norm is not None:
                     add_norm(norm)
                 numbers.append(spec.min_decay)
-                has_bias, *others = {index >= 0 for each in directions for index in (*each.map, *each.recurrent)[1::2]}
+                of_maps = [own for each in directions for own in (each.map, each.recurrent) if own[0] >= 0]
+                has_bias, *others = {own[1] >= 0 for own in of_maps}
                 self.require(not others)
                 gate = spec.output_gate * native.FLAGS["output_gate"]
                 scan = "scan" if len(directions) == 1 else "scan_both"
@@ -229,7 +230,7 @@ class Traced:
             of_norm = recording.norm(kind, norm.normalized_shape, norm.weight, bias, norm.eps)
         for each, dim in ((linear.bias, 0), *((getattr(norm, name, None), 1) for name in ("weight", "bias"))):
             recording.fits &= each is None or each.shape == linear.weight.shape[dim : dim + 1]
-        own, recurrent = recording.weights(linear.weight, linear.bias), []
+        own, recurrent = recording.weights(linear.weight, linear.bias), [-1, -1]
         if start.recurrent is not None:
             recurrent = recording.weights(start.recurrent, start.recurrent_bias)
             places = [recording.used[index] for index in recurrent if index >= 0]
