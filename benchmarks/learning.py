@@ -29,7 +29,7 @@ from pathlib import Path
 
 import measure
 import torch
-from learning_tasks import TASKS, TEST, VALIDATION
+from learning_tasks import NUM_EPOCHS, TASKS, TEST, VALIDATION
 from torch import nn
 
 import mingru
@@ -37,8 +37,7 @@ from mingru.models import Block
 
 RATES = 0.003, 0.01
 FEATURES, DIMS = 32, 64
-# A multiple of the epochs of a rollout of the task cartpole.
-STEPS_OF_A_ROUND = 8
+DEEP = {"norm": "rms", "residual": True}
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "choosing.md"
 
 
@@ -47,8 +46,7 @@ def of_torch(cls, num_layers):
 
 
 def ours(cls, num_layers, *, deep=True, **options):
-    options |= {"norm": "rms", "residual": True} if deep else {}
-    return lambda: cls(FEATURES, DIMS, num_layers, **options)
+    return lambda: cls(FEATURES, DIMS, num_layers, **(DEEP if deep else {}), **options)
 
 
 def blocks(count, **options):
@@ -56,9 +54,8 @@ def blocks(count, **options):
 
 
 def on_blocks(**options):
-    """Return a layer of MinGRU above one of BlockGRU."""
-    deep = {"norm": "rms", "residual": True, **options}
-    return lambda: mingru.Stack([mingru.BlockGRU(FEATURES, DIMS), mingru.MinGRU(DIMS, DIMS, **deep)])
+    above = DEEP | options
+    return lambda: mingru.Stack([mingru.BlockGRU(FEATURES, DIMS), mingru.MinGRU(DIMS, DIMS, **above)])
 
 
 GRU, GRU_OF_ONE, MIXED = "nn.GRU, 2 layers", "nn.GRU, 1 layer", 'MinGRU, gate="mixed"'
@@ -83,7 +80,7 @@ MODELS = {
 MORE = {
     "conv=4": blocks(2, conv=4, gate="mixed"),
     "memory=(2, 30)": ours(mingru.MinGRU, 2, gate="mixed", memory=(2, 30)),
-    '3 layers, candidate="tanh"': ours(mingru.MinGRU, 3, gate="mixed", candidate="tanh"),
+    "3 layers": ours(mingru.MinGRU, 3, gate="mixed"),
     'output_gate="silu"': ours(mingru.MinGRU, 2, gate="mixed", output_gate="silu"),
     "BlockGRU below": on_blocks(gate="mixed"),
 }
@@ -156,17 +153,17 @@ def result_of(task, name, num_steps, seeds):
     return {"rate": rate, "steps": num_steps, "test": [measured(task, model, TEST) for model in models]}
 
 
-def step_seconds(task, names, rounds=5):
+def step_seconds(task, names, rounds=3):
     """Return the median processor seconds of a training step of each model, in an order drawn for each round."""
     trainings = {name: Training(task, name, 100, RATES[0], 0) for name in names}
     seconds = {name: [] for name in names}
     for number in range(rounds + 1):
         for name in random.sample(list(names), len(names)):
             start = time.process_time()
-            for _ in range(STEPS_OF_A_ROUND):
+            for _ in range(NUM_EPOCHS):
                 trainings[name].step()
             # The first round warms up.
-            seconds[name] += [(time.process_time() - start) / STEPS_OF_A_ROUND] * (number > 0)
+            seconds[name] += [(time.process_time() - start) / NUM_EPOCHS] * (number > 0)
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
@@ -188,14 +185,15 @@ def mean_of(unit, values):
 
 
 def table(found, names, suffix=""):
-    """Return a table with a row for each task, and losses in bold. `suffix` selects the results with more steps."""
+    """Return a table with a row for each task, and losses in bold. `suffix` selects results with more steps."""
     rows = []
-    for name, of_task in found["learning"].items():
-        chosen = [each + suffix if each + suffix in of_task else each for each in names]
-        cells = [mean_of(TASKS[name].unit, of_task[each]["test"]) if each in of_task else "" for each in chosen]
-        behind = [each in of_task and is_behind(TASKS[name], of_task, each) for each in chosen]
-        cells = [f"**{cell}**" if is_worse else cell for cell, is_worse in zip(cells, behind, strict=True)]
-        rows.append([f"{name}, {TASKS[name].unit}", *cells])
+    for task, of_task in found["learning"].items():
+        cells = []
+        for name in [name + suffix if name + suffix in of_task else name for name in names]:
+            cell = mean_of(TASKS[task].unit, of_task[name]["test"]) if name in of_task else ""
+            cells.append(f"**{cell}**" if cell and is_behind(TASKS[task], of_task, name) else cell)
+        if cells[-1]:
+            rows.append([f"{task}, {TASKS[task].unit}", *cells])
     if not suffix:
         ratios = [sorted(each[like(name)] / each[name] for each in found["seconds"].values()) for name in names]
         faster = [f"{statistics.median(each):.1f} ({each[0]:.1f} to {each[-1]:.1f})" for each in ratios]
@@ -208,7 +206,7 @@ def tables(found):
     listed = (f"- **{name}**: {(cls.__doc__ or '').splitlines()[0]}" for name, cls in TASKS.items())
     texts = {"tasks": "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in listed)}
     texts |= {name: table(found, names) for name, names in TABLES.items()}
-    return texts | {"equal": table(found, [*TABLES["mingru"], *MORE], EQUAL)}
+    return texts | {"equal": table(found, [GRU, MIXED, *MORE], EQUAL)}
 
 
 def main():
@@ -234,7 +232,7 @@ def main():
             measure.write_json(args.json, found)
 
     for name, task in tasks.items() if args.times else ():
-        seconds[name] = step_seconds(task, [*MODELS, *MORE])
+        seconds[name] = step_seconds(task, MODELS)
         save(name, seconds[name])
     for model, (name, task) in itertools.product(() if args.times else args.models, tasks.items()):
         of_task, key, steps = results.setdefault(name, {}), model + EQUAL * args.equal, args.num_steps or task.num_steps

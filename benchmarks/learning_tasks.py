@@ -12,37 +12,42 @@ import torch
 import torch.nn.functional as F
 
 TRAINING, VALIDATION, TEST = range(3)
+# Training steps with each rollout of a policy.
+NUM_EPOCHS = 8
 SOUNDS = Path("/usr/share/asterisk/sounds")
 
 
 class Task:
     """A task with inputs `x`, numbers (B, S, I) or symbols (B, S), and targets `y` at some time steps.
 
-    Targets are classes (B, S), or -100 at the other time steps; or numbers (B, S, O), or NaN.
+    Targets are classes (B, S), or -100 at the other time steps; or numbers (B, S, O), or NaN. A task has `draw`, which
+    returns x and y of the training, the validation or the test, or `parts`, which has them.
     """
 
-    unit, num_steps, batch = "% right", 400, 32
+    unit = "% right"
 
     def draw(self, part, num, g):
-        """Return x and y of the training, the validation or the test."""
-        raise NotImplementedError
+        x, y = self.parts[part]
+        rows = torch.randint(len(x), (num,), generator=g) if part == TRAINING else slice(None)
+        return x[rows], y[rows]
 
     def loss(self, model, g):
-        x, y = self.draw(TRAINING, self.batch, g)
-        out = model(x)[0]
+        x, y = self.draw(TRAINING, 32, g)
+        return self.loss_of(model(x)[0], y)
+
+    def loss_of(self, out, y):
         if y.dtype == torch.long:
             return F.cross_entropy(out.flatten(0, 1), y.flatten())
         return F.mse_loss(out[known := ~y.isnan()], y[known])
 
     def metric(self, model, part):
         x, y = self.draw(part, 1024, torch.Generator().manual_seed(part))
-        out = model(x)[0]
-        return self.compare(*((out.argmax(-1), y) if y.dtype == torch.long else (out, y)))
+        return self.compare(model(x)[0], y)
 
     def compare(self, out, y):
-        if self.unit == "error":
-            return F.mse_loss(out[known := ~y.isnan()], y[known]).sqrt().item()
-        return 100 * (out == y)[y != -100].float().mean().item()
+        if self.unit != "% right":
+            return self.loss_of(out, y).item() ** (0.5 if self.unit == "error" else 1.0)
+        return 100 * (out.argmax(-1) == y)[y != -100].float().mean().item()
 
 
 def only_last(y, length):
@@ -218,11 +223,6 @@ class Vowels(Task):
         is_training = torch.arange(len(x)) % 4 != 0
         self.parts[0:1] = [(x[is_training], y[is_training]), (x[~is_training], y[~is_training])]
 
-    def draw(self, part, num, g):
-        x, y = self.parts[part]
-        rows = torch.randint(len(x), (num,), generator=g) if part == TRAINING else slice(None)
-        return x[rows], y[rows]
-
 
 class Images(Task):
     """Classify images whose pixels come one after the other, of tensors (N, S) and classes (N)."""
@@ -232,12 +232,7 @@ class Images(Task):
     def split(self, x, y, sizes):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         x = ((x - x.mean()) / x.std()).float().unsqueeze(-1)
-        self.parts = [(x[rows], y[rows]) for rows in order.split(sizes)]
-
-    def draw(self, part, num, g):
-        x, y = self.parts[part]
-        rows = torch.randint(len(x), (num,), generator=g) if part == TRAINING else slice(None)
-        return x[rows], only_last(y[rows], x.shape[1])
+        self.parts = [(x[rows], only_last(y[rows], x.shape[1])) for rows in order.split(sizes)]
 
 
 class Digits(Images):
@@ -314,16 +309,11 @@ class Text(Task):
             ids = self.parts[part].view(-1, 65)
         return ids[:, :-1], ids[:, 1:]
 
-    def metric(self, model, part):
-        x, y = self.draw(part, 0, None)
-        return F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
-
 
 class CartPole(Task):
     """Policy: hold up a pole for 80 time steps, without seeing velocities, by PPO; % of these steps; gymnasium."""
 
     unit, num_inputs, num_outputs, num_steps = "% of steps", 2, 3, 200
-    num_epochs = 8
 
     @torch.no_grad()
     def play(self, model, num, seed, is_greedy=False):
@@ -344,7 +334,7 @@ class CartPole(Task):
 
     def loss(self, model, g):
         model.count = getattr(model, "count", -1) + 1
-        if model.count % self.num_epochs == 0:
+        if model.count % NUM_EPOCHS == 0:
             x, actions, before, values, alive = self.play(model, 32, int(torch.randint(2**31, (), generator=g)))
             gains, gain = torch.zeros_like(values), torch.zeros(len(x))
             for t in reversed(range(80)):
@@ -364,9 +354,8 @@ class CartPole(Task):
         return 100 * self.play(model, 256, part, is_greedy=True)[-1].float().mean().item()
 
 
-TASKS = {cls.__name__.lower(): cls for cls in (Copying, Adding, Modulo, S3, Brackets, Recall, Negation)}
-TASKS |= {cls.__name__.lower(): cls for cls in (Oscillators, Waves, Weather, Vowels, Digits, MNIST1D, Sounds, Text)}
-TASKS |= {"cartpole": CartPole}
+CLASSES = Copying, Adding, Modulo, S3, Brackets, Recall, Negation, Oscillators, Waves, Weather, Vowels, Digits, MNIST1D
+TASKS = {cls.__name__.lower(): cls for cls in (*CLASSES, Sounds, Text, CartPole)}
 
 
 def installed(package):

@@ -1,9 +1,7 @@
 """One layer of a BlockGRU."""
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..check.forms import check_parameter
@@ -48,13 +46,13 @@ class BlockGRULevel(RecurrentLevel):
 
     def initialize_maps(self) -> None:
         """Initialize the maps of x as `torch.nn.GRU` does, whose two biases of r and z are here their sum."""
-        bound = 1 / math.sqrt(self.hidden_dims)
+        bound = self.hidden_dims**-0.5
         for linear in self.maps():
             for parameter in linear.parameters():
                 nn.init.uniform_(parameter, -bound, bound)
             if linear.bias is not None:
                 both = linear.bias.detach()[: 2 * self.hidden_dims]
-                both += torch.empty_like(both).uniform_(-bound, bound)
+                both += both.new_empty(len(both)).uniform_(-bound, bound)
         super().initialize_maps()
 
     def maps_of_directions(self) -> list[list[Any]]:
