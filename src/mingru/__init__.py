@@ -46,12 +46,10 @@ __all__ = [
     "use_backend",
 ]
 
-_PRIVATE = ("check", "context", "ops", "sequences", "serialization", "typing")
-
 
 def __dir__() -> list[str]:
-    """Return the names that a person should see, among them modules that are imported by their names only."""
-    return [name for name in globals() if name not in _PRIVATE]
+    """Return the names that a person should see, among them modules that have been imported by their names."""
+    return [name for name in (*__all__, "modules", *_names.BY_THEIR_NAMES_ONLY) if name in globals()]
 
 
 for _module in (convert, drop_in, export, functional, models):

@@ -54,9 +54,8 @@ def rounds_ms(calls: Calls, seconds: float, least: int = 3, device: str = "cpu")
     clock = time.process_time if on_cpu and torch.get_num_threads() == 1 else time.perf_counter
     times_ms: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    rounds = 0
     order, generator = list(calls.items()), random.Random(0)
-    while time.perf_counter() < end or rounds < least:
+    while time.perf_counter() < end or min(map(len, times_ms.values())) < least:
         generator.shuffle(order)
         for name, call in order:
             call()
@@ -65,7 +64,6 @@ def rounds_ms(calls: Calls, seconds: float, least: int = 3, device: str = "cpu")
             call()
             wait()
             times_ms[name].append((clock() - start) * 1e3)
-        rounds += 1
     return times_ms
 
 
@@ -115,13 +113,12 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def models(input_dims: int, hidden_dims: int, device: str) -> dict[str, nn.Module]:
     """Return what is compared. The first model is the one that the README begins with."""
-    found = {
-        "BlockGRU": BlockGRU(input_dims, hidden_dims, 2),
-        "MinGRU": MinGRU(input_dims, hidden_dims, 2, **OPTIONS),
-        "nn.GRU": nn.GRU(input_dims, hidden_dims, 2, batch_first=True),
-        "nn.LSTM": nn.LSTM(input_dims, hidden_dims, 2, batch_first=True),
+    return {
+        "BlockGRU": BlockGRU(input_dims, hidden_dims, 2, device=device),
+        "MinGRU": MinGRU(input_dims, hidden_dims, 2, **OPTIONS, device=device),
+        "nn.GRU": nn.GRU(input_dims, hidden_dims, 2, batch_first=True, device=device),
+        "nn.LSTM": nn.LSTM(input_dims, hidden_dims, 2, batch_first=True, device=device),
     }
-    return {name: module.to(device) for name, module in found.items()}
 
 
 def compared(shape: Sequence[int], device: str, seconds: float) -> dict[str, list[str]]:
