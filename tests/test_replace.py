@@ -208,6 +208,7 @@ MODES = {
     "bfloat16": after(nn.Module.bfloat16, lambda model, x: model(x.bfloat16())),
     "autocast": torch.autocast("cpu", torch.bfloat16)(lambda model, x: model(x)),
     "one step": lambda model, x: model(x[:, :1]),
+    "huge numbers": lambda model, x: model(x * 1e7),
     "one sequence": lambda model, x: model(x[0]),
     "dropout of everything": after(lambda model: setattr(model.rnn, "dropout", 1.0)),
     "16 threads": lambda model, x: with_threads((16,), lambda: model(x))[0],

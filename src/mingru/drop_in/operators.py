@@ -127,7 +127,7 @@ def _lstm(x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], has_bias: bool,
     h_0, c_0 = (each.clone(memory_format=torch.contiguous_format).split(1) for each in hx)
 
     def run(x: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
-        of_input, of_state, *biases = flat[at * per : (at + 1) * per]
+        x, (of_input, of_state, *biases) = F.pad(x, (0, 0, 0, 1)), flat[at * per : (at + 1) * per]
         weights = [torch.cat([of_input, closed], 1), of_state, *(each.clone() for each in biases)]
         h, c, outs, stopped = h_0[at], c_0[at], [], []
         for first, end, count in chunks:
@@ -172,7 +172,11 @@ def _rows(batch_sizes: Tensor, chunks: list[tuple[int, int, int]]) -> Any:
     goes_on = sequence < batch_sizes.unsqueeze(1)
     length = goes_on.sum(0)
     first, backward = batch_sizes.cumsum(0) - batch_sizes, (length - 1 - step).clamp_(0)
-    takes = first[step.minimum(length - 1)] + sequence, first[backward] + sequence
+    # After its end, a sequence has the row of zeros that follows the data: a product of its last step may be infinite.
+    takes = [
+        torch.where(goes_on, rows, goes_on.sum())
+        for rows in (first.unsqueeze(1) + sequence, first[backward] + sequence)
+    ]
     place, begin = torch.zeros_like(backward), 0
     for start, end, count in chunks:
         place[start:end, :count] = torch.arange(begin, begin + (end - start) * count).view(-1, count)
