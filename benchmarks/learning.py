@@ -36,17 +36,13 @@ import mingru
 from mingru.models import Block
 
 RATES = 0.003, 0.01
-FEATURES, DIMS = 32, 64
+FEATURES, DIMS, EQUAL = 32, 64, ", equal time"
 DEEP = {"norm": "rms", "residual": True}
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "choosing.md"
 
 
-def of_torch(cls, num_layers):
-    return lambda: cls(FEATURES, DIMS, num_layers, batch_first=True)
-
-
-def ours(cls, num_layers, *, deep=True, **options):
-    return lambda: cls(FEATURES, DIMS, num_layers, **(DEEP if deep else {}), **options)
+def of(cls, num_layers, *, deep=True, **options):
+    return lambda: cls(FEATURES, DIMS, num_layers, batch_first=True, **(DEEP if deep else {}), **options)
 
 
 def blocks(count, **options):
@@ -61,27 +57,27 @@ def on_blocks(**options):
 GRU, GRU_OF_ONE, MIXED = "nn.GRU, 2 layers", "nn.GRU, 1 layer", 'MinGRU, gate="mixed"'
 # By name. MinGRU and MinLSTM have two layers, norm and residual, where the name does not say otherwise.
 MODELS = {
-    GRU: of_torch(nn.GRU, 2),
-    "BlockGRU, 2 layers": ours(mingru.BlockGRU, 2, deep=False),
-    "BlockGRU, 2 layers, norm, residual": ours(mingru.BlockGRU, 2),
-    MIXED: ours(mingru.MinGRU, 2, gate="mixed"),
-    "MinGRU": ours(mingru.MinGRU, 2),
-    "nn.LSTM, 2 layers": of_torch(nn.LSTM, 2),
+    GRU: of(nn.GRU, 2, deep=False),
+    "BlockGRU, 2 layers": of(mingru.BlockGRU, 2, deep=False),
+    "BlockGRU, 2 layers, norm, residual": of(mingru.BlockGRU, 2),
+    MIXED: of(mingru.MinGRU, 2, gate="mixed"),
+    "MinGRU": of(mingru.MinGRU, 2),
+    "nn.LSTM, 2 layers": of(nn.LSTM, 2, deep=False),
     'Blocks, conv=4, mlp=1, gate="mixed"': blocks(2, conv=4, mlp=1, gate="mixed"),
-    "BlockGRU, 2 layers, blocks of 32": ours(mingru.BlockGRU, 2, deep=False, block_size=32),
-    GRU_OF_ONE: of_torch(nn.GRU, 1),
-    "BlockGRU, 1 layer": ours(mingru.BlockGRU, 1, deep=False),
-    'MinGRU, candidate="tanh"': ours(mingru.MinGRU, 2, candidate="tanh"),
-    "MinLSTM": ours(mingru.MinLSTM, 2),
-    "BlockGRU, 3 layers, norm, residual": ours(mingru.BlockGRU, 3),
-    "nn.LSTM, 1 layer": of_torch(nn.LSTM, 1),
+    "BlockGRU, 2 layers, blocks of 32": of(mingru.BlockGRU, 2, deep=False, block_size=32),
+    GRU_OF_ONE: of(nn.GRU, 1, deep=False),
+    "BlockGRU, 1 layer": of(mingru.BlockGRU, 1, deep=False),
+    'MinGRU, candidate="tanh"': of(mingru.MinGRU, 2, candidate="tanh"),
+    "MinLSTM": of(mingru.MinLSTM, 2),
+    "BlockGRU, 3 layers, norm, residual": of(mingru.BlockGRU, 3),
+    "nn.LSTM, 1 layer": of(nn.LSTM, 1, deep=False),
 }
 # What a MinGRU with gate="mixed" may learn more with.
 MORE = {
     "conv=4": blocks(2, conv=4, gate="mixed"),
-    "memory=(2, 30)": ours(mingru.MinGRU, 2, gate="mixed", memory=(2, 30)),
-    "3 layers": ours(mingru.MinGRU, 3, gate="mixed"),
-    'output_gate="silu"': ours(mingru.MinGRU, 2, gate="mixed", output_gate="silu"),
+    "memory=(2, 30)": of(mingru.MinGRU, 2, gate="mixed", memory=(2, 30)),
+    "3 layers": of(mingru.MinGRU, 3, gate="mixed"),
+    'output_gate="silu"': of(mingru.MinGRU, 2, gate="mixed", output_gate="silu"),
     "BlockGRU below": on_blocks(gate="mixed"),
 }
 # The columns of the tables of the page.
@@ -90,7 +86,6 @@ TABLES = {
     "layers": [name for name in MODELS if "1 layer" in name or "3 layers" in name],
     "mingru": [name for name in MODELS if "layer" not in name],
 }
-EQUAL = ", equal time"
 
 
 class Model(nn.Module):
@@ -147,8 +142,7 @@ def result_of(task, name, num_steps, seeds):
     found = {rate: train(task, name, num_steps, rate, first) for rate in RATES}
     sign = 1 if task.unit.startswith("%") else -1
     scores = {rate: sign * measured(task, model, VALIDATION) for rate, model in found.items()}
-    best = max(scores.values())
-    rate = max(rate for rate, score in scores.items() if score >= best - abs(best) / 100)
+    rate = max(rate for rate, score in scores.items() if score >= (best := max(scores.values())) - abs(best) / 100)
     models = [found[rate], *(train(task, name, num_steps, rate, seed) for seed in others)]
     return {"rate": rate, "steps": num_steps, "test": [measured(task, model, TEST) for model in models]}
 

@@ -52,8 +52,7 @@ class Task:
 
 def only_last(y, length):
     """Return targets of the last time step."""
-    shape = (len(y), length, *y.shape[1:])
-    places = torch.full(shape, -100 if y.dtype == torch.long else math.nan, dtype=y.dtype)
+    places = y.new_full((len(y), length, *y.shape[1:]), -100 if y.dtype == torch.long else math.nan)
     places[:, -1] = y
     return places
 
@@ -170,9 +169,7 @@ class Waves(Task):
         x = (2 * math.pi * (torch.arange(72) / (10 + 10 * periods) + phases)).sin()
         x, clean = x + 0.2 * torch.randn(x.shape, generator=g), x
         y = (x if part == TRAINING else clean)[:, 1:].unfold(1, 12, 1)
-        if part != TRAINING:
-            y = only_last(y[:, -1], 60)
-        return x[:, :60].unsqueeze(-1), y
+        return x[:, :60].unsqueeze(-1), y if part == TRAINING else only_last(y[:, -1], 60)
 
 
 class Weather(Task):
@@ -267,8 +264,7 @@ class Sounds(Task):
     num_inputs, num_outputs, num_steps = 16, 5, 300
 
     def __init__(self):
-        folders = sorted(path for path in SOUNDS.glob("*_*_*") if path.is_dir())
-        if len(folders) != 5:
+        if len(folders := sorted(path for path in SOUNDS.glob("*_*_*") if path.is_dir())) != 5:
             sys.exit(f"the task sounds needs five folders in {SOUNDS}: see the first lines of this program")
         self.parts = [[], [], []]
         for speaker, folder in enumerate(folders):
