@@ -38,7 +38,7 @@ from mingru.models import Block
 RATES = 0.003, 0.01
 FEATURES, DIMS, EQUAL = 32, 64, ", equal time"
 DEEP = {"norm": "rms", "residual": True}
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "choosing.md"
+PAGES = [Path(__file__).resolve().parents[1] / "docs" / name for name in ("choosing.md", "more/learning.md")]
 
 
 def of(cls, num_layers, *, deep=True, **options):
@@ -196,7 +196,7 @@ def table(found, names, suffix=""):
 
 
 def tables(found):
-    """Return the texts of docs/choosing.md."""
+    """Return the texts of the pages."""
     listed = (f"- **{name}**: {(cls.__doc__ or '').splitlines()[0]}" for name, cls in TASKS.items())
     texts = {"tasks": "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in listed)}
     texts |= {name: table(found, names) for name, names in TABLES.items()}
@@ -213,7 +213,7 @@ def main():
     add("--equal", action="store_true", help="train with as many steps as fit into the time of nn.GRU")
     add("--times", action="store_true", help="measure only the times of training steps, of all models together")
     add("--json", type=Path, help="file of the results; what it has is not computed again")
-    add("--page", action="store_true", help="write the tables of docs/choosing.md from docs/learning.json")
+    add("--page", action="store_true", help="write the tables of the pages from docs/learning.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = json.loads(args.json.read_text())["results"] if args.json and args.json.exists() else {}
@@ -237,9 +237,8 @@ def main():
             steps = round(steps * of_steps[GRU] / of_steps[model])
         of_task[key] = result_of(task, model, steps, args.seeds)
         save(name, key, of_task[key])
-    if args.page:
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(measure.filled(page, "learning", tables(found)), encoding="utf-8")
+    for path in PAGES if args.page else []:
+        path.write_text(measure.filled(path.read_text(encoding="utf-8"), "learning", tables(found)), encoding="utf-8")
 
 
 if __name__ == "__main__":

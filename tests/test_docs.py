@@ -150,8 +150,9 @@ def test_the_tables_of_learning_are_what_the_command_wrote(monkeypatch):
     monkeypatch.syspath_prepend(DOCS.parent / "benchmarks")
     learning = load("benchmarks/learning.py")
     found = json.loads((DOCS / "learning.json").read_text(encoding="utf-8"))["results"]
-    page = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    page = "".join(path.read_text(encoding="utf-8") for path in learning.PAGES)
     assert learning.measure.filled(page, "learning", learning.tables(found)) == page, "run it with --page"
+    assert page.count("<!-- learning: end -->") == len(learning.tables(found))
     # The model to begin with is the one of the rule.
     of_start = [row.split(" | ")[2] for row in learning.table(found, learning.TABLES["start"]).splitlines()[2:]]
     assert len(of_start) == len(learning.TASKS) + 1 and "**" not in "".join(of_start)
