@@ -82,7 +82,8 @@ def instead_of_a_tensor(argument: str, found: Any) -> tuple[str, str]:
 
 def converted(argument: str, x: Tensor, method: str) -> str:
     """Return the fix for a tensor of another dtype or on another device: the method that converts it, if one can."""
-    if method.startswith(("to('", "cpu")) and x.is_meta:
+    # TorchScript has no tuple of prefixes.
+    if x.is_meta and (method.startswith("to('") or method.startswith("cpu")):  # noqa: PIE810
         return f"create {argument} there, because a tensor on meta has no values"
     return f"use {argument}.{'dequantize().' if x.is_quantized else ''}{method}"
 

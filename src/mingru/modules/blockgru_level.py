@@ -33,10 +33,7 @@ class BlockGRUOptions(RecurrentOptions):
 class BlockGRULevel(RecurrentLevel):
     """A layer whose recurrence has recurrent weights."""
 
-    def __init__(
-        self, cell: str, input_dims: int, min_decay: float, options: BlockGRUOptions, linear: type[nn.Module]
-    ) -> None:
-        super().__init__(cell, input_dims, min_decay, options, linear)
+    def _add_recurrent(self, options: BlockGRUOptions) -> None:
         self.name = options.name
         arguments = options.hidden_dims, min(options.block_size, options.hidden_dims), options.bias
         # Of the recurrent weight and bias.

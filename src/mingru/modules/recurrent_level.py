@@ -102,6 +102,7 @@ class RecurrentLevel(Level):
         self.align = None
         if self.residual and input_dims != output_dims:
             self.align = linear(input_dims, output_dims, False, **factory)
+        self._add_recurrent(options)
         self.initialize_maps()
         add_marks(self, options.device)
 
@@ -123,6 +124,9 @@ class RecurrentLevel(Level):
         if self.residual:
             out = out + (x if self.align is None else self.align(x))
         return out, states
+
+    def _add_recurrent(self, options: Any) -> None:
+        """Add the recurrent weights of each direction, if the cell has any."""
 
     def initialize_maps(self) -> None:
         super().initialize_maps()
