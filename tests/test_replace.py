@@ -348,6 +348,24 @@ def test_torch_computes_few_steps(dtype, has_avx512, features, with_gradients, m
             assert len(calls) == (steps == least)
 
 
+@pytest.mark.parametrize(
+    ("with_gradients", "sizes", "is_faster"),  # sizes: inputs, features, sequences, steps, rows
+    [
+        (True, (4, 200, 2, 11, 12), True),
+        (True, (4, 201, 2, 11, 12), False),
+        (True, (402, 4, 2, 11, 12), False),
+        (True, (4, 4, 2, 11, 22), False),
+        (False, (4, 800, 2, 100, 150), True),
+        (False, (4, 800, 2, 99, 150), False),
+        (False, (1602, 4, 2, 100, 150), False),
+        (False, (4, 4, 4, 100, 159), False),
+    ],
+)
+def test_torch_computes_packed_lstms_where_padding_costs_more(with_gradients, sizes, is_faster):
+    with torch.set_grad_enabled(with_gradients):
+        assert drop_in.operators.is_padded_faster(*sizes) == is_faster
+
+
 def test_accelerate_reports_each_layer():
     model = Model()
     model.scripted = torch.jit.script(nn.GRU(IN, H))

@@ -116,7 +116,7 @@ def _lstm(x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], has_bias: bool,
     directions, is_onednn = 2 if bidirectional else 1, torch.backends.mkldnn.enabled and x.dtype == torch.float32
     if batch_sizes is None or not is_onednn or h.shape != c.shape:  # with a projection
         return None
-    if not is_padded_faster(h.size(-1), h.size(1), len(batch_sizes), len(x)):
+    if not is_padded_faster(x.size(-1), h.size(-1), h.size(1), len(batch_sizes), len(x)):
         return None
     if not _is_usual(x, hx, flat, num_layers, directions):
         return None
@@ -143,17 +143,18 @@ def _lstm(x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], has_bias: bool,
     return _layers(run, x, num_layers, directions, dropout * training)
 
 
-def is_padded_faster(features: int, batch: int, steps: int, rows: int) -> bool:
+def is_padded_faster(inputs: int, features: int, batch: int, steps: int, rows: int) -> bool:
     """Return whether padded chunks of packed sequences take less time than torch's steps, of `rows` in all.
 
     Torch computes sequences of one length as padded ones itself. Otherwise, a step costs it the calls of operators, and
-    with gradients a part of all steps; padding costs products of the states.
+    with gradients a part of all steps; padding costs products of the states and inputs.
     """
     if rows == batch * steps:
         return False
+    products = batch * max(features, inputs // 2)
     if torch.is_grad_enabled():
-        return 400 * (steps - 10) >= batch * features
-    return steps >= 64 and batch * features <= 1600 and rows >= 0.4 * batch * steps
+        return 400 * (steps - 10) >= products
+    return steps >= 100 and products <= 1600 and rows >= 0.4 * batch * steps
 
 
 def _chunks(sizes: list[int]) -> list[tuple[int, int, int]]:
