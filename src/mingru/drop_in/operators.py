@@ -149,12 +149,11 @@ def is_padded_faster(inputs: int, features: int, batch: int, steps: int, rows: i
     Torch computes sequences of one length as padded ones itself. Otherwise, a step costs it the calls of operators, and
     with gradients a part of all steps; padding costs products of the states and inputs.
     """
-    if rows == batch * steps:
+    if rows == batch * steps or inputs > 512:
         return False
-    products = batch * max(features, inputs // 2)
     if torch.is_grad_enabled():
-        return 400 * (steps - 10) >= products
-    return steps >= 100 and products <= 1600 and rows >= 0.4 * batch * steps
+        return 400 * (steps - 10) >= batch * features
+    return steps >= 100 and batch * features <= 1600 and rows >= 0.4 * batch * steps
 
 
 def _chunks(sizes: list[int]) -> list[tuple[int, int, int]]:
