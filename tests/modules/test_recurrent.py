@@ -43,7 +43,8 @@ class Casts(TorchDispatchMode):
 def test_autocast_casts_weights_once_for_all_steps():
     rnn, x = mingru.MinGRU(32, 64), torch.randn(2, 5, 32)
     weights, h, grads = {p.shape for p in rnn.parameters()}, None, []
-    with torch.autocast("cpu", torch.bfloat16):
+    # A test before may have left the cache of casts disabled.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
         with Casts() as casts:
             with torch.no_grad():
                 rnn(x[:, :1])

@@ -177,7 +177,7 @@ class BlockGRU(RecurrentLevels, planned=True):
         remedy = "pass one that is not quantized, replaced or wrapped"
         check_type(name, "gru", gru, of_torch, "a torch.nn.GRU", remedy)
         got, remedy = f"{type(gru).__name__} with hooks or a forward of its own", "copy its weights to a torch.nn.GRU"
-        is_gru = type(gru).forward.__code__ is of_torch.forward.__code__ and not is_hooked(gru)
+        is_gru = getattr(type(gru).forward, "__code__", None) is of_torch.forward.__code__ and not is_hooked(gru)
         require(name, "gru", is_gru, "a torch.nn.GRU without hooks", got, remedy, TypeError)
         (weight, *_), hidden = gru.all_weights[0], gru.hidden_size
         sizes = gru.input_size, hidden, gru.num_layers, gru.bias, gru.batch_first, gru.dropout, gru.bidirectional
