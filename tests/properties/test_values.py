@@ -342,8 +342,9 @@ def check_dtype(case, dtype):
     assert {each.dtype for each in got.values()} == {dtype}
     assert all(each.isfinite().all() for each in got.values())
     eps = torch.finfo(dtype).eps
-    # A group norm of a few pixels enlarges rounding errors.
-    most = 128 if any(isinstance(each, torch.nn.GroupNorm) for each in module.modules()) else 16
+    # A norm of a few pixels or features enlarges rounding errors: those of torch's operations are up to 10 eps here.
+    norms = {type(each).__name__ for each in module.modules()}
+    most = 128 if "GroupNorm" in norms else 32 if "LayerNorm" in norms else 16
     for one, other in zip(list(got.values()), [expected[0], *expected[1]], strict=False):
         assert (one.double() - other).abs().max() <= most * eps * other.abs().max()
     if "lengths" not in case.takes:
