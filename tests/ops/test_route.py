@@ -144,18 +144,6 @@ def test_a_norm_that_no_kernel_includes_does_not_choose_again(monkeypatch):
     assert names == ["torch"]
 
 
-@pytest.mark.parametrize("manager", [mingru.use_backend, mingru.drop_in.patch])
-def test_a_call_without_a_block_warns(manager, ran):
-    arguments = ("log",) if manager is mingru.use_backend else ()
-    with pytest.warns(
-        RuntimeWarning, match=rf"^{manager.__name__}: no effect without a block; put .* into `with"
-    ) as seen:
-        manager(*arguments)
-    assert [each.filename for each in seen] == [__file__]
-    with pytest.raises(TypeError):
-        manager(*range(9))
-
-
 def test_a_block_is_its_threads_own():
     outside = chosen()
     with ThreadPoolExecutor(1) as pool, mingru.use_backend("sequential"):

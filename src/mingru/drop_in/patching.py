@@ -11,6 +11,7 @@ import types
 import warnings
 from abc import ABCMeta
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..check.values import check_flag
-from ..context import context_manager
 from ..ops.names_of_torch import ASKED_BY_COMPILED
 from .interface import converted
 from .twins import SUBCLASS, TWINS, Wanted, described, wanted_twins
@@ -123,7 +123,7 @@ _STAND_INS: dict[type[nn.Module], StandIn] = {
 }
 
 
-@context_manager
+@contextmanager
 def patch(
     gru: bool = True,
     lstm: bool = True,
@@ -163,7 +163,7 @@ def patch(
     Warns:
         UserWarning: The block built no layer, or the program has a class that inherits from one of torch's classes.
 
-    Without `with`, a call has no effect, and warns.
+    Without `with`, a call has no effect.
 
     However the block is left, torch's names are restored, also in modules that were loaded in the block. Blocks may be
     nested; the innermost one that replaces a class decides. A block applies to the thread that entered it; other

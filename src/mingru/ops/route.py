@@ -7,12 +7,12 @@ To add a backend, write a module in `backends/` that defines a `Backend`, and ad
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..context import context_manager
 from .backend import SCANS, Backend, Kernel, warn_once
 from .backends import in_log_space, native, sequential, torch_in_graphs, torch_in_place, triton
 from .call import Call, Spec
@@ -70,7 +70,7 @@ def backends() -> dict[BackendName, bool | str]:
     return {name: backend.unavailable() or True for name, backend in BACKENDS.items()}
 
 
-@context_manager
+@contextmanager
 def use_backend(name: BackendName) -> Iterator[None]:
     """Use this backend for `"auto"` in the current thread until the `with` block ends.
 
@@ -78,7 +78,7 @@ def use_backend(name: BackendName) -> Iterator[None]:
     Threads that Python did not start, as those in which PyTorch runs the backward pass of a GPU, use the block that was
     entered last. Call `backward` inside the block if it calls layers again, as `torch.utils.checkpoint` does.
 
-    Without `with`, a call has no effect, and warns.
+    Without `with`, a call has no effect.
 
     Args:
         name: `"auto"`, or the name of a backend, for which see `mingru.backends`.
