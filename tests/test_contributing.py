@@ -76,7 +76,7 @@ OPTION = [
     (2, LEVEL, "output_factor = 1.0\n    ", r"^class RecurrentOptions\b(?:.*\n)*?    (?=proj_size)"),
     (2, LEVEL, "self.output_factor = options.output_factor\n        ", r"^        (?=self\.recompute = )"),
     (2, LEVEL, FACTOR, r"^    def forward\((?:.*\n)*?        (?=if self\.residual:)"),
-    (3, "src/mingru/modules/saved.py", '    "output_factor": Mark(1.0),\n', r"^MARKS\b(?:.*\n)*?(?=})"),
+    (3, "src/mingru/modules/saved.py", '    "output_factor": 1.0,\n', r"^MARKS\b(?:.*\n)*?(?=})"),
     (
         4,
         "src/mingru/models/block.py",

@@ -17,7 +17,7 @@ from .group_norm import GroupNorm
 from .initial_state import default_start, learned_state, reset_initial_state
 from .levels import Level
 from .options import Options
-from .saved import OF_LEVELS, add_marks
+from .saved import OF_LEVELS, add_marks, start_said_by
 
 # A list has one entry for each layer, a tuple one number for each spatial dimension.
 Sizes = int | tuple[int, ...] | list[Any]
@@ -139,6 +139,9 @@ class ConvLevel(Level):
         if self.residual:
             out = out + (x if self.align is None else unflattened(self.align(steps), x))
         return out, states
+
+    def _said(self) -> dict[str, Any]:
+        return {**super()._said(), "zero_state": start_said_by(self)}
 
     def maps(self) -> list[Any]:
         """Return the convolution of each direction."""

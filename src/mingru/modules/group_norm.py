@@ -23,6 +23,9 @@ class GroupNorm(Saved, nn.GroupNorm):
         super().__init__(num_groups, num_channels, **factory)
         self.register_buffer("groups", None)
 
+    def _said(self) -> dict[str, Any]:
+        return {"groups": self.num_groups}
+
     def regroup(self, num_groups: int) -> None:
         """Change the number of groups."""
         check_int("GroupNorm", "num_groups", num_groups)

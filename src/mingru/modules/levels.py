@@ -15,7 +15,7 @@ from ..ops.linear_map import gated
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States
 from .layer import Layer, reset_all, weight_of
 from .options import Options, defaults_of, not_default, one_or_all
-from .saved import OF_LEVELS, Saved, note_values, take_marks
+from .saved import GATE_OF, OF_LEVELS, Saved, note_values, take_marks
 
 Self = TypeVar("Self", bound="Levels")
 # Models of transformers initialize each module and each parameter without this attribute, and then set it.
@@ -53,6 +53,16 @@ class Level(Saved):
                 steps = first * torch.logspace(half, 1 - half, count, last / first, dtype=torch.float64, device="cpu")
                 for row, biases in zip(numbers, gate_biases(cell, steps), strict=False):
                     row.add_(biases.to(row))
+
+    def _said(self) -> dict[str, Any]:
+        is_default = self.candidate == default_candidate(self.cell)
+        return {
+            "gate": GATE_OF.get(self.cell, "sigmoid"),
+            "candidate": None if is_default else self.candidate,
+            "normalize": self.cell != "minlstm_unnormalized",
+            "residual": "highway" if getattr(self, "highway", False) else self.residual,
+            "output_gate": "silu" if self.has_output_gate else None,
+        }
 
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""

@@ -28,7 +28,7 @@ from .layer import Steps
 from .levels import Levels
 from .options import Options, one_or_all
 from .recurrent_level import RecurrentLevel, RecurrentOptions
-from .saved import add_marks, note_values, refuse_weights_of_torch, renew_guards, take_marks
+from .saved import add_marks, note_values, refuse_weights_of_torch, renew_guards, start_said_by, take_marks
 
 
 class RecurrentLevels(Levels, role="sequence"):
@@ -151,6 +151,9 @@ class RecurrentLevels(Levels, role="sequence"):
     def _default_start(self, options: Options) -> float:
         """Return the initial state if it is not learned."""
         return default_start(options)
+
+    def _said(self) -> dict[str, Any]:
+        return {"zero_state": start_said_by(self)}
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""

@@ -6,71 +6,41 @@ that saves a model saves it. An option with its first value has none.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..check.values import dims, expectation
+from ..check.values import expectation
 from ..ops.activation import ACTIVATIONS
-from ..ops.cells import BLOCKS, CELLS, GATES, default_candidate
+from ..ops.cells import BLOCKS, CELLS, GATES
 
 GATE_OF = {cell: gate for gate, cell in GATES.items()}
-
-
-class Mark(NamedTuple):
-    """How a state_dict says an option that changes what weights of equal shapes mean."""
-
-    values: Sequence[Any] | float
-    """Values in the order of their numbers. Files contain the numbers, so new values come last. The first has no mark.
-    Or the default of an option that is a number: the number of x is `(x - default) * 2**53`."""
-    of: Callable[[Any], Any] | None = None
-    """Value of a module; None for the attribute with the name of the option, or the default if there is none."""
-    is_said: Callable[[Any], bool] = lambda module: True
-    """Whether the weights of a module say the option."""
-
-    def number(self, option: str, module: Any) -> int:
-        if isinstance(self.values, float):
-            return round((getattr(module, option, self.values) - self.values) * 2**53)
-        return self.values.index(getattr(module, option, self.values[0]) if self.of is None else self.of(module))
-
-    def value(self, number: int) -> str:
-        """Return the value as a constructor takes it, or an unknown number."""
-        if isinstance(self.values, float):
-            return f"{self.values + number / 2**53:.15g}"
-        return repr(self.values[number]) if 0 <= number < len(self.values) else f"{number}"
-
-
-def says_zero_state(module: Any) -> bool:
-    """Return whether weights say the initial state: not if they are like the paper's, which `drop_in` begins with 0."""
-    levels = getattr(module, "layers", [module])
-    is_usual = all(CELLS[each.cell].has_logarithms and each.candidate == "positive" for each in levels)
-    return not is_usual and module.initial_state is None
-
-
-# The options of layers; a new option whose value is an attribute of `RecurrentLevel` is one line.
-MARKS = {
-    "gate": Mark((*GATES,), lambda level: GATE_OF.get(level.cell, "sigmoid")),
-    # None is the default of the gate.
-    "candidate": Mark(
-        (None, *ACTIVATIONS), lambda x: None if x.candidate == default_candidate(x.cell) else x.candidate
-    ),
-    "normalize": Mark((True, False), lambda level: level.cell != "minlstm_unnormalized"),
-    "min_decay": Mark(0.0),
-    "residual": Mark((False, True, "highway"), lambda x: "highway" if getattr(x, "highway", False) else x.residual),
-    "output_gate": Mark((None, "silu"), lambda level: "silu" if level.has_output_gate else None),
+# The options of layers: their values in the order of their numbers. Files contain the numbers, so new values come last.
+# The first has no mark. Or the default of a number: the mark of x is `(x - default) * 2**53`.
+MARKS: dict[str, Any] = {
+    "gate": (*GATES,),
+    "candidate": (None, *ACTIVATIONS),
+    "normalize": (True, False),
+    "min_decay": 0.0,
+    "residual": (False, True, "highway"),
+    "output_gate": (None, "silu"),
 }
 OF_LEVELS = (*MARKS,)
 # A module takes these two from the weights, and refuses no weights with others.
-MARKS |= {
-    "zero_state": Mark((0.0, 0.5), lambda module: module._zero_state, says_zero_state),
-    "groups": Mark(range(2**31), lambda norm: norm.num_groups),
-}
+MARKS |= {"zero_state": (0.0, 0.5), "groups": range(2**31)}
 # A state_dict of `drop_in` has two buffers more, so that torch's layers refuse it. The first says what to do, and torch
 # names it if it is strict. The other has the name of a bias or weight of torch, and another shape, which torch refuses
 # even if it is not strict. Their values mean nothing.
 GUARDS = ("load_in_mingru_drop_in_patch", "bias_hh_l0", "weight_hh_l0", "bias_hh", "weight_hh")
+
+
+def start_said_by(module: Any) -> float | None:
+    """Return the initial state if weights say it: not if they are like the paper's, which `drop_in` begins with 0."""
+    levels = getattr(module, "layers", [module])
+    is_usual = all(CELLS[each.cell].has_logarithms and each.candidate == "positive" for each in levels)
+    return None if is_usual or module.initial_state is not None else module._zero_state
 
 
 def key_of(option: str) -> str:
@@ -80,8 +50,14 @@ def key_of(option: str) -> str:
 
 def marks_in(module: Any) -> dict[str, int]:
     """Return the number of each option that the state_dict of a module says."""
-    said = (option for option in module._marks if MARKS[option].is_said(module))
-    return {option: MARKS[option].number(option, module) for option in said}
+    found, own = {}, module._said()
+    for option in module._marks:
+        values = MARKS[option]
+        is_number = isinstance(values, float)
+        value = own[option] if option in own else getattr(module, option, values if is_number else values[0])
+        if option != "zero_state" or value is not None:
+            found[option] = round((value - values) * 2**53) if is_number else values.index(value)
+    return found
 
 
 def add_marks(module: Any, device: Any) -> None:
@@ -101,15 +77,14 @@ def add_guards(module: Any, device: Any) -> None:
 
 def described(numbers: dict[str, int], options: Iterable[str], separator: str = " and ") -> str:
     """Return the values of these options as a constructor takes them; unknown values as numbers."""
-    return separator.join(f"{option}={MARKS[option].value(numbers[option])}" for option in options)
-
-
-def number_in(found: Any) -> int | None:
-    """Return the number that a mark contains, or None if it does not contain a whole number."""
-    if isinstance(found, Tensor) and found.numel() == 1:
-        found = found.item()
-    is_whole = isinstance(found, int) or (isinstance(found, float) and found.is_integer())
-    return int(found) if is_whole else None
+    texts = []
+    for option in options:
+        values, number = MARKS[option], numbers[option]
+        if isinstance(values, float):
+            texts.append(f"{option}={values + number / 2**53:.15g}")
+        else:
+            texts.append(f"{option}={values[number]!r}" if 0 <= number < len(values) else f"{option}={number}")
+    return separator.join(texts)
 
 
 def take_marks(module: Any, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> str:
@@ -122,18 +97,12 @@ def take_marks(module: Any, state_dict: dict[str, Any], prefix: str, metadata: d
     is_silent = not names or ("version" not in metadata and not has_marks)
     for option in own:
         key = prefix + key_of(option)
-        mark = state_dict.pop(key, None)
+        is_said = key in state_dict or not is_silent
+        mark = state_dict.pop(key, 0 if is_said else own[option])
         # On the device "meta", a mark has no value.
-        is_meta = isinstance(mark, Tensor) and mark.is_meta
-        device = "cpu" if is_meta else getattr(mark, "device", None)
-        if is_meta or (mark is None and is_silent):
-            of_weights: int | None = own[option]
-        else:
-            of_weights = 0 if mark is None else number_in(mark)
-        if of_weights is None:
-            got = f"a tensor {dims(mark.shape)}" if isinstance(mark, Tensor) and mark.numel() != 1 else repr(mark)
-            return f"{key} must be one whole number, the mark of {option}, got {got}; the file is damaged"
-        values: Any = MARKS[option].values
+        is_meta = getattr(mark, "is_meta", False)
+        device, of_weights = ("cpu", own[option]) if is_meta else (getattr(mark, "device", None), int(mark))
+        values = MARKS[option]
         if option == "zero_state" and 0 <= of_weights < len(values):
             own[option], module._zero_state = of_weights, values[of_weights]
             add_marks(module, device)
@@ -142,7 +111,7 @@ def take_marks(module: Any, state_dict: dict[str, Any], prefix: str, metadata: d
         wrong += [option] if of_weights != number else []
         # The map of a residual between different sizes shows that there is one.
         is_shown = option == "residual" and any(name.startswith(f"{prefix}align") for name in names)
-        unknown += [option] if mark is None and is_silent and names and number and not is_shown else []
+        unknown += [option] if not is_said and names and number and not is_shown else []
         if module._buffers.get(key_of(option)) is not None:
             state_dict[key] = torch.tensor(number, device=device)
     if wrong:
@@ -218,6 +187,10 @@ class Saved(nn.Module):
     _loading: tuple[Callable[[Any, dict[str, Any], str, dict[str, Any]], str | None], ...] = (take_marks,)
     """What is done with the entries of a state_dict before torch copies them, by functions (module, state_dict, prefix,
     metadata), which change these entries, or return an error if the weights cannot be used."""
+
+    def _said(self) -> dict[str, Any]:
+        """Return the values of options that are no attributes with their names."""
+        return {}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
