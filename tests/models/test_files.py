@@ -43,12 +43,6 @@ def make(name="untied", **options):
     return LanguageModel(7, 4, 2, **{**MODELS[name], **options})
 
 
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch):
-    # It takes seconds on a busy disk.
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A folder with a model."""
@@ -94,6 +88,7 @@ def test_a_saved_model_is_the_same(name, tmp_path):
         assert file.metadata()["format"] == "pt"
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config.pop("model"), config.pop("mingru")) == ("LanguageModel", models.files.__version__)
+    assert config.pop("frozen") == [each for each in tensors if each.endswith("initial_state")]
     assert config == lm.config and config.keys() >= {"vocab_size", "dims", "num_layers", *MODELS[name]} - {"dtype"}
     # A loaded model can be saved and trained.
     loaded = load(str(tmp_path))
@@ -145,7 +140,7 @@ def test_a_subclass(tmp_path):
     lm = Model(7, 4, 1)
     lm.save_pretrained(tmp_path)
     assert_same_model(Model.from_pretrained(tmp_path), lm)
-    with pytest.raises(ValueError, match=r"config\.json of something else"):
+    with pytest.raises(ValueError, match=r"config\.json is of something else"):
         load(tmp_path)
 
 
@@ -156,57 +151,19 @@ def test_later_changes_of_the_callers_list_do_not_reach_the_config():
     assert lm.config["min_decay"] == [0.0, 0.75]
 
 
-# Models that the options do not describe
-
-
-def tie(lm):
-    lm.head.weight = lm.embedding.weight
-
-
-def set_attribute(path, name, value):
-    return lambda lm: setattr(lm.get_submodule(path), name, value)
-
-
-SHARED = "a model without shared tensors, got one whose head.weight is embedding.weight; use tied=True"
-UNCHANGED = "LanguageModel(**config) without changes, got a model"
-MISFIT = f"{UNCHANGED} whose tensors do not fit"
-DROPOUT = "blocks.layers.0.dropout 0.5 instead of 0.0; pass the change to the constructor"
-ACTIVATION = "blocks.layers.0.mlp.2 'ReLU' instead of 'GELU'"
-WEIGHT_NORM = torch.nn.utils.parametrizations.weight_norm
-CHANGED = {
-    "a tied head": (tie, SHARED),
-    "dropout": (set_attribute("blocks.layers.0", "dropout", 0.5), f"{UNCHANGED} with {DROPOUT}"),
-    "another module": (set_attribute("blocks.layers.0.mlp", "2", torch.nn.ReLU()), f"{UNCHANGED} with {ACTIVATION}"),
-    "a parametrization": (lambda lm: WEIGHT_NORM(lm.head), f"{MISFIT} (Error(s) in loading state_dict for LanguageM"),
-    "mixed dtypes": (lambda lm: lm.norm.double(), f"{MISFIT} (head.weight of torch.float32, norm.weight of torch.flo"),
-}
-
-
-@pytest.mark.parametrize("case", CHANGED)
-def test_a_changed_model_is_not_saved(case, folder):
-    change, message = CHANGED[case]
-    before, lm = contents(folder), make(mlp=2)
-    change(lm)
-    with pytest.raises(ValueError, match="^" + re.escape(f"save_pretrained: the model must be {message}")):
-        lm.save_pretrained(folder)
-    assert contents(folder) == before
-
-
 # Files that are no model
 
 
 def edited(config=None, tensors=None):
-    """Change the options in both files, as if the model had been saved so, or the tensors, without options then."""
+    """Change the options, or the tensors."""
 
     def function(folder):
         options, found = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-        if config is not None:
-            config(options)
-        if tensors is not None:
-            tensors(found)
+        for change, values in ((config, options), (tensors, found)):
+            if change is not None:
+                change(values)
         (folder / "config.json").write_text(json.dumps(options))
-        metadata = {} if config is None else {"config.json": json.dumps(options)}
-        save_file(found, folder / "model.safetensors", {"format": "pt", **metadata})
+        save_file(found, folder / "model.safetensors")
 
     return function
 
@@ -233,41 +190,29 @@ class Trap:
 PICKLE = pickle.dumps(Trap())
 
 
-UNREADABLE = "with a file that cannot be read ("
-FIT = "with options and tensors that do not fit ("
-OF_MODEL = f"{FIT}Error(s) in loading state_dict for LanguageModel: "
+OF_MODEL = "(Error(s) in loading state_dict for LanguageModel: "
 DAMAGES = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), f"{UNREADABLE}[Errno 2] No such file"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "([Errno 2] No such file"),
     "only a pickle": (
         lambda folder: [write("pytorch_model.bin", PICKLE)(folder), (folder / "model.safetensors").unlink()],
-        f"{UNREADABLE}No such file or directory: ",
+        "(No such file or directory: ",
     ),
-    "an empty config": (write("config.json", b""), UNREADABLE),
-    "a nested config": (write("config.json", b"[" * 200_000), UNREADABLE),
-    "a list as config": (write("config.json", b"[1, 2]"), "with config.json of something else"),
-    "the config of a block": (set_option(model="Block"), "with config.json of something else"),
-    "a missing option": (edited(lambda config: config.pop("dims")), FIT),
-    "an unknown option": (set_option(heads=2), f"{FIT}LanguageModel: no argument 'heads'; "),
-    "an invalid option": (set_option(cell="gru"), f"{FIT}LanguageModel: cell must be one of "),
-    "NaN as an option": (set_option(dropout=math.nan), "with dropout nan in config.json and nan in model.safetensors"),
-    "a device": (set_option(device="cuda"), "with device 'cuda' in config.json, which is no option of a saved model"),
-    "a dtype": (
-        set_option(dtype="float32"),
-        "with dtype 'float32' in config.json, which is no option of a saved model",
-    ),
-    "many layers": (set_option(num_layers=10**12), f"{FIT}1000000000000 layers and 13 tensors"),
-    "many features": (set_option(dims=10**12), FIT),
-    "more features than an integer holds": (set_option(dims=10**30), FIT),
-    "a large vocabulary": (set_option(vocab_size=10**15), f"{OF_MODEL}size mismatch for embedding.weight"),
-    "another save": (
-        lambda folder: write("config.json", (folder / "config.json").read_bytes().replace(b" 4", b" 5"))(folder),
-        "with dims 5 in config.json and 4 in model.safetensors, which are from two different saves",
-    ),
-    "truncated weights": (lambda folder: os.truncate(folder / "model.safetensors", 900), UNREADABLE),
-    "a pickle as weights": (write("model.safetensors", PICKLE), UNREADABLE),
+    "an empty config": (write("config.json", b""), "(Expecting value"),
+    "a nested config": (write("config.json", b"[" * 200_000), "(maximum recursion depth exceeded"),
+    "a list as config": (write("config.json", b"[1, 2]"), "(config.json is of something else"),
+    "the config of a block": (set_option(model="Block"), "(config.json is of something else"),
+    "a missing option": (edited(lambda config: config.pop("dims")), "(LanguageModel: missing a required argument"),
+    "an unknown option": (set_option(heads=2), "(LanguageModel: no argument 'heads'; "),
+    "an invalid option": (set_option(cell="gru"), "(LanguageModel: cell must be one of "),
+    "NaN as an option": (set_option(dropout=math.nan), "(Block: dropout must be a number from 0 to 1"),
+    "the gate of another save": (set_option(gate="signed"), f"{OF_MODEL}blocks.layers.0.rnn.layers.0: weights trained"),
+    "many features": (set_option(dims=10**12), "("),
+    "more features than an integer holds": (set_option(dims=10**30), "("),
+    "a large vocabulary": (set_option(vocab_size=10**15, device="cuda"), f"{OF_MODEL}size mismatch for embedding"),
+    "truncated weights": (lambda folder: os.truncate(folder / "model.safetensors", 900), "(Error while deserializing"),
+    "a pickle as weights": (write("model.safetensors", PICKLE), "(Error while deserializing"),
     "a missing tensor": (edited(tensors=lambda tensors: tensors.pop("norm.weight")), f"{OF_MODEL}Missing key(s) in st"),
     "an unexpected tensor": (set_tensor("extra", lambda _: torch.ones(1)), f"{OF_MODEL}Unexpected key(s) in"),
-    "a tensor of another dtype": (set_tensor("norm.weight", torch.Tensor.double), "norm.weight of torch.float64"),
     "a tensor of integers": (set_tensor("norm.weight", torch.Tensor.long), OF_MODEL),
 }
 
@@ -293,37 +238,14 @@ def test_files_of_other_programs_and_versions_load(folder):
     assert_same_model(load(folder), expected)
 
 
-@pytest.mark.filterwarnings("error")
-def test_weights_of_nan_load_with_a_warning(folder):
-    load(folder)
-    set_tensor("norm.weight", lambda weight: weight.index_fill(0, torch.tensor([1]), torch.nan))(folder)
-    with pytest.warns(UserWarning, match=r"^from_pretrained: norm\.weight of .*model has NaN") as caught:
-        assert load(folder).norm.weight.isnan().sum() == 1
-    assert caught[0].filename == __file__
-    assert load(folder, device="meta").norm.weight.is_meta
-
-
 # Failures while writing
 
-CANNOT = "save_pretrained: folder must be a folder that can be written, got "
 
-
-def assert_cannot_save(lm, folder, message=""):
-    expected = re.escape(CANNOT) + ".*" + re.escape(message) + ".*; name another folder"
-    with pytest.raises(ValueError, match="^" + expected):
-        lm.save_pretrained(folder)
-
-
-def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_a_file(folder):
-    before = contents(folder)
-    assert_cannot_save(make(), folder / "config.json")
-    assert_cannot_save(make(), folder / "config.json" / "model")
-    assert contents(folder) == before
-    for name in sorted(FILES):
-        (folder / name).unlink()
-        (folder / name).mkdir()
-        assert_cannot_save(make("all options"), folder, " is a folder")
-        assert {**before, **contents(folder)} == before
+def test_a_folder_in_place_of_a_file(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(OSError, match=r"config\.json"):
+        make().save_pretrained(folder)
     assert set(os.listdir(folder)) == FILES
 
 
@@ -334,38 +256,14 @@ def failing(error):
     return fail
 
 
-@pytest.mark.parametrize("function", ["tempfile.TemporaryDirectory", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("function", ["safetensors.torch.save", "json.dumps", "os.replace"])
 def test_a_failure_before_the_first_replacement(folder, monkeypatch, function):
     """A full disk, or Ctrl+C."""
     before = contents(folder)
-    for error, raised in ((OSError("No space"), ValueError), (KeyboardInterrupt("No space"), KeyboardInterrupt)):
-        monkeypatch.setattr(function, failing(error))
-        with pytest.raises(raised, match="No space"):
-            make("all options").save_pretrained(folder)
-        monkeypatch.undo()
-        assert contents(folder) == before
-
-
-@pytest.mark.parametrize("options", [{}, {"candidate": "tanh"}], ids=str)
-def test_a_failure_between_the_replacements(folder, monkeypatch, options):
-    """A model is loaded if it is the new model whole, and otherwise the files are an error."""
-    replace, calls, lm = os.replace, [], make(**options)
-
-    def replace_some(source, target):
-        calls.append(target)
-        return (failing(OSError("No space")) if len(calls) > 1 else replace)(source, target)
-
-    monkeypatch.setattr(os, "replace", replace_some)
-    assert_cannot_save(lm, folder, "No space")
-    monkeypatch.undo()
-    assert set(contents(folder)) == FILES
-    if not options:
-        assert_same_model(load(folder), lm)
-    else:
-        with pytest.raises(ValueError, match=r"candidate None in config\.json and 'tanh' in model\.safetensors, which"):
-            load(folder)
-    lm.save_pretrained(folder)
-    assert_same_model(load(folder), lm)
+    monkeypatch.setattr(function, failing(KeyboardInterrupt("No space")))
+    with pytest.raises(KeyboardInterrupt, match="No space"):
+        make("all options").save_pretrained(folder)
+    assert contents(folder) == before
 
 
 # The hub
@@ -390,7 +288,7 @@ def test_a_name_on_the_hub(hub, folder, monkeypatch):
     files = ("config.json", "model.safetensors")
     assert hub == [("owner/name", file, revision) for revision in (None, "v1.0") for file in files]
     os.truncate(folder / "model.safetensors", 900)
-    with pytest.raises(ValueError, match=r"^from_pretrained: folder_or_name .*, got owner/name with a file that can"):
+    with pytest.raises(ValueError, match=r"^from_pretrained: folder_or_name .*, got owner/name \(Error while"):
         load("owner/name")
     error = huggingface_hub.errors.LocalEntryNotFoundError
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing(error("no connection")))

@@ -271,20 +271,18 @@ class LanguageModel(Layer):
     @torch.jit.unused
     @arguments_checked()
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write the model to a folder: `config.json` and `model.safetensors`, which also says what is not trained.
+        """Write the model to a folder: `config.json` with the options, and `model.safetensors`.
 
-        Existing files are replaced one after the other when all new files are on the disk, `model.safetensors` first.
-        If an error or a crash occurs before the first replacement, the old files are unchanged. Later, the folder may
-        contain new weights and old options: `from_pretrained` then raises an error if the options differ, because
-        `model.safetensors` contains the options too.
+        `config.json` also says which parameters are not trained. Existing files are replaced one after the other when
+        both new files are complete. Changes of attributes and modules after the construction are not saved.
 
         Args:
             folder: Path of the folder, which is created if necessary.
 
         Raises:
             ModuleNotFoundError: safetensors is missing.
-            ValueError: The folder cannot be written, or the model's parameters were changed so that its options do not
-                describe them.
+            OSError: The folder cannot be written.
+            RuntimeError: Two tensors share their memory; use `tied=True` for the head.
         """
         files.save(self, folder)
 
@@ -307,10 +305,10 @@ class LanguageModel(Layer):
 
         Raises:
             ModuleNotFoundError: safetensors or, for a name, huggingface_hub is missing.
-            ValueError: The folder has no model, a file is damaged, the files are from two different saves, the options
-                contain a device or dtype, or a tensor is missing, unexpected or of the wrong shape or dtype.
+            ValueError: The folder has no model, a file is damaged, or an option is wrong, or a tensor is missing,
+                unexpected or of the wrong shape.
 
-        Weights with NaN load with a warning. Errors of huggingface_hub pass through.
+        Errors of huggingface_hub pass through.
         """
         model: LanguageModel = files.load(cls, folder_or_name, revision, device)
         return model
