@@ -10,13 +10,15 @@ import warnings
 import pytest
 import torch
 from cases import in_a_process
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru
 from mingru import ops
 from mingru.ops import Start, route, spec_of
 from mingru.ops.backends import triton
-from mingru.ops.backends.triton import device, launch
+from mingru.ops.backends.triton import device, fallback, launch
 from mingru.ops.backends.triton.plan import KEEPING, Work, plan_of
+from mingru.ops.call import Call, Layout
 from mingru.ops.cells import NUM_INPUTS
 from mingru.ops.linear_map import are_recomputed
 
@@ -350,3 +352,27 @@ def test_the_address_of_a_state_makes_no_new_form(monkeypatch):
     for at in (0, 1):
         mingru.functional.mingru(x, x, memory[at : at + 16].view(2, 1, 8), backend="triton")
     assert len(launched.kernels) == 2 and len(launch._recipes) == 1
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("has_reset", [False, True])
+def test_the_fallback_takes_the_operations_of_the_backend_torch(has_reset):
+    x, reset = torch.randn(2, 3, 200, 4), torch.rand(3, 200) < 0.1
+    leaves = [*x.requires_grad_().unbind(), torch.rand(3, 1, 4, requires_grad=True)]
+    with Operations() as expected:
+        out = mingru.functional.mingru(*leaves, reset=reset if has_reset else None, backend="torch")
+        grads = torch.autograd.grad(out.sum(), leaves)
+    start = Start(leaves[-1].detach(), torch.full((3, 1, 4), 0.5), reset if has_reset else None, None, None, None)
+    call = Call(MINGRU, [*x.detach().unbind()], start, Layout(False))
+    with Operations() as found:
+        states, last = fallback.forward(call)
+        own = fallback.backward(call, [states, torch.ones_like(states), torch.zeros_like(last)], False, False)
+    torch.testing.assert_close([states, *own[0].chunk(2, -1), own[1]], [out, *grads])
+    assert found.count < expected.count + 20
