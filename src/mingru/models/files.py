@@ -25,8 +25,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def save(model: Any, folder: str | os.PathLike[str]) -> None:
     """Write the two files; see `LanguageModel.save_pretrained`."""
     safetensors = _required("safetensors", "save_pretrained", ".torch")
-    check_type("save_pretrained", "folder", folder, (str, os.PathLike), "a str or a path")
-    target = Path(folder)
+    target = _path("save_pretrained", "folder", folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     config = {"model": type(model).__name__, "mingru": __version__, "frozen": frozen, **model.config}
@@ -66,9 +65,14 @@ def load(cls: Any, folder_or_name: str | os.PathLike[str], revision: str | None,
     return model.to(device).eval()
 
 
+def _path(name: str, argument: str, path: Any) -> Path:
+    check_type(name, argument, path, (str, os.PathLike), "a str or a path")
+    require(name, argument, os.fspath(path) != "", "a path", "''", "use '.' for the current folder")
+    return Path(path)
+
+
 def _paths(folder_or_name: str | os.PathLike[str], revision: str | None) -> tuple[Path, ...]:
-    check_type("from_pretrained", "folder_or_name", folder_or_name, (str, os.PathLike), "a str or a path")
-    folder = Path(folder_or_name)
+    folder = _path("from_pretrained", "folder_or_name", folder_or_name)
     if folder.is_dir():
         return folder / CONFIG, folder / WEIGHTS
     # A path is never a name, so that a typing error in a path does not reach the network.
