@@ -1,4 +1,4 @@
-"""`python -m mingru.bench`: it runs, its numbers fit together, and bad options are refused in one line."""
+"""`python -m mingru.bench`: it runs, and its numbers fit together."""
 
 import re
 import subprocess
@@ -36,26 +36,6 @@ def test_the_middle_half_of_rounds():
     assert bench._spread([1.0, 2.0, 3.0, 4.0, 5.0], [2.0] * 5) == "1.50 (0.750-2.25)"
     # A slow round is slow for both, and does not widen their ratio.
     assert bench._spread([2.0, 2.0, 20.0], [1.0, 1.0, 10.0]) == "2.00 (2.00-2.00)"
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ("--threads 0", "argument --threads: must be a whole number above 0, got '0'"),
-        ("--seconds nan", "argument --seconds: must be a number above 0, got 'nan'"),
-        ("--device toaster", "argument --device: torch cannot compute on 'toaster' here"),
-        ("--device meta", "argument --device: torch cannot compute on 'meta' here"),
-        ("--shape 2 3 4 5", "argument --shape: MinGRU: hidden_dims must be divisible by 8"),
-    ],
-)
-def test_bad_options_are_refused(options, says, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.main(options.split())
-    assert stop.value.code == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.startswith(f"python -m mingru.bench: {says}")
-    assert error.count("\n") == 1
 
 
 def test_calls_take_turns():
