@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from cover import cover, named
+from options import CALLS, CANDIDATES, CELLS, GATED, cover, named, steps_of
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -126,14 +126,13 @@ class Case:
     def given(self, batch: int = 3, steps: int | None = None, **factory: Any) -> dict[str, Any]:
         """All that `call` takes but lengths, alike for all classes: the batch first, and a list of states."""
         steps = self.steps if steps is None else steps
-        reset = torch.rand(batch, steps) < 0.2
-        reset[:1, :1] = reset[1:2, -1:] = True
-        dt = {"dt": 2 * torch.rand(batch, steps, **factory)} if "dt" in self.takes else {}
+        reset, dt = steps_of(batch, steps, **factory)
         x = torch.randn(batch, steps, *self.features, **factory)
         shapes = [list(state.shape) for state in tensors(self.states[0])]
         for shape, dim in zip(shapes, self.state_dims, strict=True):
             shape[dim] = batch
-        return {"x": x, "h": [torch.randn(shape, **factory) for shape in shapes], "reset": reset, **dt}
+        given = {"x": x, "h": [torch.randn(shape, **factory) for shape in shapes], "reset": reset, "dt": dt}
+        return given if "dt" in self.takes else {name: each for name, each in given.items() if name != "dt"}
 
     def args(self, batch: int = 2, steps: int = 7, **factory: Any) -> dict[str, Any]:
         """What is given, as the module takes it; a cell takes the first step."""
@@ -351,18 +350,16 @@ CASES = [
 
 # All options
 
-GATES = ["sigmoid", "signed", "rotation", "quaternion", "mixed"]
-CELLS = [*GATES, "minlstm", "minlstm_unnormalized", "blockgru"]
 LAYER = {
     "cell": CELLS,
     "num_layers": [1, 2],
     "bias": [True, False],
-    "batch_first": [True, False],
+    "batch_first": CALLS["batch_first"],
     "bidirectional": [False, True],
     "residual": [False, True, "highway"],
     "output_gate": [None, "silu"],
     "norm": [None, "layer", "rms"],
-    "candidate": ["positive", "linear", "tanh"],
+    "candidate": CANDIDATES,
     "learn_initial_state": [False, True],
     "recompute": [None, False, True],
     "min_decay": [0.0, 0.3],
@@ -390,8 +387,8 @@ CONV_CELL = {
     "dilation": [1, 2, TUPLES["dilation"]],
     "bias": [True, False],
     "norm": [None, "group"],
-    "candidate": ["positive", "linear", "tanh"],
-    "gate": GATES[:-1],
+    "candidate": CANDIDATES,
+    "cell": GATED[:-1],
     "learn_initial_state": [False, True],
 }
 CONV = {
@@ -403,11 +400,16 @@ CONV = {
 
 def is_possible(row: dict[str, Any]) -> bool:
     """Whether the options of a layer of features go together."""
-    without_bound = row["cell"] in ("signed", "blockgru") or row["cell"].startswith("minlstm")
+    without_bound = row["cell"] in ("mingru_signed", "blockgru") or row["cell"].startswith("minlstm")
     if row["cell"] == "blockgru" and (row.get("residual") == "highway" or row.get("output_gate")):
         return False
     excludes_others = row.get("residual") == "highway" and (row["bidirectional"] or row["output_gate"])
     return not (without_bound and row["min_decay"] > 0) and not excludes_others
+
+
+def gate_of(cell: str) -> str:
+    """Return the option of the classes for a cell of `GATED`."""
+    return cell.partition("_")[2] or "sigmoid"
 
 
 def of_features(home: Any, end: str, row: dict[str, Any]) -> Case:
@@ -423,11 +425,11 @@ def of_features(home: Any, end: str, row: dict[str, Any]) -> Case:
     if kind == "LSTM":
         options["normalize"] = cell == "minlstm"
     else:
-        options |= {"gate": cell, "min_decay": [bound, 2 * bound] if row.get("num_layers") == 2 else bound}
-    if is_like_torch and cell == "rotation":
+        options |= {"gate": gate_of(cell), "min_decay": [bound, 2 * bound] if row.get("num_layers") == 2 else bound}
+    if is_like_torch and cell == "mingru_rotation":
         # As `drop_in.LSTM` takes it.
         kind, options = "LSTM", options | {"cell": "mingru"}
-    hidden = {"rotation": 6, "quaternion": 8, "mixed": 8}.get(cell, 5)
+    hidden = {"mingru_rotation": 6, "mingru_quaternion": 8, "mingru_mixed": 8}.get(cell, 5)
     input_dims = hidden if row.get("residual") == "highway" else INPUT
     made = getattr(home, f"{'' if is_like_torch else 'Min'}{kind}{end}")
     return case(f"{made.__name__} {named(options)}", made, input_dims, hidden, **options)
@@ -455,8 +457,8 @@ def of_images(row: dict[str, Any]) -> Case:
     space, count = row["space"], row.get("num_layers", 1)
     options = {
         name: list(value[:count]) if type(value) is List else value[:space] if type(value) is tuple else value
-        for name, value in row.items()
-        if name != "space"
+        for name, value in {**row, "gate": gate_of(row["cell"])}.items()
+        if name not in ("space", "cell")
     }
     # The smallest space of which the last layer makes 2 x 3 x 2 places.
     sizes = [2, 3, 2][:space]

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--seconds", "0.001"]
 BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
 calls = smoke.calls
-ROW = calls.Row(layout="packed", activation="tanh", min_decay=0.1, reverse=True, reset=True, dt=True, steps=7)
+ROW = calls.Row(layout="packed", candidate="tanh", min_decay=0.1, reverse=True, reset=True, dt=True, steps=7)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -186,13 +186,6 @@ def changed_before_backward(model, x):
     return torch.autograd.grad(kept, rnn.weight_ih_l0)
 
 
-def number_of_warnings(model, x):
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.jit.trace(model, x)
-    return torch.tensor(len(seen))
-
-
 STEPS, THREE = 12, 3
 LENGTHS = torch.tensor([4, STEPS, 9])
 # What a program does with a model. The result is the same, whether its layers are accelerated or not.
@@ -220,8 +213,6 @@ MODES = {
     "DDP": in_ddp,
     "weight_norm": after(lambda model: weight_norm(model.rnn, "weight_hh_l0"), trained),
     "quantize_dynamic": after(lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.GRU})),
-    "script": after(torch.jit.script),
-    "trace": lambda model, x: torch.jit.trace(model, x)(x + 1),
     "export": lambda model, x: torch.export.export(model, (x,)).module()(x + 1),
     "make_fx": lambda model, x: make_fx(model)(x)(x + 1),
     "compile": lambda model, x: torch.compile(model, backend="eager")(x),
@@ -232,24 +223,13 @@ MODES = {
     "dropout": after(lambda model: setattr(model.rnn, "dropout", 0.5)),
     "strides": lambda model, x: torch.tensor(model.rnn(x)[0].stride()),
     "changes before backward": changed_before_backward,
-    "warnings of trace": number_of_warnings,
     "fx": after(torch.fx.symbolic_trace),
     "from_torch": after(lambda model: setattr(model, "rnn", drop_in.GRU.from_torch(model.rnn))),
 }
 
 
-OF_GRU = {
-    "packed",
-    "forward mode",
-    "one sequence",
-    "one step",
-    "quantize_dynamic",
-    "script",
-    "trace",
-    "export",
-    "make_fx",
-}
-OF_GRU |= {"strides", "warnings of trace", "fx", "from_torch", "a hook"}
+OF_GRU = {"packed", "forward mode", "one sequence", "one step", "quantize_dynamic", "export", "make_fx"}
+OF_GRU |= {"strides", "fx", "from_torch", "a hook"}
 KINDS = [(nn.GRU, mode) for mode in MODES] + [(nn.LSTM, mode) for mode in MODES if mode not in OF_GRU]
 
 
@@ -368,11 +348,10 @@ def test_torch_computes_packed_lstms_where_padding_costs_more(with_gradients, si
 
 def test_accelerate_reports_each_layer():
     model = Model()
-    model.scripted = torch.jit.script(nn.GRU(IN, H))
     report = drop_in.accelerate(model)
     assert [name for name, _ in report.changed] == ["encoder.a", "layers.0", "lstm"]
     left = {name: why for name, _, why in report.left}
-    assert list(left) == ["cell", "own", "rnn", "scripted"] and left["cell"] == "torch computes it as fast"
+    assert list(left) == ["cell", "own", "rnn"] and left["cell"] == "torch computes it as fast"
     assert str(report).splitlines()[0] == "encoder.a: torch.nn.GRU(3, 4, batch_first=True) changed"
     assert drop_in.accelerate(model).changed == [] and type(model.own) is Own
     parametrizations.orthogonal(model.lstm, "weight_hh_l0")

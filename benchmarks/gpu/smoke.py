@@ -54,7 +54,7 @@ def configurations(count: int, seed: int, sizes: tuple[tuple[int, ...], ...] = S
         if row["cell"] not in calls.TIMED:
             row |= {"dt": False, "min_decay": 0.0}
         if row["cell"] in calls.SCANS:
-            row |= {"activation": "linear", "layout": "batch first"}
+            row |= {"candidate": "linear", "batch_first": True, "layout": "padded"}
         if calls.is_allowed(row):
             count -= 1
             yield Row(**row)

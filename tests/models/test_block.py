@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BLOCKS, graded, needs_kernels, parametrized, with_threads
-from cover import cover
+from options import cover
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations

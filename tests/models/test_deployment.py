@@ -1,4 +1,4 @@
-"""`Block` and `LanguageModel` compiled, exported, scripted, checkpointed and quantized.
+"""`Block` and `LanguageModel` compiled, checkpointed and quantized.
 
 Each way is compared with eager mode. tests/modes runs `Block` in every mode. These tests are about a model of several
 blocks, its states and `generate`.

@@ -7,7 +7,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from cases import graded
-from cover import named
+from options import named
 from torch.testing import assert_close
 
 from mingru.models import LanguageModel, map_state

@@ -3,6 +3,7 @@
 Values are those of the same module in eager mode, which other tests compare with the reference.
 """
 
+import copy
 import io
 import math
 import threading
@@ -140,6 +141,20 @@ def test_functions():
         a, b, h = torch.randn(3, 2, 40, 3, dtype=dtype)
         options = {"h": h[:, :1], "reset": torch.rand(2, 40) < 0.2, "reverse": True}
         assert_equal(scripted(a.tanh(), b, **options), functional.linear_scan(a.tanh(), b, **options))
+    t = torch.rand(3, 9, **DOUBLE).cumsum(1)
+    traced = torch.jit.trace(lambda t: functional.elapsed_times(t, 1.5), t[:2, :5])
+    assert_equal(traced(t), functional.elapsed_times(t, 1.5), rtol=0, atol=0)
+
+
+class Untyped(Doubled, role="sequence"):
+    def forward(self, x, h=None):
+        return super().forward(x, h)
+
+
+def test_a_layer_of_ones_own_needs_types():
+    message = "^Untyped: to be scripted in a Stack, forward must have all arguments and their types, forward"
+    with pytest.raises(TypeError, match=message):
+        torch.jit.script(nn.Sequential(mingru.Stack([mingru.MinGRU(4, 4), Untyped(4)])))
 
 
 @pytest.mark.slow
@@ -187,6 +202,24 @@ def test_drop_in_scripts_as_torch_does(home):
     for call in ((torch.randn(2, 2),), (torch.randn(2, 3), torch.randn(1, 4)), (torch.randn(1, 2, 3),)):
         with pytest.raises((RuntimeError, torch.jit.Error)):
             cell(*call)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_torchs_layers_accelerated_and_patched(bidirectional):
+    rnn, x = nn.GRU(3, 4, 2, bidirectional=bidirectional), torch.randn(12, 3, 3)
+    own, warned = Around(copy.deepcopy(rnn)), []
+    drop_in.accelerate(own)
+    for module in (Around(rnn), own):
+        with pytest.warns() as seen:
+            run = torch.jit.trace(module, (x,))
+        warned.append(len(seen))
+        for each in (run, torch.jit.script(module)):
+            assert_equal(each(x + 1), rnn(x + 1), rtol=1e-4, atol=1e-4)
+    assert warned[0] == warned[1]
+    assert [name for name, *_ in drop_in.accelerate(nn.ModuleDict({"a": torch.jit.script(rnn)})).left] == ["a"]
+    with drop_in.patch():
+        patched = nn.GRU(3, 4)
+        assert_equal(torch.jit.script(patched)(x), patched(x))
 
 
 # Checks, of shapes only
@@ -273,6 +306,15 @@ def test_lengths_in_a_trace():
     for lengths in ((0, 9), (0, 0), (3, 0)):
         args = *args[:3], torch.tensor(lengths), dt
         assert_equal(*(graded(each, each, args) for each in (run, rnn)), rtol=1e-9, atol=1e-9)
+
+
+# Of the checks, that they are not traced.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_has_no_slices():
+    """In which a convolution and its recurrence are computed without gradients."""
+    rnn, x = mingru.MinConv2dGRU(4, 6, 3, padding=1, **DOUBLE), torch.randn(81, 90, 4, 5, 5, **DOUBLE)
+    with torch.no_grad():
+        assert_equal(torch.jit.trace(rnn, (x[:80, :88],))(x), rnn(x), rtol=1e-9, atol=1e-9)
 
 
 # Scripted, and then changed

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import reference
 import torch
-from cover import cover
+from options import CALLS, CANDIDATES, cover, lengths_of, steps_of
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import mingru
@@ -33,7 +33,6 @@ SCANS = ("linear_scan", "complex_linear_scan", "quaternion_linear_scan")
 CELLS = [*NUM_INPUTS, *SCANS]
 TIMED = [name for name, cell in ops.cells.CELLS.items() if cell.not_timed is None]
 HALF = (torch.bfloat16, torch.float16)
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def device_of(backend):
@@ -49,13 +48,14 @@ class Row(NamedTuple):
     """A call."""
 
     cell: str = "mingru"
-    activation: str = "positive"
+    candidate: str = "positive"
     dtype: torch.dtype = torch.float32
     reverse: bool = False
     reset: bool = False
     dt: bool = False
     min_decay: float = 0.0
-    layout: str = "batch first"
+    batch_first: bool = True
+    layout: str = "padded"
     memory: str = "contiguous"
     wide_state: bool = False
     """Whether states of half-width sequences are in float32."""
@@ -90,13 +90,12 @@ TOGETHER = {
 }
 FACTORS = {
     "cell": CELLS,
-    "activation": ["positive", "linear", "tanh"],
+    "candidate": CANDIDATES,
     "dtype": [torch.float64, torch.float32, *HALF],
     "reverse": [False, True],
-    "reset": [False, True],
     "dt": [False, True],
     "min_decay": [0.0, 0.1, 0.9],
-    "layout": ["batch first", "time first", "lengths", "packed"],
+    **CALLS,
     "memory": [*MEMORY, *TOGETHER],
     "wide_state": [False, True],
 }
@@ -112,11 +111,11 @@ SIZES = {
 PLANS = ["walk", "chunks", "segments", *([] if INTERPRETED else [None])]
 
 
-def supports(backend, cell, activation="positive"):
+def supports(backend, cell, candidate="positive"):
     """Return whether the backend computes the cell; the log backend needs positive numbers."""
     if cell in SCANS:
-        return backend not in ("log", "traceable") and activation == "linear"
-    return backend != "log" or (activation == "positive" and ops.cells.CELLS[cell].has_logarithms)
+        return backend not in ("log", "traceable") and candidate == "linear"
+    return backend != "log" or (candidate == "positive" and ops.cells.CELLS[cell].has_logarithms)
 
 
 def is_allowed(row, backend="torch"):
@@ -124,21 +123,23 @@ def is_allowed(row, backend="torch"):
     cell, dtype, layout, memory, features = (
         row.get(name, getattr(Row(), name)) for name in ("cell", "dtype", "layout", "memory", "features")
     )
+    batch_first = row.get("batch_first", True)
     return (
-        supports(backend, cell, row.get("activation", "positive"))
+        supports(backend, cell, row.get("candidate", "positive"))
         and (cell in TIMED or not (row.get("dt") or row.get("min_decay")))
         and not (backend == "log" and (row.get("reset") or row.get("dt")))
         and (dtype in HALF or not row.get("wide_state"))
         and (cell not in SCANS[1:] or dtype not in HALF)
-        and (cell not in SCANS or layout in ("batch first", "lengths")[: 2 - (cell == SCANS[2])])
+        and (batch_first or layout == "padded")
+        and (cell not in SCANS or (batch_first and layout in ("padded", "lengths")[: 2 - (cell == SCANS[2])]))
         and (cell not in SCANS[1:] or (len(features) == 1 and memory != "an odd address"))
         and (layout != "packed" or len(features) == 1 or memory == "contiguous")
     )
 
 
-def each(backends=ALL, cells=tuple(NUM_INPUTS), activation="positive"):
+def each(backends=ALL, cells=tuple(NUM_INPUTS), candidate="positive"):
     """Return the pairs of a backend and a cell that it computes."""
-    return [(backend, cell) for backend in backends for cell in cells if supports(backend, cell, activation)]
+    return [(backend, cell) for backend in backends for cell in cells if supports(backend, cell, candidate)]
 
 
 @functools.cache
@@ -191,8 +192,8 @@ def make(cell, batch, steps, *rest, dtype=torch.double, reset=False):
         # |a| <= 1.
         inputs[0] = inputs[0].clamp(-(parts**-0.5), parts**-0.5)
     h, initial = (torch.randn(batch, 1, *rest).to(dtype) for _ in range(2))
-    dt = 3 * torch.rand(batch, steps, dtype=accumulate_dtype(dtype))
-    return inputs, h, initial, torch.rand(batch, steps) < 0.2 if reset else None, dt
+    drawn, dt = steps_of(batch, steps, dtype=accumulate_dtype(dtype))
+    return inputs, h, initial, drawn if reset else None, dt
 
 
 def drawn(row, seed=0, in_padding=None):
@@ -208,10 +209,8 @@ def drawn(row, seed=0, in_padding=None):
         reset[1:2] = True
     weight, dt = torch.randn(inputs[0].shape).to(row.dtype), dt if row.dt else None
     if row.layout in ("lengths", "packed"):
-        # The longest is the first, and has all steps; one that is empty cannot be packed.
-        shortest = 1 if row.layout == "packed" else 0
-        lengths = torch.randint(shortest, row.steps + 1, (row.batch,)).sort(descending=True).values
-        lengths[0], lengths[-1] = row.steps, row.steps if row.batch == 1 else shortest
+        # One that is empty cannot be packed.
+        lengths = lengths_of(row.batch, row.steps, int(row.layout == "packed"))
     if row.layout == "packed":
         batch_sizes = pack_padded_sequence(weight, lengths, batch_first=True).batch_sizes
 
@@ -220,7 +219,7 @@ def drawn(row, seed=0, in_padding=None):
             return pack_padded_sequence(x, lengths, batch_first=True).data
         if row.layout == "lengths" and in_padding is not None and x.is_floating_point():
             x = x.masked_fill(ops.shape.along(ops.layout.padding_of(lengths, x), x), in_padding)
-        return x.transpose(0, 1) if row.layout == "time first" else x
+        return x if row.batch_first else x.transpose(0, 1)
 
     inputs, weight = [laid_out(x) for x in inputs], laid_out(weight).nan_to_num()
     reset, dt = (None if x is None else laid_out(x) for x in (reset, dt))
@@ -244,9 +243,9 @@ def drawn(row, seed=0, in_padding=None):
 def run(backend, row, given):
     """Return the states and the last state of a backend."""
     inputs, h, initial, reset, dt, lengths, batch_sizes = given
-    spec = spec_of(row.cell, row.activation, row.reverse, row.min_decay)
+    spec = spec_of(row.cell, row.candidate, row.reverse, row.min_decay)
     if row.cell not in SCANS:
-        order = Layout(row.layout == "time first", batch_sizes, lengths)
+        order = Layout(not row.batch_first, batch_sizes, lengths)
         compute = torch_in_graphs.recurrence if backend == "traceable" else ops.recurrence
         more = () if backend == "traceable" else (backend,)
         return compute(spec, list(inputs), Start(h, initial, reset, dt), order, *more)
@@ -267,7 +266,7 @@ def exact(row, given):
 
     def batch_first(x):
         if x is None or row.layout != "packed":
-            return x.transpose(0, 1) if x is not None and row.layout == "time first" else x
+            return x if x is None or row.batch_first else x.transpose(0, 1)
         return pad_packed_sequence(PackedSequence(x, batch_sizes), True)[0]
 
     *inputs, reset, dt = map(batch_first, (*inputs, reset, dt))
@@ -280,14 +279,14 @@ def exact(row, given):
             outs[one, :end] = out = by_steps(row, [x[one, :end] for x in inputs], h[one], initial[one], *own)
         lasts.append(h[one] if end == 0 else out[:, :1] if row.reverse else out[:, -1:])
     outs = pack_padded_sequence(outs, lengths, True).data if row.layout == "packed" else outs
-    return outs.transpose(0, 1) if row.layout == "time first" else outs, torch.cat(lasts)
+    return outs if row.batch_first else outs.transpose(0, 1), torch.cat(lasts)
 
 
 def by_steps(row, inputs, h, initial, reset=None, dt=None):
     """Return the states (B, S, *) of the reference, one step after the other."""
     if row.cell not in SCANS:
         timed = {"dt": dt, "min_decay": row.min_decay} if row.cell in TIMED else {}
-        return reference.CELLS[row.cell](*inputs, h, reset, row.activation, initial, row.reverse, **timed)
+        return reference.CELLS[row.cell](*inputs, h, reset, row.candidate, initial, row.reverse, **timed)
     parts = parts_of(row.cell)
     a, b, h = (to_parts(x, parts) for x in (*inputs, h))
     if parts == 2:

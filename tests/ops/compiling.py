@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not there, and read what the compiler made of them.
 
-`python tests/ops/compiling.py` prints of the main kernels, on sm_80, sm_90, sm_100 and gfx942: instructions per state
-in the loop (not on AMD), registers, spills in the loop (on AMD all), and bytes of shared memory.
+`PYTHONPATH=tests python tests/ops/compiling.py` prints of the main kernels, on sm_80, sm_90, sm_100 and gfx942:
+instructions per state in the loop (not on AMD), registers, spills in the loop (on AMD all), and bytes of shared memory.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 import triton
+from calls import Row
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import mangle_type
 
@@ -23,6 +24,7 @@ from mingru.ops.backends.triton.kernels import PARAMETERS, recurrence_kernel
 from mingru.ops.backends.triton.plan import Plan
 from mingru.ops.call import Call, Layout, Start, spec_of
 from mingru.ops.cells import NUM_INPUTS
+from mingru.ops.shape import accumulate_dtype
 
 TARGETS = {
     "sm_75": GPUTarget("cuda", 75, 32),
@@ -37,22 +39,12 @@ PROCESSORS = {75: 40, 80: 108, 90: 132, 100: 148, "gfx942": 304, "gfx1100": 48}
 
 
 class Case(NamedTuple):
-    """A kernel as it is launched for tensors of this shape."""
+    """A kernel as it is launched for the tensors of a row."""
 
     name: str
     """Of the pass: "forward" or "backward"."""
-    cell: str
-    activation: str
-    dtype: torch.dtype
-    num_sequences: int
-    num_steps: int
-    num_features: int
-    has_reset: bool = False
+    row: Row
     has_bias: bool = False
-    is_packed: bool = False
-    has_lengths: bool = False
-    has_dt: bool = False
-    is_bounded: bool = False
     needs_dt: bool = False
     is_summary: bool = False
     """The first launch, if time is divided into segments."""
@@ -60,22 +52,21 @@ class Case(NamedTuple):
 
 def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
     """Return the plan and the arguments with which the kernel would be launched on this GPU."""
-    batch, steps, features = case.num_sequences, case.num_steps, case.num_features
-    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+    row, batch, steps, wide = case.row, case.row.batch, case.row.steps, accumulate_dtype(case.row.dtype)
     leading, batch_sizes = (batch, steps), None
-    if case.is_packed:
+    if row.layout == "packed":
         leading, batch_sizes = (batch * steps,), torch.full((steps,), batch)
 
     def empty(*shape: int, dtype: torch.dtype = wide) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    sequence, h = empty(*leading, features, dtype=case.dtype), empty(batch, 1, features)
-    inputs = [sequence] * NUM_INPUTS.get(case.cell, 2)
-    reset = empty(*leading, dtype=torch.bool) if case.has_reset else None
-    initial_state = h if case.has_reset and case.cell in NUM_INPUTS else None
-    lengths = torch.empty(batch, dtype=torch.int64, device="meta") if case.has_lengths else None
-    spec = spec_of(case.cell, case.activation, False, 0.1 if case.is_bounded else 0.0)
-    start = Start(h, initial_state, reset, empty(*leading) if case.has_dt else None)
+    sequence, h = empty(*leading, *row.features, dtype=row.dtype), empty(batch, 1, *row.features)
+    inputs = [sequence] * NUM_INPUTS.get(row.cell, 2)
+    reset = empty(*leading, dtype=torch.bool) if row.reset else None
+    initial_state = h if row.reset and row.cell in NUM_INPUTS else None
+    lengths = empty(batch, dtype=torch.int64) if row.layout == "lengths" else None
+    spec = spec_of(row.cell, row.candidate, False, row.min_decay)
+    start = Start(h, initial_state, reset, empty(*leading) if row.dt else None)
     call = Call(spec, inputs, start, Layout(False, batch_sizes, lengths))
     launches = []
     launch._recipes.clear()
@@ -174,5 +165,7 @@ if __name__ == "__main__":
     shapes = {"forward": (8, 4096, 256), "backward": (8, 4096, 256), "summary": (1, 65_536, 32)}
     for name, cell, dtype in itertools.product(shapes, cells, (torch.float32, torch.bfloat16)):
         options = {"is_summary": name == "summary", "has_bias": name == "backward"}
-        case = Case(name.replace("summary", "forward"), *cell.split(), dtype, *shapes[name], **options)
+        batch, steps, features = shapes[name]
+        row = Row(*cell.split(), dtype, batch=batch, steps=steps, features=(features,))
+        case = Case(name.replace("summary", "forward"), row, **options)
         print(name, cell, dtype, *(Compiled(case, target) for target in list(TARGETS)[1:5]), sep="\t", flush=True)

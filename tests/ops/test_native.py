@@ -18,7 +18,7 @@ import pytest
 import torch
 from calls import TIMED
 from cases import in_a_process, needs_kernels
-from cover import cover
+from options import CANDIDATES, cover
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
@@ -170,9 +170,9 @@ def test_operators_refuse_what_would_read_past_the_end():
 @pytest.mark.parametrize("cell", NUM_INPUTS)
 def test_as_exact_as_plain_pytorch(cell):
     """Plain PyTorch, one step after the other, has an error too: three times that, and a unit in the last place."""
-    activations, dtypes = calls.FACTORS["activation"], (torch.float32, torch.bfloat16)
-    for activation, dtype, timed in itertools.product(activations, dtypes, {False, cell in TIMED}):
-        row = calls.Row(cell, activation, dtype, reset=True, dt=timed, steps=65, features=(16,), batch=16)
+    dtypes = torch.float32, torch.bfloat16
+    for candidate, dtype, timed in itertools.product(CANDIDATES, dtypes, {False, cell in TIMED}):
+        row = calls.Row(cell, candidate, dtype, reset=True, dt=timed, steps=65, features=(16,), batch=16)
         given, weights = calls.drawn(row)
         wide = given.of(*(x.double() for x in given.leaves()))
         runs = [(calls.exact, wide), *((partial(calls.run, name), given) for name in ("native", "sequential"))]

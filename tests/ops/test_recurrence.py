@@ -12,9 +12,9 @@ import calls
 import pytest
 import reference
 import torch
-from calls import ALL, BACKENDS, CELLS, INTERPRETED, NOT_LOG, SCANS, TIGHT, TIMED, Row, each, make, parts_of, states
-from cases import needs_kernels, with_threads
-from cover import cover
+from calls import ALL, BACKENDS, CELLS, INTERPRETED, NOT_LOG, SCANS, TIMED, Row, each, make, parts_of, states
+from cases import TIGHT, needs_kernels, with_threads
+from options import CALLS, CANDIDATES, cover
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
@@ -73,7 +73,7 @@ BY_HAND = [
 def test_by_hand(backend, cell, gates, candidate, h, options, expected):
     dtype = options.get("dtype", torch.float32)
     inputs = [torch.tensor([x], dtype=dtype) for x in (gates, candidate)]
-    out, _ = states(backend, cell, inputs, torch.tensor([[h]]), activation="linear", **options)
+    out, _ = states(backend, cell, inputs, torch.tensor([[h]]), candidate="linear", **options)
     assert_close(out.flatten(), torch.tensor(expected, dtype=dtype), rtol=1e-6, atol=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_the_functions_equal_the_cells():
             assert_close(functional.linear_scan(*args, backend=backend), reference.linear_scan(*args))
 
 
-DERIVATIVES = {name: calls.FACTORS[name] for name in ("cell", "activation", "reverse", "reset", "dt")}
+DERIVATIVES = {name: calls.FACTORS[name] for name in ("cell", "candidate", "reverse", "reset", "dt")}
 DERIVATIVES |= {"min_decay": [0.0, 0.25], "steps": [3] if INTERPRETED else [5, 18]}
 
 
@@ -104,7 +104,7 @@ def second_derivatives():
     for backend in ALL:
         kind = backend if backend in ("log", "traceable") else "torch"
         # In the padding, the logarithm of a candidate is -infinity. The interpreter is slow.
-        layouts = {} if kind == "log" or INTERPRETED else {"layout": ["batch first", "lengths", "packed"]}
+        layouts = {} if kind == "log" or INTERPRETED else {"layout": CALLS["layout"]}
         found = cover(DERIVATIVES | layouts, lambda row, kind=kind: calls.is_allowed(row, kind))
         given = {"dtype": torch.double, "features": (2,), "batch": 1 if INTERPRETED else 3}
         yield from ((backend, Row(**row, **given)) for row in found[: 3 if INTERPRETED else None])
@@ -219,7 +219,7 @@ def test_errors_of_long_memories_grow_like_a_random_walk(cell, gates, options, l
     for dtype in (torch.float32, torch.float64):
         *leaves, h = (x.to(dtype).requires_grad_() for x in inputs)
         dt = torch.full((1, steps), options["dt"], dtype=dtype) if "dt" in options else None
-        more = {"activation": "linear", "min_decay": options.get("min_decay", 0.0), "reverse": reverse}
+        more = {"candidate": "linear", "min_decay": options.get("min_decay", 0.0), "reverse": reverse}
         out, _ = states("native", cell, leaves, h, torch.zeros_like(h), None, dt, **more)
         results.append([out, *torch.autograd.grad((out * weight.to(dtype)).sum(), [*leaves, h])])
     for index, (got, truth) in enumerate(zip(*results, strict=True)):
@@ -234,27 +234,27 @@ def test_errors_of_long_memories_grow_like_a_random_walk(cell, gates, options, l
 EXTREMES = [1e4, -1e4, math.inf, -math.inf, math.nan, 0.0, -0.0, 80.0, -80.0]
 
 
-@pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
+@pytest.mark.parametrize("candidate", CANDIDATES)
 @pytest.mark.parametrize(
     ("backend", "cell", "timed"),
     [(*pair, timed) for pair in each(NOT_LOG) for timed in (False, True)[: 1 + (pair[1] in TIMED)]],
 )
-def test_extreme_pre_activations(backend, cell, activation, timed, use_plan):
+def test_extreme_pre_activations(backend, cell, candidate, timed, use_plan):
     """Each extreme number beside each good one, in each input and in several."""
     use_plan("one step")
     bad = torch.tensor(EXTREMES).repeat_interleave(4).view(1, 1, -1)
     good, h = (
         torch.tensor(x).repeat(len(EXTREMES)).view(1, 1, -1) for x in ([-1.0, 0.5, 2.0, 0.0], [1.0, 0.0, 3.0, 0.5])
     )
-    options = {"dt": torch.tensor([[0.5]]), "min_decay": 0.3} if timed else {}
+    timing = {"dt": torch.tensor([[0.5]]), "min_decay": 0.3} if timed else {}
     # Of a quaternion only in some parts.
     first = torch.where(torch.tensor([True, False] * 18), bad, 0.0) if cell == "mingru_quaternion" else bad
     for inputs in product((first, good), *[(bad, good)] * (NUM_INPUTS[cell] - 1)):
-        out, _ = states(backend, cell, inputs, h, activation=activation, **options)
-        truth, _ = states("exact", cell, inputs, h, activation=activation, **options)
+        out, _ = states(backend, cell, inputs, h, candidate=candidate, **timing)
+        truth, _ = states("exact", cell, inputs, h, candidate=candidate, **timing)
         if cell == "minlstm" and inputs[0] is inputs[1] is bad:
             # The reference divides 0 by 0; both gates are equal.
-            halves = 0.5 * (h.double() + reference.ACTIVATIONS[activation](inputs[2].double()))
+            halves = 0.5 * (h.double() + reference.ACTIVATIONS[candidate](inputs[2].double()))
             truth = truth if timed else torch.where(bad == -1e4, halves, truth)
         # Products of complex numbers and infinities follow no common rule.
         compared = ~(bad.isinf() & (parts_of(cell) > 1 and inputs[-1] is bad)) & ~(truth.isnan() & (bad == -1e4))
@@ -270,11 +270,11 @@ def where_numbers_would_cancel():
     yield gates, torch.tensor([-80.0, -1.0, 1.0, 1e4]).repeat(7), 0.5, None, {}, 2e-6
     for dtype, most in ((torch.float32, 4e-7), (torch.float64, 2e-15)):
         small = torch.logspace(-30, 1, 500, dtype=dtype)
-        yield 0 * small, small, 0.0, None, {"activation": "tanh"}, most
+        yield 0 * small, small, 0.0, None, {"candidate": "tanh"}, most
     # The weight of the candidate, 1 - a. The error of exp(-x) is that of x, and x is up to 30 * 50.
     for min_decay, time in product((0.0, 1e-6, 0.5, 0.999), (1e-6, 1e-3, 1.0, 50.0)):
         for candidate, h, most in ((1.0, 0.0, 4e-6), (0.0, 1.0, 2e-4)):
-            options = {"activation": "linear", "min_decay": min_decay}
+            options = {"candidate": "linear", "min_decay": min_decay}
             yield torch.linspace(-30, 30, 121), candidate, h, time, options, most
 
 
@@ -314,7 +314,7 @@ def test_angles_of_any_size(backend, cell, use_plan):
         # A gate that keeps the state, no candidate, and the state 1.
         gates = torch.stack([torch.full_like(angles, -math.inf), angles, *zeros], -1).view(1, 1, -1)
         h = torch.stack([torch.ones_like(angles), 0 * angles, *zeros], -1).view(1, 1, -1)
-        out, _ = states(backend, cell, [gates, torch.zeros_like(gates)], h, h, None, dt, activation="linear")
+        out, _ = states(backend, cell, [gates, torch.zeros_like(gates)], h, h, None, dt, candidate="linear")
         elapsed = 1 if dt is None else Fraction(dt.item())
         turns = [float(elapsed * Fraction(angle) % 8) for angle in angles.tolist()]
         radians = math.pi / 4 * torch.tensor(turns, dtype=torch.float64)
@@ -325,10 +325,10 @@ def test_angles_of_any_size(backend, cell, use_plan):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("min_decay", [0.0, 0.25])
 @pytest.mark.parametrize(
-    ("backend", "cell", "activation"),
-    [(*pair, activation) for activation in ("linear", "positive") for pair in each(NOT_LOG, TIMED, activation)],
+    ("backend", "cell", "candidate"),
+    [(*pair, candidate) for candidate in ("linear", "positive") for pair in each(NOT_LOG, TIMED, candidate)],
 )
-def test_an_infinite_time_forgets(backend, cell, activation, min_decay, dtype, use_plan):
+def test_an_infinite_time_forgets(backend, cell, candidate, min_decay, dtype, use_plan):
     """Also if exp(gate) underflows. Only a gate of -infinity, which forgets nothing, keeps the state."""
     use_plan("one step")
     gates = torch.tensor([-math.inf, -800.0, -200.0, -105.0, -1.0, 0.0, 95.0, 95.0], dtype=dtype).reshape(1, 1, -1)
@@ -339,10 +339,10 @@ def test_an_infinite_time_forgets(backend, cell, activation, min_decay, dtype, u
     # Above 0, where "positive" adds 0.5.
     dt = torch.tensor([[math.inf]], dtype=dtype)
     leaves = [leaf.requires_grad_() for leaf in (*gates, torch.rand_like(h), h, dt)]
-    options = {"activation": activation, "min_decay": min_decay}
+    options = {"candidate": candidate, "min_decay": min_decay}
     out, _ = states(backend, cell, leaves[:-2], h, None, None, dt, **options)
     rounding = {"rtol": 1e-6 if backend == "log" else 0, "atol": 0}
-    expected = leaves[-3] + (0.5 if activation == "positive" else 0.0)
+    expected = leaves[-3] + (0.5 if candidate == "positive" else 0.0)
     # Triton's kernels take a gate of -infinity as one that keeps nothing of the state's angle.
     assert_close(out[..., parts:], expected[..., parts:], **rounding)
     if parts == 1 and backend != "triton":  # otherwise, its angle after an infinite time is any
@@ -372,7 +372,7 @@ def test_nan_and_infinity_pass_and_stop_at_a_reset(backend, cell, distance, reve
     at = where + (-distance if reverse else distance)
     reset = torch.zeros(2, 25, dtype=torch.bool)
     reset[:, at] = True
-    options = {"activation": "linear", "reverse": reverse}
+    options = {"candidate": "linear", "reverse": reverse}
     parts = parts_of(cell)
     tainted = torch.zeros_like(inputs[0], dtype=torch.bool)
     # The first number of the first sequence, until the reset.
@@ -458,7 +458,7 @@ def test_decays_above_1(backend, cell, reverse, use_plan):
             results = []
             for name in (backend, "exact"):
                 leaves = [x.clone().requires_grad_() for x in (b, h)]
-                out, last = states(name, cell, [a, leaves[0]], leaves[1], activation="linear", reverse=reverse)
+                out, last = states(name, cell, [a, leaves[0]], leaves[1], candidate="linear", reverse=reverse)
                 early = out[:, steps - 21 if reverse else 20] if a is grows else out
                 results.append([out, last, *torch.autograd.grad(early.sum() + (a is not grows) * last.sum(), leaves)])
             for got, truth in zip(*results, strict=True):

@@ -201,13 +201,13 @@ def as_operators_take_it(row):
     if row.cell == "complex_linear_scan":
         *inputs, h = (x.unflatten(-1, (-1, 2)) for x in (*inputs, h))
     others = [h, None if row.cell in calls.SCANS or reset is None else initial, reset, dt, batch_sizes, lengths]
-    return inputs, others, ([row.cell, row.activation], row.min_decay), [row.reverse, row.layout == "time first"]
+    return inputs, others, ([row.cell, row.candidate], row.min_decay), [row.reverse, not row.batch_first]
 
 
 WHOLE = {"reset": True, "dt": True, "min_decay": 0.1, "reverse": True, "steps": 5, "features": (4,)}
 LAYOUTS = [
-    pytest.param(Row(layout=layout, **WHOLE), marks=[pytest.mark.slow] * (layout != "packed"))
-    for layout in ("packed", "time first", "lengths")
+    pytest.param(Row(**layout, **WHOLE), marks=[pytest.mark.slow] * (layout != {"layout": "packed"}))
+    for layout in ({"layout": "packed"}, {"batch_first": False}, {"layout": "lengths"})
 ]
 SCANS = [Row(cell, "linear", reset=True, reverse=True, steps=5, features=(4,)) for cell in calls.SCANS[:2]]
 SCANS += [SCANS[0]._replace(dtype=torch.bfloat16)]

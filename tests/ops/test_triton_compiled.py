@@ -12,39 +12,40 @@ import torch
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton, and not its interpreter", allow_module_level=True)
 
+from calls import SCANS, Row, parts_of
 from compiling import TARGETS, Case, Compiled
-from cover import cover, named
+from options import cover, named
 
-from mingru.ops.cells import NUM_INPUTS, parts_of
+from mingru.ops.cells import NUM_INPUTS
 
 MANY, FEW = (1024, 128, 512), (8, 4096, 256)
 CELLS = (*NUM_INPUTS, "linear_scan")
-SCANS = ("linear_scan", "complex_linear_scan", "quaternion_linear_scan")
-TIMED = {"has_dt": True, "is_bounded": True}
+TIMED = {"dt": True, "min_decay": 0.1}
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
-def case_of(name, cell, dtype, shape, activation=None, **options):
-    activation = activation or ("positive" if cell in NUM_INPUTS else "linear")
-    has_bias = name == "backward" and cell in NUM_INPUTS
-    return Case(name, cell, activation, dtype, *shape, **{"has_bias": has_bias, **options})
+def case_of(name, cell, dtype, shape, candidate=None, needs_dt=False, **options):
+    candidate = candidate or ("positive" if cell in NUM_INPUTS else "linear")
+    batch, steps, features = shape
+    row = Row(cell, candidate, dtype, batch=batch, steps=steps, features=(features,), **options)
+    return Case(name, row, name == "backward" and cell in NUM_INPUTS, needs_dt)
 
 
 def num_accesses(case, plan):
     """Return how many loads and stores of sequences a thread needs in a tile."""
-    count = NUM_INPUTS.get(case.cell, 2)
+    count = NUM_INPUTS.get(case.row.cell, 2)
     if case.name == "forward":
         return plan.steps * count, plan.steps
     # The gradients of a linear scan do not depend on b.
-    loads = count if case.cell in NUM_INPUTS else 1
+    loads = count if case.row.cell in NUM_INPUTS else 1
     return plan.steps * (loads + 2), plan.steps * count
 
 
 def check(case, target):
-    found = Compiled(case, target)
+    found, row, parts = Compiled(case, target), case.row, parts_of(case.row.cell)
     loads, stores = num_accesses(case, found.plan)
     # In chunks of half-width numbers that are combined in each tile, a thread has 4 features.
-    width = 8 if case.dtype.itemsize == 2 and found.plan.chunks > 1 == found.plan.segments else 16
+    width = 8 if row.dtype.itemsize == 2 and found.plan.chunks > 1 == found.plan.segments else 16
     assert found.local == 0, case
     # Of a block, on GPUs with the least: sm_86, sm_89 and sm_120.
     assert found.shared <= 101_376, case
@@ -59,13 +60,13 @@ def check(case, target):
     copied = found.accesses[f"ld {width}"] + found.accesses[f"copy {width}"]
     assert copied in (loads, 2 * loads), (case, found.accesses)
     # Quaternions of float64 have 8 words for each feature of a group, more than fit into registers.
-    is_large = parts_of(case.cell) > 2 and case.dtype == torch.float64
+    is_large = parts > 2 and row.dtype == torch.float64
     # Registers that are saved once, outside of the loop.
     assert found.stack <= (64 if is_large else 40), case
     assert found.per_state() > 2, (case, "no loop was found")
     assert found.num_spills() <= (target == "sm_75") * (7 if is_large else 1), case
     # Triton 3.6 makes up to 17 of these with two parts and 26 in quaternions, Triton 3.9 up to 10 and 20.
-    most = 10 + 3 * case.has_reset + 7 * (parts_of(case.cell) > 1 or case.cell in SCANS) + 9 * (parts_of(case.cell) > 2)
+    most = 10 + 3 * row.reset + 7 * (parts > 1 or row.cell in SCANS) + 9 * (parts > 2)
     most = 0 if found.plan.chunks == 1 else 74 if is_large else most
     assert found.opcodes()["BAR"] <= most, (case, found.opcodes()["BAR"])
     return found
@@ -130,13 +131,13 @@ def test_other_variants(name):
     check(case_of(name, "mingru", F32, (8, 1, 256)), "sm_90")
     for cell, dtype in (("mingru", F32), ("minlstm", F32), ("mingru", BF16)):
         for shape in (MANY, FEW):
-            check(case_of(name, cell, dtype, shape, has_reset=True), "sm_90")
-    check(case_of(name, "mingru", F32, FEW, is_packed=True), "sm_90")
-    with_lengths = Compiled(case_of(name, "mingru", F32, FEW, has_lengths=True), "sm_90")
+            check(case_of(name, cell, dtype, shape, reset=True), "sm_90")
+    check(case_of(name, "mingru", F32, FEW, layout="packed"), "sm_90")
+    with_lengths = Compiled(case_of(name, "mingru", F32, FEW, layout="lengths"), "sm_90")
     assert with_lengths.num_spills() == with_lengths.local == 0
     for shape in (MANY, FEW):
         check(case_of(name, "complex_linear_scan", F32, shape), "sm_90")
-    check(case_of(name, "mingru_rotation", BF16, FEW, "tanh", has_reset=True), "sm_90")
+    check(case_of(name, "mingru_rotation", BF16, FEW, "tanh", reset=True), "sm_90")
     segments = case_of(name, "mingru", F32, (1, 65_536, 32))
     assert check(segments, "sm_90").plan.segments > 1
     summary = Compiled(segments._replace(is_summary=True, has_bias=False), "sm_90")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DOUBLE, Case, assert_equal, case, small_chunks, stack, tensors
+from options import lengths_of, steps_of
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence
@@ -55,14 +56,13 @@ class Row:
         self.module = path.varied(**DOUBLE)
         steps = 1 if path.name.startswith("step") else 5
         self.x, self.given = torch.randn(3, steps, 4, **DOUBLE), {}
-        lengths = torch.tensor([steps, 1, (steps + 1) // 2])
+        lengths, (reset, dt) = lengths_of(3, steps, 1), steps_of(3, steps, **DOUBLE)
         self.batch_sizes = (lengths > torch.arange(steps).unsqueeze(1)).sum(1)
         self.is_packed = given == "packed" and not path.name.startswith("convolution")
         if self.is_packed:
             self.x = self.x.flatten(0, 1)[: lengths.sum()]
         elif given in path.takes:
-            values = torch.rand(3, steps) < 0.3, lengths, 2 * torch.rand(3, steps, **DOUBLE)
-            self.given = {given: dict(zip(("reset", "lengths", "dt"), values, strict=True))[given]}
+            self.given = {given: {"reset": reset, "lengths": lengths, "dt": dt}[given]}
         names = [name for name, _ in self.module.named_parameters()]
         chosen = {"all": names, "x": [], "weights": names, "first weight": names[:1], "last weight": names[-1:]}
         self.names = chosen[trained]

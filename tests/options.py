@@ -1,7 +1,20 @@
-"""Few test cases in place of a grid: every two values of two options meet."""
+"""The vocabulary of all tables of tests: options and their values, few combinations of them, and what calls are given.
+
+`cases.py` has rows of modules, `ops/calls.py` rows of recurrences, and `ops/compiling.py` rows of compiled kernels.
+pytest is not needed, because benchmarks/gpu/smoke.py may have none.
+"""
 
 import itertools
 import random
+
+import torch
+
+# The cells of a gate, and all.
+GATED = ["mingru", "mingru_signed", "mingru_rotation", "mingru_quaternion", "mingru_mixed"]
+CELLS = [*GATED, "minlstm", "minlstm_unnormalized", "blockgru"]
+CANDIDATES = ["positive", "linear", "tanh"]
+# A layer of these options, or a recurrence, may be called in these ways.
+CALLS = {"batch_first": [True, False], "layout": ["padded", "lengths", "packed"], "reset": [False, True]}
 
 
 def cover(factors, allowed=lambda row: True, strength=2):
@@ -40,3 +53,20 @@ def cover(factors, allowed=lambda row: True, strength=2):
 def named(options):
     """Return the id of a test case with these options."""
     return " ".join(f"{name}={value}" for name, value in options.items()) or "plain"
+
+
+# What a call is given, each with the batch first.
+
+
+def steps_of(batch, steps, **factory):
+    """Return resets, of which there is one at the first step and one at the last, and elapsed times from 0 to 3."""
+    reset = torch.rand(batch, steps) < 0.2
+    reset[:1, :1] = reset[1:2, -1:] = True
+    return reset, 3 * torch.rand(batch, steps, **factory)
+
+
+def lengths_of(batch, steps, shortest=0):
+    """Return lengths of which the first is the longest, with all steps, and the last the shortest."""
+    lengths = torch.randint(shortest, steps + 1, (batch,)).sort(descending=True).values
+    lengths[0], lengths[-1] = steps, steps if batch == 1 else shortest
+    return lengths
