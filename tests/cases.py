@@ -500,11 +500,10 @@ CONV1D = partial(mingru.MinConv1dGRU, INPUT, INPUT)
 
 
 def projected(**factory: Any) -> nn.Module:
-    return mingru.convert.Projected(mingru.MinGRU(INPUT, 6, 2, **factory), nn.Linear(6, INPUT, **factory))
+    return mingru.Stack([mingru.MinGRU(INPUT, 6, 2, **factory), nn.Linear(6, INPUT, **factory)])
 
 
 STACKS = [
-    Case("Projected", projected),
     stack("Stack with a projection", projected, partial(mingru.MinLSTM, INPUT, 5)),
     stack(
         "Stack of both directions",
@@ -580,7 +579,7 @@ class Model(Case):
 
     @property
     def states(self) -> list[Any]:  # type: ignore[override]
-        return [self.module.initial_state(batch) for batch in (2, 3)]
+        return [self.module.initial(batch) for batch in (2, 3)]
 
     def given(self, batch: int = 3, steps: int | None = None, **factory: Any) -> dict[str, Any]:
         given = super().given(batch, steps, **factory)

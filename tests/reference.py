@@ -344,9 +344,6 @@ def module(rnn, x, h=None, reset=None, dt=None):
         return block(rnn, x, h, reset, dt=dt)
     if isinstance(rnn, library.models.LanguageModel):
         return language_model(rnn, x, h, reset)
-    if isinstance(rnn, library.convert.Projected):
-        out, last = module(rnn.rnn, x, h, reset, dt)
-        return linear(out, dict(rnn.named_parameters()), "out"), last
     is_cell, is_like_torch = type(rnn).__name__.endswith("Cell"), "drop_in" in type(rnn).__module__
     if rnn.num_space_dims > 0:
         h = h if h is None or not is_cell else [state.unsqueeze(1) for state in h]

@@ -14,7 +14,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import mingru
-from mingru.convert import Projected, from_cheind, from_pufferlib, language_model_from_lucidrains
+from mingru.convert import from_cheind, from_pufferlib, language_model_from_lucidrains
+from mingru.modules.per_step import PerStep
 
 KINDS = {"mingru": mingru.MinGRU, "minlstm": mingru.MinLSTM}
 
@@ -48,7 +49,7 @@ def assert_same(peer, layer, x):
 
 
 def rnn_of(layer):
-    return layer.rnn if isinstance(layer, Projected) else layer
+    return layer.layers[0] if len(layer.layers) > 1 and isinstance(layer.layers[1], PerStep) else layer
 
 
 IMAGES = [
@@ -122,7 +123,10 @@ def test_one_pass(case, length):
 @pytest.mark.parametrize(
     ("case", "place", "index"),
     [
-        *((SOME[4], place, 0) for place in ("rnn.layers.0.linear.bias", "out.bias", "rnn.initial_state")),
+        *(
+            (SOME[4], place, 0)
+            for place in ("layers.0.layers.0.linear.bias", "layers.1.module.bias", "layers.0.initial_state")
+        ),
         (SOME[10], "layers.0.align.weight", 0),
         (SOME[11], "layers.1.layers.0.align.weight", 0),
         (NORMED, "layers.1.norm.weight", 0),
@@ -192,8 +196,8 @@ def test_a_language_model_computes_the_same_logits(use_lstm, expansion):
 
 
 WITHOUT_BIAS = (Cheind, (3, 5, 5), {"norm": True, "bias": False})
-OF_LUCIDRAINS = r"Projected.*MinLSTM\(\s*4, 6, bias=False.*\(out\): Linear\(in_features=6, out_features=4, bias=False"
-OF_AUTHORS = r"Projected.*MinGRU\(\s*4, 6, learn_init.*\(out\): Linear\(in_features=6, out_features=4, bias=True"
+OF_LUCIDRAINS = r"Stack.*MinLSTM\(\s*4, 6, bias=False.*\(module\): Linear\(in_features=6, out_features=4, bias=False"
+OF_AUTHORS = r"Stack.*MinGRU\(\s*4, 6, learn_init.*\(module\): Linear\(in_features=6, out_features=4, bias=True"
 OF_SIZES = r"Stack\(.*dropout=0.25.*MinGRU\(\s*3, 5, residual=True.*MinGRU\(\s*5, 2, residual=True"
 
 
@@ -282,7 +286,7 @@ def test_a_minlstm_whose_weights_do_not_show_the_normalization(use_coeff_norm):
     with pytest.raises(ValueError, match=r"use_coeff_norm must be True or False for a minLSTM, got .*config\.yaml"):
         peer.converted(use_coeff_norm=use_coeff_norm)
     for value in (True, False):
-        assert peer.converted(use_coeff_norm=value).rnn.normalize is value
+        assert rnn_of(peer.converted(use_coeff_norm=value)).normalize is value
 
 
 # cheind/mingru

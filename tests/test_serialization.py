@@ -16,7 +16,6 @@ from mingru.modules.per_step import OF_TORCH
 MODELS = {case.name: case.make for case in CASES if case.name.isidentifier() or "." in case.name} | {
     "all norms": lambda: mingru.MinLSTM(3, 4, 2, norm="rms", forget_bias=1.0, dtype=torch.bfloat16),
     "lists": lambda: mingru.MinConv2dGRU(3, [4, 5], [3, 1], num_layers=2, padding=["same", 0], residual=True),
-    "Projected": lambda: convert.Projected(mingru.MinGRU(3, 4), nn.Linear(4, 2)),
     "Stack": lambda: mingru.Stack([mingru.MinGRU(3, 4), mingru.MinLSTM(4, 4)], residual=True),
     "modules of torch": lambda: mingru.Stack([mingru.MinGRU(3, 4), *(each() for each in OF_TORCH[:-3])]),
     "LanguageModel": lambda: models.LanguageModel(5, 4, 1, tied=False),
@@ -68,17 +67,3 @@ def test_whole_models_load_in_a_fresh_process(tmp_path):
         model = made[path]
         assert (kind, text) == (type(model).__name__, repr(model))
         torch.testing.assert_close(weights, model.state_dict(), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("MinGRUCell", "models.Block", "drop_in.GRU")])
-def test_whole_modules_of_other_versions_say_what_to_do(case, grad):
-    """They may lack an attribute of these."""
-    model = case.make()
-    for module in model.modules():
-        vars(module).pop("has_output_gate", None)
-    model = pickle.loads(pickle.dumps(model))
-    message = r"Level has no attribute 'has_output_gate', as after torch\.load .*; save its state_dict"
-    with pytest.raises(AttributeError, match=message) as raised, torch.set_grad_enabled(grad):
-        case.call(model, **case.given())
-    assert str(raised.value).count("has no attribute") == 1

@@ -87,12 +87,11 @@ def calls(case):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-# The output of `Projected` is that of an nn.Linear.
 @parametrized(
     [
         case("MinGRU, wide", mingru.MinGRU, 64, 4),
         BLOCKS[0],
-        *(each for each in some(ROWS, 3) if each.name != "Projected"),
+        *some(ROWS, 3),
     ]
 )
 def test_no_output_is_a_view(case, backend):

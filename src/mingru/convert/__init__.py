@@ -2,11 +2,10 @@
 
 from .cheind import from_cheind
 from .language_model import language_model_from_lucidrains
-from .projected import Projected, from_lucidrains, from_minrnns
+from .projected import from_lucidrains, from_minrnns
 from .pufferlib import from_pufferlib
 
 __all__ = [
-    "Projected",
     "from_cheind",
     "from_lucidrains",
     "from_minrnns",

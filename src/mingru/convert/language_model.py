@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..check.values import require
 from ..models import LanguageModel
-from .projected import Projected, from_lucidrains
+from ..modules.stack import Stack
+from .projected import from_lucidrains
 from .state_dict import Checkpoint
 
 
@@ -83,8 +84,8 @@ def language_model_from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str
     for index in range(num_layers):
         layer = from_lucidrains(state_dict, f"{prefix}layers.{index}.2.")
         rnn, out = layer, torch.eye(dims).to(found[first])
-        if isinstance(layer, Projected):
-            rnn, out = layer.rnn, layer.out.state_dict()["weight"]
+        if isinstance(layer, Stack):
+            rnn, out = layer.layers[0], layer.state_dict()["layers.1.module.weight"]
         block = f"blocks.layers.{index}."
         state |= {f"{block}rnn.{name}": x for name, x in rnn.state_dict().items()}
         weight = state[f"{block}rnn.layers.0.linear.weight"]

@@ -1,103 +1,21 @@
-"""Convert layers with an output projection, of minGRU-pytorch and of the code of the paper's authors."""
+"""Convert layers of minGRU-pytorch and of the code of the paper's authors."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..check.values import check_type, dims, require
-from ..modules.layer import Layer
+from ..check.values import dims, require
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
-from ..modules.scripted import data_of, with_data
-from ..ops import layout
+from ..modules.stack import Stack
 from ..ops.activation import g
-from ..ops.shape import MaybeList, MaybeTensor, Outputs, States
 from .state_dict import Checkpoint, loaded
 
 CLASSES_BY_NUM_PARTS: dict[int, type[MinGRU] | type[MinLSTM]] = {2: MinGRU, 3: MinLSTM}
 
 
-class Projected(Layer, role="sequence"):
-    """Apply a linear map to the output of a recurrent layer.
-
-        y_t, h = rnn(x, h, reset, lengths, dt)
-        out_t = W y_t + b
-
-    where y is the layer's output, h its state, and W and b are the parameters of `out`. The state is not projected.
-
-    Args:
-        rnn: `mingru.MinGRU`, `mingru.MinLSTM`, `mingru.Stack` or a layer of your own with an output of
-            (B, S, D * H), see `mingru.modules.Layer`.
-        out: Map of the output: `torch.nn.Linear(D * H, O)` or another module that takes (B, S, D * H). Without an
-            attribute `out_features`, O is D * H.
-
-    Inputs:
-        - **x**: Input sequence that `rnn` accepts.
-        - **h**: State before the first step, as `rnn` accepts it. Default: the initial state of `rnn`.
-        - **reset**, **lengths**, **dt**: As `rnn` accepts them.
-
-    Outputs:
-        - **out**: Projected output, (B, S, O) or (S, B, O), packed if x is packed. It is 0 in the padding.
-        - **h**: State as `rnn` returns it; `layer(x2, h)` continues the sequence.
-
-    Raises:
-        TypeError: `rnn` is not a layer.
-        TypeError, ValueError: Raised by `rnn`.
-
-    State dict:
-        Parameters of `rnn` under `rnn.`, parameters of `out` under `out.`.
-
-    Examples:
-        >>> layer = mingru.convert.Projected(mingru.MinGRU(4, 6), torch.nn.Linear(6, 4))
-        >>> out, h = layer(torch.randn(2, 10, 4))
-        >>> out.shape, h.shape
-        (torch.Size([2, 10, 4]), torch.Size([1, 2, 1, 6]))
-    """
-
-    def __init__(self, rnn: Layer, out: nn.Module) -> None:
-        super().__init__()
-        check_type(self.name, "rnn", rnn, Layer, "a layer such as MinGRU")
-        self.rnn = rnn
-        self.out = out
-        self.input_dims, self.num_states, self.batch_first = rnn.input_dims, rnn.num_states, rnn.batch_first
-        self.output_dims = getattr(out, "out_features", rnn.output_dims)
-
-    def forward(
-        self,
-        x: Tensor,
-        h: Tensor | None = None,
-        reset: Tensor | None = None,
-        lengths: Tensor | None = None,
-        dt: Tensor | None = None,
-    ) -> States:
-        """Return the output of all steps and the state after the last: see `Inputs` and `Outputs` of the class."""
-        y, h = self.rnn(x, h, reset, lengths, dt)
-        return self._projected(y, lengths), h
-
-    def _with_states(
-        self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
-    ) -> Outputs:
-        """Call the layer with its states in a list, and return the new states in a list."""
-        y, states = self.rnn._with_states(x, h, reset, lengths, dt)
-        return self._projected(y, lengths), states
-
-    def initial(self, batch: int) -> Any:
-        """Return the state of a batch before the first step."""
-        return self.rnn.initial(batch)
-
-    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
-        """Return the states that replace h=None."""
-        return self.rnn.default_states(x, batch)
-
-    def _projected(self, y: Tensor, lengths: MaybeTensor) -> Tensor:
-        out = self.out(data_of(y))
-        if lengths is not None:
-            out = layout.without_padding(out, lengths, not self.batch_first)
-        return with_data(y, out)
-
-
-def from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGRU | MinLSTM | Projected:
+def from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGRU | MinLSTM | Stack:
     """Convert the weights of a `minGRU` or `minLSTM` of the package minGRU-pytorch.
 
     The converted layer computes the same outputs, for whole sequences and in single steps, from the same initial state
@@ -111,8 +29,8 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGR
             Default: no prefix.
 
     Returns:
-        A `mingru.MinGRU` or `mingru.MinLSTM` of one layer without bias, in a `Projected` if there is `to_out`. The
-        layer holds copies of the tensors, in their dtype and on their device.
+        A `mingru.MinGRU` or `mingru.MinLSTM` of one layer without bias. If there is `to_out`, a `mingru.Stack` of the
+        layer and a `torch.nn.Linear`. It holds copies of the tensors, in their dtype and on their device.
 
     Raises:
         TypeError: `state_dict` is not a mapping, or the tensors have different or integer dtypes.
@@ -120,19 +38,20 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGR
 
     State dict:
         `layers.0.linear.weight`, rows in the order of this package, and `initial_state`, which is 0 and not trained
-        (`requires_grad` is False). In a `Projected`, these are under `rnn.`, beside `out.weight`.
+        (`requires_grad` is False). In a `Stack`, these are under `layers.0.`, and the projection is
+        `layers.1.module.weight`.
 
-    The state, (1, B, 1, H), is always returned. `prev_hidden` of minGRU-pytorch can be passed unchanged. If
-    minGRU-pytorch's minLSTM gets a state and more than one step, it applies g to the state; its single steps and this
-    layer do not.
+    The state is always returned: (1, B, 1, H), in a list if the layer is a `Stack`. `prev_hidden` of minGRU-pytorch can
+    be passed unchanged, or to a `Stack` as `[prev_hidden]`. If minGRU-pytorch's minLSTM gets a state and more than one
+    step, it applies g to the state; its single steps and this layer do not.
 
     Examples:
         >>> checkpoint = {"to_hidden_and_gate.weight": torch.randn(12, 4), "to_out.weight": torch.randn(4, 6)}
         >>> layer = mingru.convert.from_lucidrains(checkpoint)
-        >>> layer.rnn.hidden_dims, layer.out
+        >>> layer.layers[0].hidden_dims, layer.layers[1].module
         (6, Linear(in_features=6, out_features=4, bias=False))
         >>> out, h = layer(torch.randn(2, 10, 4))
-        >>> out.shape, h.shape
+        >>> out.shape, h[0].shape
         (torch.Size([2, 10, 4]), torch.Size([1, 2, 1, 6]))
 
     References:
@@ -150,9 +69,7 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGR
     return _layer(found, weight.shape[0] // parts, first)
 
 
-def from_minrnns(
-    state_dict: Mapping[str, Tensor], prefix: str = "", *, use_coeff_norm: bool | None = None
-) -> Projected:
+def from_minrnns(state_dict: Mapping[str, Tensor], prefix: str = "", *, use_coeff_norm: bool | None = None) -> Stack:
     """Convert the weights of a `minGRU` or `minLSTM` of the paper's authors' code, BorealisAI/minRNNs.
 
     The converted layer computes the same outputs, for whole sequences and in single steps, from the same initial state:
@@ -169,8 +86,8 @@ def from_minrnns(
             minLSTM, because the weights do not show it. It becomes `normalize` of the `MinLSTM`.
 
     Returns:
-        A `Projected` around a `mingru.MinGRU` or `mingru.MinLSTM` of one layer. It holds copies of the tensors, in
-        their dtype and on their device.
+        A `mingru.Stack` of a `mingru.MinGRU` or `mingru.MinLSTM` of one layer and a `torch.nn.Linear`. It holds copies
+        of the tensors, in their dtype and on their device.
 
     Raises:
         TypeError: `state_dict` is not a mapping, or the tensors have different or integer dtypes.
@@ -178,11 +95,12 @@ def from_minrnns(
             `use_coeff_norm` is not a bool for a minLSTM.
 
     State dict:
-        `rnn.layers.0.linear.weight` and `.bias`, rows in the order of this package, `out.weight` and `.bias`, and
-        `rnn.initial_state`: g(`init_hidden_state`), or 0 and not trained (`requires_grad` is False) without that key.
+        `layers.0.layers.0.linear.weight` and `.bias`, rows in the order of this package, `layers.1.module.weight` and
+        `.bias`, and `layers.0.initial_state`: g(`init_hidden_state`), or 0 and not trained (`requires_grad` is False)
+        without that key.
 
-    Training changes the initial state directly, not the argument of g. The returned state is (1, B, 1, H). In minRNNs,
-    a state is a pair, the state and its logarithm; the first of the pair can be passed unchanged.
+    Training changes the initial state directly, not the argument of g. The returned state is a list with one
+    tensor, (1, B, 1, H). In minRNNs, a state is a pair, the state and its logarithm; pass the first in a list.
 
     Examples:
         >>> checkpoint = {
@@ -193,10 +111,10 @@ def from_minrnns(
         ...     "layers.0.2.init_hidden_state": torch.zeros(6),
         ... }
         >>> layer = mingru.convert.from_minrnns(checkpoint, "layers.0.2.")
-        >>> layer.rnn.initial_state.flatten().tolist()
+        >>> layer.layers[0].initial_state.flatten().tolist()
         [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
         >>> out, h = layer(torch.randn(2, 10, 4))
-        >>> out.shape, h.shape
+        >>> out.shape, h[0].shape
         (torch.Size([2, 10, 4]), torch.Size([1, 2, 1, 6]))
 
     References:
@@ -220,11 +138,11 @@ def from_minrnns(
         require(found.name, "use_coeff_norm", is_valid, expected, repr(use_coeff_norm), remedy)
         options["normalize"] = use_coeff_norm
     layer = _layer(found, hidden_dims, first, **options)
-    assert isinstance(layer, Projected)
+    assert isinstance(layer, Stack)
     return layer
 
 
-def _layer(found: Checkpoint, hidden_dims: int, first: str, **options: object) -> MinGRU | MinLSTM | Projected:
+def _layer(found: Checkpoint, hidden_dims: int, first: str, **options: object) -> MinGRU | MinLSTM | Stack:
     """Return the layer with these weights and its projection, if any; `first` is the key of the layer's linear map."""
     weight = found[first]
     num_rows, input_dims = weight.shape
@@ -251,4 +169,4 @@ def _layer(found: Checkpoint, hidden_dims: int, first: str, **options: object) -
         return rnn
     out = nn.Linear(hidden_dims, input_dims, "bias" in projection, "meta", weight.dtype)
     out.load_state_dict(projection, assign=True)
-    return Projected(rnn, out)
+    return Stack([rnn, out])
