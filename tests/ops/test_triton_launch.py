@@ -21,7 +21,6 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 from triton.compiler import CompiledKernel
 
-import mingru
 from benchmarks.gpu import smoke
 from benchmarks.gpu.host import NoDriver, without_gpu
 from mingru.ops.backends.triton import device, kernels, launch
@@ -142,13 +141,12 @@ def test_types_and_constants_select_a_kernel_and_values_do_not(change, count, dr
 
 PASSING = {
     torch.OutOfMemoryError: ["Triton Error [CUDA]: out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "hipErrorOutOfMemory"],
-    launch.KernelFailure: ["[Errno 28] No space left on device: 'a.cubin'", "[Errno 24] Too many open files"],
 }
 PASSING[torch.OutOfMemoryError] += ["UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", "UR_RESULT_ERROR_OUT_OF_HOST_MEMORY"]
 
 
 @pytest.mark.parametrize(("kind", "why"), [(kind, why) for kind, all_of in PASSING.items() for why in all_of])
-def test_a_kernel_that_found_no_memory_or_disk_is_compiled_at_the_next_call(kind, why, driver):
+def test_a_kernel_that_found_no_memory(kind, why, driver):
     config, driver.error = next(smoke.configurations(1, 0, SIZES)), RuntimeError(why)
     with pytest.raises(kind, match=re.escape(why)):
         launches_of(config, driver)
@@ -165,23 +163,6 @@ def test_a_kernel_is_loaded_again_without_the_memory_that_torch_keeps(times, dri
     with mock.patch.object(device, "free") as free, raises:
         assert launches_of(next(smoke.configurations(1, 0, SIZES)), driver)
     assert free.mock_calls == [mock.call(CPU)]
-
-
-@pytest.mark.parametrize(("number", "programs"), [(2, 256), (1, 128)])
-def test_segments_are_as_many_as_processors_hold_programs(number, programs, driver, monkeypatch):
-    """The kernel is loaded, not launched, to know it."""
-    asked = []
-
-    def num_resident(device, warps, load):
-        asked.append((warps, type(load()), driver.launches.copy()))
-        return number
-
-    monkeypatch.setattr(device, "num_resident", num_resident)
-    launch._recipes.clear()
-    x = torch.zeros(1, 1, 32).expand(1, 2**18, 32)
-    mingru.functional.mingru(x, x, backend="triton")
-    assert asked == [(8, Kernel, [])]
-    assert [grid[0] for _, grid, _ in driver.launches] == [programs] * 2
 
 
 def test_a_failed_launch_of_a_known_kernel_is_an_error(driver):

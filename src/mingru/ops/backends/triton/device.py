@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -105,18 +104,6 @@ def facts_of(device: torch.device) -> tuple[int, bool, int]:
     return 32, False, torch.xpu.get_device_properties(device).gpu_subslice_count if device.type == "xpu" else 132
 
 
-def num_resident(device: torch.device, warps: int, load: Callable[[], Any]) -> int:
-    """Return how many programs of the kernel that `load` loads a multiprocessor holds at a time; 2 if it is more."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 2
-    found: Any = torch.cuda.get_device_properties(device)
-    threads, kernel = 32 * warps, load()
-    # Registers are given by 8 for each thread. 1 KB of shared memory is not the program's own.
-    of_two = 2 * threads, 2 * threads * -(-kernel.n_regs // 8) * 8, 2 * (kernel.metadata.shared + 1024)
-    names = "max_threads_per_multi_processor", "regs_per_multiprocessor", "shared_memory_per_multiprocessor"
-    return 1 + all(need <= getattr(found, name) for name, need in zip(names, of_two, strict=True))
-
-
 def is_capturing(device: torch.device) -> bool:
     """Return whether a CUDA graph is captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -132,11 +119,6 @@ def free(device: torch.device) -> None:
     """Give back the memory that torch keeps for tensors, which a kernel may need."""
     if device.type in DEVICES:
         torch.get_device_module(device).empty_cache()
-
-
-def is_without_files(error: Exception) -> bool:
-    """Return whether a disk was full, or a process had too many open files."""
-    return re.search("no space left|disk quota exceeded|too many open files", str(error), re.I) is not None
 
 
 def stream_of(device: torch.device) -> Any:

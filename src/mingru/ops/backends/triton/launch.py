@@ -5,15 +5,14 @@ import functools
 import importlib
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...call import Call
 from ...cells import NUM_INPUTS
-from ...layout import is_packing, is_transposed
+from ...layout import is_packing, is_transposed, lengths_of
 from ...shape import States, accumulate_dtype
 from . import device as devices
 from .plan import KEEPING, Plan, Work, plan_of
@@ -49,37 +48,36 @@ class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what
     """A kernel cannot be compiled or launched on this machine."""
 
 
-def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
-    """Launch the kernel of a pass, "forward" or "backward", on the device of its inputs."""
-    started(name, args["inputs"][0][0].device, num_programs, plan, args)
+def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any], again: bool = True) -> None:
+    """Launch the kernel of a pass, "forward" or "backward", on the device of its inputs.
 
-
-def started(name: str, device: Any, num_programs: int, plan: Plan, args: dict[str, Any], again: bool = True) -> Any:
-    """Launch a kernel, which is compiled if it is not known, and return it. Without programs, it is only loaded."""
+    It is compiled if it is not known.
+    """
+    device = args["inputs"][0][0].device
     key = device, plan.warps, args["TYPES"]
     if key in _failures:
         # Also in a capture, because no call before it would help.
         raise KernelFailure(_failures[key])
     try:
-        return _start(key, num_programs, args)
+        _start(key, num_programs, args)
     except Exception as error:
         if devices.is_out_of_memory(error):
             if not again or devices.is_capturing(device):
                 raise torch.OutOfMemoryError(f"mingru: {device} has no memory for a kernel: {error}") from error
             devices.free(device)
-            return started(name, device, num_programs, plan, args, False)
+            return run(name, num_programs, plan, args, False)
         if devices.is_capturing(device):
             problem = "a CUDA graph cannot capture the first call of a Triton kernel, which loads it"
             raise RuntimeError(f"mingru: {problem}; call the module once before the capture") from error
         kernel = f"the {name} kernel of {args['CELL']}, {args['inputs'][0][0].dtype}, on {device}"
         why = f"Triton failed to compile or launch {kernel} ({devices.first_line(error)})"
         why = f"the backend 'triton' cannot run this because {why}; use 'torch'"
-        if key not in _compiled and not devices.is_without_files(error):
+        if key not in _compiled:
             _failures[key] = why
         raise KernelFailure(why) from error
 
 
-def _start(key: tuple[Any, ...], num_programs: int, args: dict[str, Any]) -> Any:
+def _start(key: tuple[Any, ...], num_programs: int, args: dict[str, Any]) -> None:
     kernels, (device, warps, _), is_known = _kernels(), key, key in _compiled
     compiled, names = _compiled.get(key), kernels.PARAMETERS
     values = [*map(args.get, names)]
@@ -89,11 +87,8 @@ def _start(key: tuple[Any, ...], num_programs: int, args: dict[str, Any]) -> Any
             # Fusion is given, because the default differs between versions of Triton.
             compiled = kernels.recurrence_kernel.warmup(*stand_ins, grid=(1,), num_warps=warps, enable_fp_fusion=True)
         # The interpreter compiles nothing.
-        launch = (compiled or kernels.recurrence_kernel)[(num_programs, 1, 1)]
-        if num_programs > 0:
-            launch(*values)
+        (compiled or kernels.recurrence_kernel)[(num_programs, 1, 1)](*values)
     _compiled[key] = compiled
-    return compiled
 
 
 # The time of an import statement would be a part of each launch.
@@ -137,12 +132,12 @@ def types_of(args: dict[str, Any]) -> object:
 _recipes: dict[Any, Any] = {}
 
 
-def _recipe(planned: Any, name: str, call: Call, memory: Memory, results: Memory, held: int = 16) -> Any:
+def _recipe(planned: Any, name: str, call: Call, memory: Memory, results: Memory) -> Any:
     """Return the plan of a pass, and what it does with memory of the same forms.
 
     This is: functions that convert given memory, by its index; of each result its name, dtype, shape in memory, and the
     function that returns it, or None; the shape of the summaries; and for each launch the arguments without the memory,
-    and the strides of each memory, or None if it is dense. `held`: see `Work`.
+    and the strides of each memory, or None if it is dense.
     """
     (spec, (first, *_), (h, *_), (_, batch_sizes, _)), dtype = call, call.tensors[0].dtype
     num_dims, num_sequences, num_steps = 3 if batch_sizes is None else 2, h.shape[0], _num_steps(call)
@@ -156,7 +151,7 @@ def _recipe(planned: Any, name: str, call: Call, memory: Memory, results: Memory
     kinds, unit = {kind for kind, *_ in forms}, unit_of(num_features, forms)
     is_timed, is_packed = spec.min_decay != 0 or "dt" in kinds, "offsets" in kinds
     facts = name == "backward", "reset" in kinds, is_packed, is_timed, *devices.facts_of(first.device)
-    plan = planned(Work(spec.cell, dtype.itemsize, num_sequences, num_steps, num_features, *facts, held))
+    plan = planned(Work(spec.cell, dtype.itemsize, num_sequences, num_steps, num_features, *facts))
     # Each program has a sum of its own.
     counts = {"grad_initial_state": (plan.segments, 1), "grad_dt": (num_features // unit, 1 if is_packed else 2)}
     counts["grad_bias"] = num_sequences * plan.segments, 0
@@ -169,11 +164,7 @@ def _recipe(planned: Any, name: str, call: Call, memory: Memory, results: Memory
         elif not x.is_contiguous():
             shape, finish = x.transpose(0, 1).shape, functools.partial(torch.transpose, dim0=0, dim1=1)
         written.append((kind, x.dtype, shape, finish))
-    launches, filled = _launches(name, call, plan, unit, num_features, forms)
-    if plan.segments > 1 and held == 16:
-        load = functools.partial(started, name, first.device, 0, plan, filled)
-        if devices.num_resident(first.device, plan.warps, load) == 1:
-            return _recipe(planned, name, call, memory, results, plan.warps)
+    launches = _launches(name, call, plan, unit, num_features, forms)
     shape = 2, num_sequences, plan.segments, plan.chunks, num_features
     # Not converted again for this launch.
     memory[:] = owned
@@ -181,8 +172,7 @@ def _recipe(planned: Any, name: str, call: Call, memory: Memory, results: Memory
 
 
 def _launches(name: str, call: Call, plan: Plan, unit: int, num_features: int, forms: list[Any]) -> Any:
-    """Return for each launch the arguments without the memory, and the strides of each memory, or None if it is dense;
-    and the arguments of the last with stand-ins for memory of these forms."""
+    """Return for each launch the arguments without the memory, and the strides of each memory; None if it is dense."""
     (spec, _, _, (time_first, batch_sizes, _)), num_steps = call, _num_steps(call)
     tile, is_packed = plan.chunks * plan.steps, batch_sizes is not None
     # A whole number of tiles.
@@ -204,9 +194,8 @@ def _launches(name: str, call: Call, plan: Plan, unit: int, num_features: int, f
             else:
                 found.append(strides[:1] if kind in _STATES else None)
         filled = _filled(args, [(kind, _pointer(dtype)) for kind, dtype, *_ in own_forms], found)
-        filled["TYPES"] = types_of(filled)
-        launches.append((args | {"TYPES": filled["TYPES"]}, found))
-    return launches, filled
+        launches.append((args | {"TYPES": types_of(filled)}, found))
+    return launches
 
 
 def _of_launches(memory: list[Any], summaries: list[Any], plan: Plan) -> list[list[Any]]:
@@ -272,7 +261,13 @@ def _given(call: Call, saved: Tensors) -> Memory:
     _, inputs, (h, initial_state, reset, dt, *_), (_, batch_sizes, lengths) = call
     memory: Memory = [("inputs", x) for x in inputs]
     if batch_sizes is not None:
-        offsets, lengths = _packing(batch_sizes, inputs[0])
+        x, sizes = inputs[0], tuple(batch_sizes.tolist())
+        if devices.is_capturing(x.device):
+            # Also if they are kept from a call before: a replay would read them after they are freed.
+            why = "because their batch_sizes are on the CPU; pass padded sequences and lengths"
+            raise ValueError(f"mingru: packed sequences cannot be captured in a CUDA graph, {why}")
+        # Each stream has a copy of its own, because another one does not wait for the copy, and may reuse its memory.
+        offsets, lengths = _packing(sizes, x.shape[0], x.device, devices.stream_of(x.device))
         memory.append(("offsets", offsets))
     # The kernel writes the gradients of dt with the strides of dt.
     memory += [(kind, x) for kind, x in (("lengths", lengths), ("dt", dt), ("reset", reset)) if x is not None]
@@ -302,9 +297,9 @@ def _pass(name: str, call: Call, saved: Tensors, *needs: bool) -> dict[str, Tens
     plan, conversions, written, shape, launches = recipe
     for at, convert in conversions:
         memory[at] = memory[at][0], convert(memory[at][1])
-    new = [(kind, empty(x, dtype, *own_shape)) for kind, dtype, own_shape, _ in written]
+    new = [(kind, x.new_empty(own_shape, dtype=dtype)) for kind, dtype, own_shape, _ in written]
     memory += new
-    both = empty(x, accumulate_dtype(x.dtype), *shape).unbind() if plan.segments > 1 else ()
+    both = x.new_empty(shape, dtype=accumulate_dtype(x.dtype)).unbind() if plan.segments > 1 else ()
     summaries = [("summaries", each) for each in both]
     num_programs = -(-shape[-1] // plan.features) * shape[1] * plan.segments
     for each, (args, strides) in zip(_of_launches(memory, summaries, plan), launches, strict=True):
@@ -312,36 +307,17 @@ def _pass(name: str, call: Call, saved: Tensors, *needs: bool) -> dict[str, Tens
     return {kind: y if own[3] is None else own[3](y) for (kind, y), own in zip(new, written, strict=True)}
 
 
-# For each tensor of batch sizes, because a module calls the kernel many times with the same one.
-_packings: Any = WeakTensorKeyDictionary()
-
-
-def _packing(batch_sizes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the offset of each step in packed data x, and the length of each sequence, on the device of x."""
-    if devices.is_capturing(x.device):
-        # Also if they are kept from a call before: a replay would read them after they are freed with `batch_sizes`.
-        why = "because their batch_sizes are on the CPU; pass padded sequences and lengths"
-        raise ValueError(f"mingru: packed sequences cannot be captured in a CUDA graph, {why}")
-    # Tensors of inference mode have no version.
-    version = batch_sizes.tolist() if batch_sizes.is_inference() else batch_sizes._version
-    if _packings.get(batch_sizes, (None,))[0] != version:
-        _packings[batch_sizes] = version, {}
-    kept: dict[Any, States] = _packings[batch_sizes][1]
-    # Each stream has a copy of its own, because another one does not wait for the copy, and may reuse its memory.
-    key = x.device, x.shape[0], devices.stream_of(x.device)
-    if key not in kept:
-        # In a compiled graph, no layer has checked them.
-        if not is_packing(batch_sizes, x.shape[0]):
-            raise ValueError("mingru: batch_sizes must be positive, must not increase, and sum to the packed steps")
-        num_steps, num_sequences = batch_sizes.numel(), int(batch_sizes[0])
-        offsets = batch_sizes.cumsum(0) - batch_sizes
-        # Batch element b has as many steps as there are batch sizes above b.
-        elements = torch.arange(num_sequences, device=batch_sizes.device)
-        lengths = num_steps - torch.searchsorted(batch_sizes.flip(0), elements, right=True)
-        both = torch.cat([offsets, lengths])
-        both = (both.pin_memory() if x.device.type in devices.DEVICES else both).to(x.device, non_blocking=True)
-        kept[key] = both[:num_steps], both[num_steps:]
-    return kept[key]
+# Kept, because each layer and pass of a module has the same batch sizes.
+@functools.lru_cache(64)
+def _packing(sizes: tuple[int, ...], num_rows: int, device: torch.device, stream: Any) -> tuple[Tensor, Tensor]:
+    """Return the offset of each step in packed data, and the length of each sequence, on a device."""
+    batch_sizes = torch.tensor(sizes, device="cpu")
+    # In a compiled graph, no layer has checked them.
+    if not is_packing(batch_sizes, num_rows):
+        raise ValueError("mingru: batch_sizes must be positive, must not increase, and sum to the packed steps")
+    both = torch.cat([batch_sizes.cumsum(0) - batch_sizes, lengths_of(batch_sizes)])
+    both = (both.pin_memory() if device.type in devices.DEVICES else both).to(device, non_blocking=True)
+    return both[: len(sizes)], both[len(sizes) :]
 
 
 @functools.cache
@@ -352,15 +328,6 @@ def _bound(min_decay: float) -> tuple[float, ...] | None:
     # Triton passes numbers as float32, and kernels of float64 need more digits.
     pairs = ((number, ctypes.c_float(number).value) for number in (math.log(min_decay), math.log1p(-min_decay)))
     return tuple(part for number, rounded in pairs for part in (rounded, number - rounded))
-
-
-def empty(like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Return memory that a kernel writes, on the device of a tensor. Deterministic mode would fill it before."""
-    if not torch.are_deterministic_algorithms_enabled() or type(like) is not Tensor or like.is_meta:
-        return like.new_empty(*shape, dtype=dtype)
-    strides, storage = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))], cast(Any, torch.UntypedStorage)
-    memory = storage(math.prod(shape) * dtype.itemsize, device=like.device)
-    return like.new_empty(0, dtype=dtype).set_(memory, 0, shape, strides)
 
 
 def forward(call: Call) -> States:
@@ -387,7 +354,7 @@ def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Re
 def forward_results(call: Call) -> States:
     """Return uninitialized tensors for the results of `forward`."""
     x, h = call.tensors[0], call.start.h
-    return empty(x, x.dtype, *x.shape), empty(h, h.dtype, *h.shape)
+    return x.new_empty(x.shape), h.new_empty(h.shape)
 
 
 def backward_results(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Results:
@@ -397,8 +364,8 @@ def backward_results(call: Call, saved: Tensors, needs_dt: bool, needs_bias: boo
     size = len(call.tensors) * math.prod(shape[num_leading:])
     # In the memory order of the inputs.
     is_swapped = is_transposed(x)
-    grads = empty(x, x.dtype, *(shape[1::-1] if is_swapped else shape[:num_leading]), size)
+    grads = x.new_empty((*(shape[1::-1] if is_swapped else shape[:num_leading]), size))
     of_dt: Any = dt.shape if needs_dt and dt is not None else None
     shapes = h.shape if has_initial_state(call) else None, of_dt, (size,) if needs_bias else None
-    sums = [None if shape is None else empty(x, dtype, *shape) for shape in shapes]
-    return grads.transpose(0, 1) if is_swapped else grads, empty(h, h.dtype, *h.shape), *sums
+    sums = [None if shape is None else x.new_empty(shape, dtype=dtype) for shape in shapes]
+    return grads.transpose(0, 1) if is_swapped else grads, h.new_empty(h.shape), *sums

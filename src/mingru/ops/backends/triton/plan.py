@@ -40,8 +40,6 @@ class Work(NamedTuple):
     is_amd: bool = False
     processors: int = 132
     """Number of multiprocessors."""
-    held: int = 16
-    """Number of warps that a multiprocessor holds at a time, for the cell and the pass; at most 16 are needed."""
 
 
 class Plan(NamedTuple):
@@ -60,8 +58,7 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(1024)
 def plan_of(work: Work) -> Plan:
-    """Return the plan of a kernel. Results are the same for all GPUs with as many processors, threads of a warp, and
-    warps that a processor holds."""
+    """Return the plan of a kernel. Results are the same for all GPUs with as many processors and threads of a warp."""
     itemsize, backward, num_steps, num_features = work.itemsize, work.backward, work.num_steps, work.num_features
     # Values of one step that a warp loads if each thread loads 16 bytes.
     warp = work.wave * 16 // itemsize
@@ -90,9 +87,8 @@ def plan_of(work: Work) -> Plan:
     if work.cell in NUM_INPUTS and 4 * programs < 3 * work.processors:
         for warps in (1,) if work.is_amd else (8, 4, 2):
             chunks = warps * warp // features
-            # Two programs for each processor that holds them: rounded up, the last ran alone. A chunk has two tiles.
-            at_once = min(2, max(1, work.held // warps)) * work.processors
-            segments = min(MOST_SEGMENTS, at_once // programs, num_steps // (2 * chunks * steps))
+            # Two programs for each processor: rounded up, the last ran alone. A chunk has two tiles.
+            segments = min(MOST_SEGMENTS, 2 * work.processors // programs, num_steps // (2 * chunks * steps))
             # A smaller program only helps if it makes more segments.
             if segments == MOST_SEGMENTS or 4 * programs * segments >= 3 * work.processors:
                 break
