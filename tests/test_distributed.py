@@ -216,8 +216,8 @@ def generation(four, pairs):
     expected = model.generate(prompts, 8, temperature=0)
     model = with_fsdp(model, four)
     register_fsdp_forward_method(model, "generate")
-    assert all(type(each) is torch.Tensor for each in model.initial_state(3))
-    assert torch.equal(model.generate(prompts, 8, temperature=0, state=model.initial_state(3)), expected)
+    assert all(type(each) is torch.Tensor for each in model.initial(3))
+    assert torch.equal(model.generate(prompts, 8, temperature=0, state=model.initial(3)), expected)
 
 
 def refusals(four, pairs):

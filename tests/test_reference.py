@@ -66,7 +66,7 @@ def test_convolution_of_a_block_by_hand():
     with torch.no_grad():
         block.conv.weight.copy_(torch.tensor([[2.0], [10.0], [100.0]]))
         block.conv.bias.fill_(0.5)
-    x, h = tensor(1.0, 2.0, 3.0).unsqueeze(2), [block.initial_state(1)[0], tensor(4.0, 5.0).view(1, 1, 2, 1)]
+    x, h = tensor(1.0, 2.0, 3.0).unsqueeze(2), [block.initial(1)[0], tensor(4.0, 5.0).view(1, 1, 2, 1)]
     # 1+2*1+10*5+100*4+0.5; 2+2*2+10*1+100*5+0.5; 3+2*3+10*2+100*1+0.5
     out, (_, past) = reference.block(block, x, h)
     assert out.flatten().tolist() == [453.5, 516.5, 129.5]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .check.calls import arguments_checked
-from .check.values import check_int, check_type, dims, not_a_tensor, require
+from .check.values import check_int, check_type, dims, imported, not_a_tensor, require
 from .models import LanguageModel
 from .models.generation import in_eval_mode
 from .modules.layer import Layer, is_bidirectional
@@ -86,8 +86,8 @@ def onnx(
         ModuleNotFoundError: onnx or onnxscript is missing; run `pip install ".[onnx]"` in a clone of the repository.
         TypeError: An argument has the wrong type.
         ValueError: The kind is unknown, the folder does not exist, x has more than one step or the model is
-            bidirectional for "step", the example of your own model has no state for "step", or `max_steps` is below the
-            length of the example. Errors of the model's `forward` pass through.
+            bidirectional for "step", the example of your own model has no state for "step", or `max_steps` is below 2.
+            Errors of the model's `forward` pass through.
         torch.onnx.errors.OnnxExporterError: PyTorch cannot export the model.
 
     Numerics:
@@ -114,7 +114,7 @@ def onnx(
         if kind == "step" or (len(args) > 1 and args[1] is not None):
             args = _with_state(model, args, outputs)
         if _is_ours(model) and dynamic_shapes is None:
-            args, dynamic_shapes = _with_dynamic_shapes(model, args, kind, max_steps)
+            args, dynamic_shapes = _with_dynamic_shapes(model, args, kind)
         named = inspect.signature(model.forward).bind(*args).arguments
         given = {name: arg for name, arg in named.items() if arg is not None}
         if isinstance(dynamic_shapes, (tuple, list)):
@@ -166,9 +166,7 @@ def _with_state(model: nn.Module, args: tuple[Any, ...], outputs: Any) -> tuple[
     return (args[0], state if h is None else pytree.tree_map(Tensor.expand_as, h, state), *args[2:])
 
 
-def _with_dynamic_shapes(
-    model: Layer, args: tuple[Any, ...], kind: str, max_steps: int | None
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _with_dynamic_shapes(model: Layer, args: tuple[Any, ...], kind: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Return the inputs, large enough to keep their sizes dynamic, and their dynamic dimensions."""
     from torch.export import Dim
 
@@ -178,14 +176,9 @@ def _with_dynamic_shapes(
     of_state = 0 if model.num_space_dims > 0 else forms["h"].dim("B")
     # Only x names its dimensions, because the exporter warns about a name that is used twice.
     of_x: dict[int, Any] = {} if batch is None else {batch: Dim("batch")}
-    if time is None:
-        require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
-    elif kind == "sequence":
-        num_steps = x.shape[time]
-        is_enough = max_steps is None or num_steps <= max_steps
-        require(_NAME, "max_steps", is_enough, f"at least the {num_steps} steps of the example", str(max_steps))
+    if time is not None and kind == "sequence":
         of_x[time] = Dim("time")
-    else:
+    elif time is not None:
         expected = f"of one step in dimension {time} because kind is 'step'"
         remedy = f"use x.narrow({time}, 0, 1)"
         require(_NAME, "x", x.shape[time] == 1, expected, dims(x.shape), remedy)
@@ -253,23 +246,12 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
     require(_NAME, "kind", is_possible, "'sequence' because the model is bidirectional", repr(kind))
     args = _checked_example(example_inputs)
     if max_steps is not None:
-        require(_NAME, "max_steps", kind != "step", "None because kind is 'step'", repr(max_steps))
         check_int(_NAME, "max_steps", max_steps, least=2)
-    is_path = isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str)
-    require(_NAME, "path", is_path, "a str or os.PathLike", type(path).__name__, error=TypeError)
     target = Path(path)
-    is_file = not target.is_dir() and target.name != ""
-    require(_NAME, "path", is_file, "the path of a file", f"the folder {str(target)!r}")
     remedy = "create the folder first"
     require(_NAME, "path", target.parent.is_dir(), "in an existing folder", repr(str(target)), remedy)
     for package in ("onnx", "onnxscript"):
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            needs = f"needs the packages onnx and onnxscript ({error})"
-            remedy = 'run pip install ".[onnx]" in a clone of the repository'
-            others = "torch.export.export or torch.jit.script, which do not need them"
-            raise ModuleNotFoundError(f"{_NAME}: {needs}; {remedy}, or use {others}", name=error.name) from None
+        imported(package, _NAME, "onnx")
     return args, target
 
 
@@ -288,6 +270,4 @@ def _checked_example(example_inputs: object) -> tuple[Any, ...]:
         for leaf in pytree.tree_leaves(arg):
             remedy = "set constant arguments in a module around the model"
             check_type(_NAME, argument, leaf, (Tensor, type(None)), "tensors or None", remedy)
-        if isinstance(arg, Tensor):
-            require(_NAME, argument, arg.numel() > 0, "a non-empty tensor", dims(arg.shape))
     return args

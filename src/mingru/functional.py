@@ -4,7 +4,7 @@ Notation, here and in the whole package: B batch, S sequence (time), I input fea
 D directions (1 or 2), * any trailing sizes.
 """
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -280,32 +280,6 @@ def _scripted_linear_scan(
     return as_dtype(_in_graphs.linear_scan(as_dtype(a, dtype), as_dtype(b, dtype), state, reset, reverse)[0], b.dtype)
 
 
-@overload
-def linear_scan(
-    a: Tensor,
-    b: Tensor,
-    h: Tensor | None = None,
-    *,
-    reverse: bool = False,
-    reset: Tensor | None = None,
-    lengths: None = None,
-    backend: BackendName = "auto",
-) -> Tensor: ...
-
-
-@overload
-def linear_scan(
-    a: Tensor,
-    b: Tensor,
-    h: Tensor | None = None,
-    *,
-    reverse: bool = False,
-    reset: Tensor | None = None,
-    lengths: Tensor,
-    backend: BackendName = "auto",
-) -> tuple[Tensor, Tensor]: ...
-
-
 @scripted_as(_scripted_linear_scan)
 @explained
 def linear_scan(
@@ -317,7 +291,7 @@ def linear_scan(
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
     backend: BackendName = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Compute a linear recurrence over time.
 
         h_t = a_t h_{t-1} + b_t

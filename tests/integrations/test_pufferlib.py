@@ -96,12 +96,6 @@ def test_the_wrapper_initializes_the_policy():
     assert (policy.layer_norm.weight == 0.5).all()
 
 
-@pytest.mark.parametrize("shape", [(B, S, 2, 3), (2, 2), (B, S, S, 2, 2)])
-def test_wrong_observations(shape):
-    with pytest.raises(ValueError, match=r"MinGRUWrapper: observations must be \(B, S, \*\) or \(B, \*\)"):
-        make()(torch.randn(*shape), fresh())
-
-
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"learn_initial_state": True, "residual": False}])
 def test_the_network(options):
     policy, observations = Policy4(MinGRU(H, **options)), torch.randn(B, S, 4)

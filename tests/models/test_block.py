@@ -40,7 +40,7 @@ def test_states(case):
     block = case.make()
     shapes = block._state_shapes(B)
     for num_steps in (1, 5, 500):
-        x, h = torch.randn(B, num_steps, DIMS), block.initial_state(B)
+        x, h = torch.randn(B, num_steps, DIMS), block.initial(B)
         for arguments in ({}, {"reset": torch.rand(B, num_steps) < 0.3}, {"lengths": torch.tensor([1, num_steps, 1])}):
             for with_grad in (True, False):
                 with torch.set_grad_enabled(with_grad):

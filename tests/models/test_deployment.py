@@ -40,7 +40,7 @@ def arguments(lm, given, batch=2, steps=7):
     """Return keyword arguments of the model: ids, and random values of what is given."""
     values = {
         "ids": ids_of(batch, steps),
-        "state": map_state(torch.randn_like, lm.initial_state(batch)),
+        "state": map_state(torch.randn_like, lm.initial(batch)),
         "reset": torch.rand(batch, steps) < 0.3,
         "lengths": torch.randint(1, steps + 1, (batch,)),
     }
@@ -131,7 +131,7 @@ def check_quantized(quantized, dequantized):
     with torch.no_grad():
         assert_close(quantized(**args), dequantized(**args))
     models = (quantized, dequantized)
-    assert_close(*(lm.generate(prompts, 6, temperature=0, state=lm.initial_state(2)) for lm in models))
+    assert_close(*(lm.generate(prompts, 6, temperature=0, state=lm.initial(2)) for lm in models))
 
 
 def test_torchao_int8_weights():

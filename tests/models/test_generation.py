@@ -62,7 +62,7 @@ def test_each_prompt_is_as_alone(model, examples):
     def check(lengths, seed, stop, temperature, filters, with_state):
         prompts = make_prompts(*lengths, seed=seed)
         seeds = [seed + 7 * index for index in range(len(prompts))]
-        state = [torch.randn_like(each) for each in lm.initial_state(len(prompts))] if with_state else None
+        state = [torch.randn_like(each) for each in lm.initial(len(prompts))] if with_state else None
         options = {"stop": stop, "temperature": temperature, **filters}
         together = lm.generate(prompts, 12, seed=seeds, state=state, **options)
         for row, prompt in enumerate(prompts):
@@ -195,7 +195,7 @@ def test_no_new_tokens_and_no_prompts():
     for form in (prompts, torch.stack(make_prompts(3, 3))):
         assert same(lm.generate(form, 0, seed=0, stop=3), form)
         assert list(lm.stream(form, 0, seed=0)) == []
-    assert lm.generate([], 5, seed=[], state=lm.initial_state(0), stop=1) == []
+    assert lm.generate([], 5, seed=[], state=lm.initial(0), stop=1) == []
     assert lm.generate(torch.zeros(0, 3, dtype=torch.int64), 5, seed=1).shape == (0, 3)
     assert list(lm.stream([], 5)) == []
 

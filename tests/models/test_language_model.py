@@ -53,12 +53,12 @@ def test_padded_sequences_are_as_alone(options):
         out, after = lm(ids, state, reset, torch.tensor(lengths))
         return out.masked_fill((torch.arange(S) >= torch.tensor(lengths)[:, None]).unsqueeze(2), 0.0), after
 
-    for state in (None, [torch.randn_like(each) for each in lm.initial_state(B)]):
+    for state in (None, [torch.randn_like(each) for each in lm.initial(B)]):
         given = {"ids": ids, "state": state, "reset": reset}
         assert_close(graded(lm, padded, given), graded(lm, alone, given))
         # Views could not be detached in place.
         assert not any(each._is_view() for each in lm(**given)[1])
-    assert torch.equal(lm(ids, lm.initial_state(B))[0], lm(ids)[0])
+    assert torch.equal(lm(ids, lm.initial(B))[0], lm(ids)[0])
     assert_close(lm(ids.int()), lm(ids), rtol=0, atol=0)
 
 

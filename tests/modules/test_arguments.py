@@ -83,7 +83,7 @@ def test_constructors_know_what_is_meant(kind):
         with pytest.raises(TypeError, match=f"^{named(kind)}: {message}; "):
             kind(*args, **options)
     if "device" in parameters:
-        with pytest.raises(RuntimeError, match=f"^{named(kind)}: device must be a device of torch, got 'gpu'; the de"):
+        with pytest.raises(RuntimeError, match="device string: gpu"):
             kind(*sizes, device="gpu")
 
 

@@ -180,7 +180,7 @@ def test_nothing_waits_for_values(steps):
     x = torch.randn(2, steps, 3, device=DEVICE)
     reset = torch.zeros(2, steps, dtype=torch.bool, device=DEVICE)
     rnn, lm = layer(num_layers=2, norm="rms", bidirectional=steps > 1, min_decay=0.1), language_model()
-    state = lm.initial_state(2)
+    state = lm.initial(2)
     with NoReads():
         out, h = rnn(x, None, reset)
         (out.sum() + h.sum()).backward()
@@ -487,7 +487,7 @@ def test_steps_of_a_language_model_in_a_cuda_graph():
     lm, ids = language_model().eval(), torch.randint(5, (3, 7), device=DEVICE)
     with torch.no_grad():
         expected, _ = lm(ids)
-        token, state = ids[:, :1].clone(), lm.initial_state(3)
+        token, state = ids[:, :1].clone(), lm.initial(3)
         state = [each.clone() for each in state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

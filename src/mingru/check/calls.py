@@ -2,27 +2,24 @@
 
 import functools
 import inspect
-import numbers
-import operator
-import traceback
+import itertools
+import textwrap
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .annotations import Brief, by_position, check_values, values_of
 from .names import FORGOTTEN, counterpart, unknown_argument
-from .values import check_device, name_of, not_a_tensor, require
+from .values import expectation, is_number, name_of, not_a_tensor, require
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 # What a call raises for wrong arguments. Not all exceptions, because some of torch end a valid call early.
 MISTAKES = (AttributeError, RuntimeError, TypeError, ValueError)
-# Types of arguments that are no numbers of other libraries.
-PLAIN = (int, float, str)
 
 
 def explain(error: Exception, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -35,15 +32,6 @@ def explain(error: Exception, name: str, function: Any, args: tuple[Any, ...], k
         problem = misfit(name, signature, args, kwargs)
         if problem:
             raise TypeError(problem) from None
-    if isinstance(error, AttributeError) and isinstance(error.obj, torch.nn.Module):
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name != "__getattr__"]
-        packages = {frames[-1].f_globals.get("__name__", ""), type(error.obj).__module__}
-        # Not a hook that asks for a name that no layer has.
-        if {each.partition(".")[0] for each in packages} == {__name__.partition(".")[0]} and "object has" in str(error):
-            problem = f"{type(error.obj).__name__} has no attribute {error.name!r}"
-            problem += ", as after torch.load of a whole module that another version of mingru saved"
-            remedy = "save its state_dict with that version, and load it into a new module"
-            raise AttributeError(f"{name}: {problem}; {remedy}") from error
     if "mixed torch.Tensor and DTensor" in str(error):
         problem = "arguments must not be DTensors, whose weights are tensors of one process"
         remedy = "pass x.to_local(), and divide the layer by mingru.distributed.TensorParallel"
@@ -82,7 +70,6 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
 
     Python would name the base class that defines the constructor. `remedy` replaces the list of positional arguments;
     `function` is the name of a function, which has no self. Flags and names have the values of their annotations.
-    Numbers of numpy become numbers of Python.
     """
 
     def decorated(init: Callable[P, T]) -> Callable[P, T]:
@@ -98,22 +85,13 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
             except TypeError:
                 raise TypeError(misfit(name, signature, args, kwargs, remedy)) from None
             check_values(name, values, bound, kwargs)
-            check_device(name, kwargs.get("device"))
-            given: list[Any] = [v if isinstance(v, PLAIN) else _builtin(v) for v in (*args, *kwargs.values())]
-            return init(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
+            return init(*args, **kwargs)
 
         run.__signature__ = Brief.from_callable(init)  # type: ignore[attr-defined]
         run.__doc__ = init.__doc__ or "The arguments are explained in the docstring of the class."
         return run
 
     return decorated
-
-
-def _builtin(value: Any) -> Any:
-    """Return a number of another library, such as a scalar of numpy, as an int or float."""
-    if isinstance(value, numbers.Real):
-        return operator.index(value) if isinstance(value, numbers.Integral) else float(value)
-    return value
 
 
 def misfit(
@@ -132,3 +110,45 @@ def misfit(
         forgotten = FORGOTTEN.get(str(error).split("'")[-2]) if "'" in str(error) else None
         return f"{name}: {error}; {remedy or forgotten or by_position(signature)}"
     return ""
+
+
+class Brief(inspect.Signature):
+    """A signature whose text has names and defaults, in lines that `help` does not cut. Its parameters keep types."""
+
+    def format(self, **options: Any) -> str:
+        parameters = [each.replace(annotation=each.empty) for each in self.parameters.values()]
+        return textwrap.fill(str(inspect.Signature(parameters)), 90, subsequent_indent="    ", break_on_hyphens=False)
+
+    __str__ = format
+
+
+def values_of(annotation: Any) -> tuple[Any, ...]:
+    """Return the values that an annotation such as `bool | Literal["highway"]` allows; () if it is of another kind."""
+    if annotation in (bool, NoneType):
+        return (True, False) if annotation is bool else (None,)
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return parts
+    found = [values_of(part) for part in parts] if get_origin(annotation) in (Union, UnionType) else []
+    return tuple(itertools.chain(*found)) if all(found) else ()
+
+
+def check_values(
+    name: str, values_by_argument: dict[str, tuple[Any, ...]], bound: inspect.BoundArguments, kwargs: dict[str, Any]
+) -> None:
+    """Raise an error if an argument of a call has another value."""
+    for argument, values in values_by_argument.items():
+        value = bound.arguments.get(argument, values[0])
+        # First by its type, because 1 equals True, and an array would compare its elements.
+        if not (isinstance(value, (bool, str, NoneType)) and value in values):
+            if True not in values:
+                raise ValueError(expectation(name, argument, f"one of {values}", repr(value)))
+            expected = " or ".join(["a bool", *(repr(each) for each in values if not isinstance(each, bool))])
+            # Such as a dropout in the place of `bias`.
+            remedy = by_position(bound.signature) if is_number(value) and argument not in kwargs else ""
+            raise TypeError(expectation(name, argument, expected, repr(value), remedy))
+
+
+def by_position(signature: inspect.Signature) -> str:
+    names = [each.name for each in signature.parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    return f"the positional arguments are {', '.join(name for name in names if name != 'self')}"

@@ -1,5 +1,6 @@
 """The words of all errors, and checks of options and other values that are no tensors."""
 
+import importlib
 import itertools
 import re
 import sys
@@ -9,7 +10,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -53,6 +53,16 @@ def check_type(name: str, argument: str, value: object, types: Any, expected: st
         # A class of another module may have the name that is expected.
         got = f"{type(value).__module__}.{got}" if got in expected.replace(".", " ").split() else got
         raise TypeError(expectation(name, argument, expected, got, remedy))
+
+
+def imported(name: str, user: str, extra: str) -> Any:
+    """Return a module of an optional package, or raise the error that says what to install."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        remedy = f'run pip install {package}, or ".[{extra}]" in a clone of the repository'
+        raise ModuleNotFoundError(f"{user} needs the package {package}: {remedy}", name=error.name) from error
 
 
 def dims(shape: tuple[int, ...]) -> str:
@@ -136,15 +146,6 @@ def check_dropout(name: str, dropout: float, num_layers: int) -> None:
         why = "because it is not applied to the last layer's output; add layers or set dropout to 0"
         text = f"{name}: dropout={dropout} has no effect on one layer, {why}"
         warnings.warn(text, stacklevel=level_of_the_caller())
-
-
-def check_device(name: str, device: object) -> None:
-    """Raise the type of torch's error if this is the name of no device."""
-    try:
-        torch.device(device) if isinstance(device, str) else None
-    except RuntimeError:
-        expected, remedy = "a device of torch", "the devices are 'cpu', 'cuda' (also of AMD), 'mps', 'xpu' and others"
-        raise RuntimeError(expectation(name, "device", expected, repr(device), remedy)) from None
 
 
 def check_choice(name: str, argument: str, value: object, choices: Collection[str]) -> None:

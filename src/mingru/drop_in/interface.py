@@ -86,8 +86,6 @@ class DropIn(RecurrentLevels):
     _remedy_for_weights = (
         "load them into torch's layer, and then call mingru.drop_in.replace(model), which keeps a GRU's"
     )
-    _num_layers_of_program = 0
-    """Number of layers that the program asked for, if `patch` or `replace` built this layer."""
 
     def __init__(self, input_size: int, hidden_size: int, proj_size: int = 0, **options: Any) -> None:
         name, dtype, dropout = name_of(type(self)), options["dtype"], options.get("dropout")
@@ -146,9 +144,6 @@ class DropIn(RecurrentLevels):
             return "use hx.squeeze(-2) for a state of mingru.MinGRU"
         if value.dim() == 3 and (value.shape[1], value.shape[0], value.shape[2]) == shape:
             return "batch_first applies to the input only; the state is always (L * D, B, H)"
-        if value.shape == (self._num_layers_of_program * self.num_directions, *shape[1:]):
-            given = f"num_layers={self.num_layers} in place of the program's {self._num_layers_of_program}"
-            return f"patch or replace got {given}, which makes states of its own: leave num_layers out"
         return ""
 
     def _names_of_torch(self) -> dict[str, str]:
@@ -175,7 +170,7 @@ class DropIn(RecurrentLevels):
         # Set afterwards, because the constructor would warn again about a dropout without effect.
         dropout = given.pop("dropout", 0.0)
         rnn: Any = cls(**converted(given) | options)
-        rnn.dropout, rnn._num_layers_of_program = dropout, given.get("num_layers", 1)
+        rnn.dropout = dropout
         if options == ONE_BLOCK and cls.cell == "mingru":
             if not weight.is_meta:
                 rnn.load_state_dict(of_torch.state_dict())

@@ -110,7 +110,6 @@ class StandIn(ABCMeta):
         except TypeError:
             return twin(*args, **kwargs)  # whose error says more
         layer = twin(**converted(bound.arguments) | patch.wanted[cls.of_torch])
-        layer._num_layers_of_program = bound.arguments.get("num_layers", 1)
         frame = sys._getframe(1)
         place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
         patch.report.built.append((described(layer), place))

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import drop_in
-from ..check.values import dims, expectation
 from . import OPTIONS
 
 __all__ = ["MinGRU", "MinGRUWrapper"]
@@ -61,12 +60,7 @@ class MinGRUWrapper(nn.Module):
 
     def forward(self, observations: Tensor, state: dict[str, Any]) -> tuple[Any, Tensor]:
         """Return logits (B * S, *) and values (B, S) of whole sequences (B, S, *), or of one step (B, *)."""
-        shape = tuple(observations.shape)
-        num_dims = len(shape) - len(self.obs_shape)
-        if shape[num_dims:] != self.obs_shape or num_dims not in (1, 2):
-            letters = f"(B, S, *) or (B, *) with {dims(self.obs_shape)} in place of *"
-            raise ValueError(expectation("MinGRUWrapper", "observations", letters, dims(shape)))
-        num_steps = shape[1] if num_dims == 2 else 1
+        num_steps = observations.shape[1] if observations.dim() == len(self.obs_shape) + 2 else 1
         logits, values, state["hidden"] = self._steps(observations.reshape(-1, *self.obs_shape), num_steps, state)
         return logits, values.reshape(-1, num_steps)
 

@@ -173,10 +173,6 @@ class Block(Composite, role="sequence", planned=True):
             )
         self.num_states = 1 if conv is None else 2
 
-    def initial_state(self, batch: int) -> list[Tensor]:
-        """Return the default states for a batch."""
-        return list(self.initial(batch))
-
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None."""
         of_conv = [torch.zeros(shape, dtype=x.dtype, device=x.device) for shape in self._state_shapes(batch)[1:]]

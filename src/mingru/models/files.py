@@ -5,7 +5,6 @@ mingru` needs torch alone. It also keeps random numbers in place of missing tens
 old options before the new weights are written.
 """
 
-import importlib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..check.values import check_type, expectation, require
+from ..check.values import check_type, expectation, imported, require
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -24,7 +23,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def save(model: Any, folder: str | os.PathLike[str]) -> None:
     """Write the two files; see `LanguageModel.save_pretrained`."""
-    safetensors = _required("safetensors", "save_pretrained", ".torch")
+    safetensors = imported("safetensors.torch", "save_pretrained", "hub")
     target = _path("save_pretrained", "folder", folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -39,7 +38,7 @@ def save(model: Any, folder: str | os.PathLike[str]) -> None:
 
 def load(cls: Any, folder_or_name: str | os.PathLike[str], revision: str | None, device: Any) -> Any:
     """Build the model of a folder or a name on the hub; see `LanguageModel.from_pretrained`."""
-    safetensors = _required("safetensors", "from_pretrained", ".torch")
+    safetensors = imported("safetensors.torch", "from_pretrained", "hub")
     device = torch.device("cpu" if device is None else device)
     config_path, weights_path = _paths(folder_or_name, revision)
     try:
@@ -80,13 +79,5 @@ def _paths(folder_or_name: str | os.PathLike[str], revision: str | None) -> tupl
     expected = "a folder that save_pretrained wrote, or a name on the hub such as 'owner/name'"
     require("from_pretrained", "folder_or_name", is_name, expected, repr(str(folder_or_name)))
     needs = f"from_pretrained: {folder_or_name!r} is not a folder; for a name on the hub it"
-    download = _required("huggingface_hub", needs).hf_hub_download
+    download = imported("huggingface_hub", needs, "hub").hf_hub_download
     return tuple(Path(download(folder_or_name, file, revision=revision)) for file in (CONFIG, WEIGHTS))
-
-
-def _required(package: str, name: str, module: str = "") -> Any:
-    try:
-        return importlib.import_module(package + module)
-    except ModuleNotFoundError as error:
-        remedy = f'run pip install {package}, or ".[hub]" in a clone of the repository'
-        raise ModuleNotFoundError(f"{name} needs the package {package}: {remedy}", name=error.name) from error

@@ -43,7 +43,7 @@ class LanguageModel(Layer):
 
     Inputs:
         - **ids**: Tokens, integers (B, S).
-        - **state**: List of all blocks' states before the first token, as returned. Default: `initial_state(B)`.
+        - **state**: List of all blocks' states before the first token, as returned. Default: `initial(B)`.
         - **lengths**: Number of valid tokens of each sequence, integers (B,) from 0 to S, by keyword. Padded positions
           may have any valid ids, and their logits have no meaning.
         - **reset**: Bool mask, (B, S), by keyword. Where True, the state is set to its default before that token.
@@ -125,10 +125,6 @@ class LanguageModel(Layer):
         super().reset_parameters()
         self._initialize_embedding()
 
-    def initial_state(self, batch: int) -> list[Tensor]:
-        """Return the default states for a batch."""
-        return list(self.initial(batch))
-
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace state=None."""
         return self.blocks.default_states(x, batch)
@@ -206,7 +202,7 @@ class LanguageModel(Layer):
             min_p: Sample only from tokens at least this many times as likely as the most likely one, from 0 to 1.
             stop: Token or tokens that end a sequence. The token is part of the result.
             seed: Seed of the first sequence; sequence b has seed + b. Or a list with a seed for each. Default: random.
-            state: State before the prompts, as `forward` returns it. Default: `initial_state(B)`.
+            state: State before the prompts, as `forward` returns it. Default: `initial(B)`.
             streamer: Called after each step with the new tokens, (B,); -1 for sequences that have ended.
                 `stream` has the same tokens as an iterator.
 
