@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from cases import in_a_process
@@ -138,6 +139,12 @@ def test_without_the_private_names_of_torch_results_are_the_same(monkeypatch):
         torch.func.jvp(lambda x: rnn(x)[0], (x,), (x,))
     with pytest.raises(ImportError, match="which this function needs"):
         mingru.export.onnx(rnn, x, "rnn.onnx")
+
+
+def test_numbers_of_numpy_are_numbers():
+    rnn = mingru.MinGRU(np.int64(3), 4, num_layers=np.int32(2), dropout=np.float32(0.5))
+    assert repr(rnn) == repr(mingru.MinGRU(3, 4, num_layers=2, dropout=0.5))
+    assert all(type(size) is int for size in (rnn.input_dims, rnn.num_layers)) and type(rnn.dropout) is float
 
 
 def test_what_type_checkers_accept_is_what_there_is():

@@ -3,6 +3,8 @@
 import functools
 import inspect
 import itertools
+import numbers
+import operator
 import textwrap
 from collections.abc import Callable
 from types import NoneType, UnionType
@@ -20,6 +22,8 @@ T = TypeVar("T")
 
 # What a call raises for wrong arguments. Not all exceptions, because some of torch end a valid call early.
 MISTAKES = (AttributeError, RuntimeError, TypeError, ValueError)
+# Types of arguments that are no numbers of other libraries.
+PLAIN = (int, float, str)
 
 
 def explain(error: Exception, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -70,6 +74,7 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
 
     Python would name the base class that defines the constructor. `remedy` replaces the list of positional arguments;
     `function` is the name of a function, which has no self. Flags and names have the values of their annotations.
+    Numbers of numpy, such as the size of a space of gymnasium, become numbers of Python.
     """
 
     def decorated(init: Callable[P, T]) -> Callable[P, T]:
@@ -85,13 +90,21 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
             except TypeError:
                 raise TypeError(misfit(name, signature, args, kwargs, remedy)) from None
             check_values(name, values, bound, kwargs)
-            return init(*args, **kwargs)
+            given: list[Any] = [v if isinstance(v, PLAIN) else _builtin(v) for v in (*args, *kwargs.values())]
+            return init(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
 
         run.__signature__ = Brief.from_callable(init)  # type: ignore[attr-defined]
         run.__doc__ = init.__doc__ or "The arguments are explained in the docstring of the class."
         return run
 
     return decorated
+
+
+def _builtin(value: Any) -> Any:
+    """Return a number of another library, such as a scalar of numpy, as an int or float."""
+    if isinstance(value, numbers.Real):
+        return operator.index(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
 
 
 def misfit(
