@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 
 #include "lanes.h"
 #include "product.h"
@@ -109,16 +110,11 @@ class BlockGRUSteps {
         if (is_reset(n, done)) copy(states_ + n * padded_, scan_.initial_state, n);
       }
       each(padded_ / group, together_ * num_gates * group * size_, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          // Each step begins with the weights that the one before read last, which are still in the cache.
-          const int64_t lane = (done % 2 == 0 ? i : begin + end - 1 - i) * group;
-          multiply_states(states_, together_, lane);
-          for (int64_t n = 0; n < together_; ++n) advance(n, lane);
-        }
+        // Each step begins with the weights that the one before read last, which are still in the cache.
+        multiply_states(states_, together_, begin * group, end * group, done % 2 != 0);
+        scan_.sums.data ? advance<true>(begin * group, end * group) : advance<false>(begin * group, end * group);
       });
-      A* const before = states_;
-      states_ = others_;
-      others_ = before;
+      std::swap(states_, others_);
     }
     finish();
   }
@@ -132,7 +128,7 @@ class BlockGRUSteps {
       });
       if (!scan_.sums.data) {
         each(padded_ / group, rows * num_gates * group * size_, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) multiply_states(others_, rows, i * group);
+          multiply_states(others_, rows, begin * group, end * group, false);
         });
       }
       // The products of a step need all lanes of its gradients, but the gradients of the step before only their own.
@@ -222,25 +218,30 @@ class BlockGRUSteps {
     }
   }
 
-  // Lanes of a row, with 0 after the last feature of the block.
-  MINGRU_INLINE_MEMBER void get(A* to, const T* row, int64_t lane) const {
-    if (std::is_same_v<T, A> && lane + group <= size_) {
-      std::memcpy(to, row + lane, group * sizeof(A));
-    } else {
-      load(to, Rows<const T>{row + lane, 0}, 1, least_of(size_ - lane, group));
+  // A group of lanes of a row: in its place, or if it is shorter or of another type, in `copy`.
+  MINGRU_INLINE_MEMBER A* place(A* copy, T* row, int64_t lane) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (lane + group <= size_) return row + lane;
     }
+    return copy;
   }
 
-  MINGRU_INLINE_MEMBER void put(T* row, const A* from, int64_t lane) const {
-    if (std::is_same_v<T, A> && lane + group <= size_) {
-      std::memcpy(row + lane, from, group * sizeof(A));
-    } else {
-      store(Rows<T>{row + lane, 0}, from, 1, least_of(size_ - lane, group));
-    }
+  // The same with what the row has, and 0 after the last feature of the block.
+  MINGRU_INLINE_MEMBER A* get(A* copy, T* row, int64_t lane) const {
+    A* const lanes = place(copy, row, lane);
+    if (lanes == copy) load(copy, Rows<const T>{row + lane, 0}, 1, least_of(size_ - lane, group));
+    return lanes;
   }
 
-  // The products of rows of states, (rows, padded), for a group of features of each gate.
-  void multiply_states(const A* from, int64_t rows, int64_t lane) const {
+  // Writes lanes that may be in their place.
+  MINGRU_INLINE_MEMBER void put(T* row, const A* lanes, int64_t lane) const {
+    A* const to = place(nullptr, row, lane);
+    if (!to) return store(Rows<T>{row + lane, 0}, lanes, 1, least_of(size_ - lane, group));
+    if (to != lanes) std::memcpy(to, lanes, group * sizeof(A));
+  }
+
+  // The products of rows of states, (rows, padded), for some features of each gate, the last first if it `is_reversed`.
+  void multiply_states(const A* from, int64_t rows, int64_t begin, int64_t end, bool is_reversed) const {
     if (!blocks_.weights) {
       const int64_t gate_stride = blocks_.count * size_ * size_;
       const A* weights = static_cast<const A*>(blocks_.given) + block_ * size_ * size_;
@@ -248,17 +249,19 @@ class BlockGRUSteps {
         const Product product{
             scan_.storage, from, weights + gate * gate_stride, nullptr, products_ + gate * padded_, rows,
             num_gates * padded_, size_};
-        multiply_few_rows<A>(product, lane, lane + group);
+        multiply_few_rows<A>(product, begin, end);
       }
       return;
     }
     const A* weights = static_cast<const A*>(blocks_.weights) + block_ * num_gates * size_ * padded_;
-    constexpr int64_t width = num_gates * per_register<A>;
-    for (int64_t own = lane; own < lane + group; own += per_register<A>) {
-      multiply_in_registers<A, 1>(
-          {from, padded_, 1, 0, weights + own * num_gates * size_, width, 0, size_, products_ + own, num_gates * padded_,
-           padded_, false},
-          rows, most_vectors);
+    constexpr int64_t lanes = per_register<A>;
+    RegisterProduct<A> product{from, padded_, 1, 0, nullptr, num_gates * lanes, 0, size_, nullptr, num_gates * padded_,
+                               padded_, false};
+    for (int64_t own = begin; own < end; own += lanes) {
+      const int64_t lane = is_reversed ? begin + end - lanes - own : own;
+      product.right = weights + lane * num_gates * size_;
+      product.out = products_ + lane;
+      multiply_in_registers<A, 1>(product, rows, most_vectors);
     }
   }
 
@@ -290,43 +293,58 @@ class BlockGRUSteps {
     }
   }
 
-  // Replaces a group of the inputs of a step, r, z and c, by the gates and the candidate, sets the sum, and returns in h
-  // the next state.
+  // A group of the values of a step, in the places of its inputs and sum, or in copies.
+  struct Values {
+    alignas(64) A copies[num_values][group];
+    A* lanes[num_values];
+  };
+
+  MINGRU_INLINE_MEMBER void read(Values& values, const Place& at, int64_t lane) const {
+    for (int k = 0; k < num_gates; ++k) {
+      values.lanes[k] = get(values.copies[k], data(scan_.inputs[k]) + at.input, lane);
+      // Steps are farther from each other than processors look ahead.
+      if (at.has_next) MINGRU_PREFETCH(data(scan_.inputs[k]) + at.next_input + lane);
+    }
+    A* const copy = values.copies[num_gates];
+    values.lanes[num_gates] = scan_.sums.data ? get(copy, data(scan_.sums) + at.sum, lane) : copy;
+  }
+
+  // Sets a group of the next state. If they are kept, the gates and the candidate replace the inputs, r, z and c.
+  template <bool is_kept>
   MINGRU_INLINE_MEMBER void activate(
-      A (&values)[num_values][group], A (&h)[group], const A* state, const A* r_sum, const A* biases) const {
+      const Values& values, A* next, const A* state, const A* r_sum, const A* biases) const {
     const A *z_sum = r_sum + padded_, *c_sum = z_sum + padded_;
-    A *r = values[0], *z = values[1], *c = values[2], *sum = values[3];
+    A *r = values.lanes[0], *z = values.lanes[1], *c = values.lanes[2], *kept_sum = values.lanes[3];
     MINGRU_LANES
     for (int64_t i = 0; i < group; ++i) {
       AtOnce at_once;
       const Fraction<A> open = logistic(r[i] + r_sum[i], at_once), keep = logistic(z[i] + z_sum[i], at_once);
-      sum[i] = c_sum[i] + biases[i];
-      const A candidate = Tanh().of(c[i] + open.value * sum[i], at_once).value;
-      h[i] = next_state(keep, state[i], keep.rest * candidate);
-      r[i] = as_signed(open);
-      z[i] = as_signed(keep);
-      c[i] = candidate;
+      const A sum = c_sum[i] + biases[i], candidate = Tanh().of(c[i] + open.value * sum, at_once).value;
+      next[i] = next_state(keep, state[i], keep.rest * candidate);
+      if constexpr (is_kept) r[i] = as_signed(open), z[i] = as_signed(keep), c[i] = candidate, kept_sum[i] = sum;
     }
   }
 
-  // Computes a group of features of the next state.
-  void advance(int64_t n, int64_t lane) const {
-    const Place& at = places_[n];
-    const A* state = states_ + n * padded_ + lane;
-    A* next = others_ + n * padded_ + lane;
-    if (!at.exists) return static_cast<void>(std::memcpy(next, state, group * sizeof(A)));
-    alignas(64) A values[num_values][group], h[group];
-    for (int k = 0; k < num_gates; ++k) {
-      get(values[k], data(scan_.inputs[k]) + at.input, lane);
-      // Steps are farther from each other than processors look ahead.
-      if (at.has_next) MINGRU_PREFETCH(data(scan_.inputs[k]) + at.next_input + lane);
+  // Computes features of the next states.
+  template <bool is_kept>
+  void advance(int64_t begin, int64_t end) const {
+    for (int64_t n = 0; n < together_; ++n) {
+      const Place& at = places_[n];
+      const A* state = states_ + n * padded_;
+      A* next = others_ + n * padded_;
+      if (!at.exists) {
+        std::memcpy(next + begin, state + begin, (end - begin) * sizeof(A));
+        continue;
+      }
+      for (int64_t lane = begin; lane < end; lane += group) {
+        Values values;
+        read(values, at, lane);
+        activate<is_kept>(values, next + lane, state + lane, products_of(n) + lane, biases_at(lane));
+        put(data(scan_.out) + at.out, next + lane, lane);
+        for (int k = 0; is_kept && k < num_gates; ++k) put(data(scan_.inputs[k]) + at.input, values.lanes[k], lane);
+        if (is_kept) put(data(scan_.sums) + at.sum, values.lanes[num_gates], lane);
+      }
     }
-    activate(values, h, state, products_of(n) + lane, biases_at(lane));
-    std::memcpy(next, h, sizeof(h));
-    put(data(scan_.out) + at.out, h, lane);
-    if (!scan_.sums.data) return;
-    for (int k = 0; k < num_gates; ++k) put(data(scan_.inputs[k]) + at.input, values[k], lane);
-    put(data(scan_.sums) + at.sum, values[num_gates], lane);
   }
 
   // Reads the state before a step. Of a batch element without the step, it is 0.
@@ -335,8 +353,11 @@ class BlockGRUSteps {
     const int64_t step = step_of(n, done), before = scan_.reverse ? step + 1 : step - 1;
     if (is_reset(n, done)) return copy(to, scan_.initial_state, n);
     if (before < 0 || before == lengths_[n]) return copy(to, scan_.h, n);
-    const T* row = data(scan_.out) + index(scan_.out, n, place_of(before));
-    for (int64_t lane = 0; lane < padded_; lane += group) get(to + lane, row, lane);
+    T* row = data(scan_.out) + index(scan_.out, n, place_of(before));
+    for (int64_t lane = 0; lane < padded_; lane += group) {
+      const A* lanes = get(to + lane, row, lane);
+      if (lanes != to + lane) std::memcpy(to + lane, lanes, group * sizeof(A));
+    }
   }
 
   // Replaces a group of a row of products by their gradients, which are 0 without the step, and writes those of the step's
@@ -349,16 +370,13 @@ class BlockGRUSteps {
       return;
     }
     const A* before = others_ + index * padded_ + lane;
-    alignas(64) A values[num_values][group], grad[group], grads[num_gates][group];
-    for (int k = 0; k < num_gates; ++k) {
-      get(values[k], data(scan_.inputs[k]) + at.input, lane);
-      if (at.has_next) MINGRU_PREFETCH(data(scan_.inputs[k]) + at.next_input + lane);
-    }
-    if (scan_.sums.data) get(values[num_gates], data(scan_.sums) + at.sum, lane);
-    // Without those that are kept.
-    if (!scan_.sums.data) activate(values, grad, before, r_sum, biases_at(lane));
-    get(grad, data(scan_.grad_out) + at.grad_out, lane);
-    const A *r = values[0], *z = values[1], *c = values[2], *sum = values[3];
+    Values values;
+    alignas(64) A next[group], grad_copy[group], grad_copies[num_gates][group];
+    A *const grad = get(grad_copy, data(scan_.grad_out) + at.grad_out, lane), *grads[num_gates];
+    read(values, at, lane);
+    if (!scan_.sums.data) activate<true>(values, next, before, r_sum, biases_at(lane));
+    for (int k = 0; k < num_gates; ++k) grads[k] = place(grad_copies[k], data(scan_.grad_inputs[k]) + at.input, lane);
+    const A *r = values.lanes[0], *z = values.lanes[1], *c = values.lanes[2], *sum = values.lanes[3];
     A* carried = states_ + n * padded_ + lane;
     MINGRU_LANES
     for (int64_t i = 0; i < group; ++i) {

@@ -12,7 +12,8 @@ namespace {
 class RecurrentWeights {
  public:
   // Weight and bias are in the accumulation dtype, as `h` is.
-  RecurrentWeights(const Call& call, const Tensor& h, int64_t num_features) : num_features_(num_features), needs_gradients_(call.has(Flag::needs_recurrent)), h_(h) {
+  RecurrentWeights(const Call& call, const Tensor& h, int64_t num_features)
+      : num_features_(num_features), needs_gradients_(call.has(Flag::needs_recurrent)), h_(h) {
     const Tensor *given = call[Argument::recurrent], *bias = call[Argument::recurrent_bias];
     const auto fits = [&](const Tensor& x) {
       return x.is_cpu() && x.is_contiguous() && x.scalar_type() == h.scalar_type() && x.numel() > 0;
@@ -22,10 +23,14 @@ class RecurrentWeights {
             num_features % given->size(1) == 0 && (!bias || (fits(*bias) && bias->numel() == num_features)) &&
             !call.has(Flag::output_gate),
         call.name, ": recurrent weights must be (3 N, K) and their bias (N), contiguous, in the accumulation dtype");
-    blocks_.size = given->size(1);
-    blocks_.count = num_features / blocks_.size;
+    // Narrow blocks are computed several as one, so that they fill the lanes.
+    const int64_t size = given->size(1), count = num_features / size;
+    merged_ = std::max<int64_t>(1, group / size);
+    while (count % merged_ != 0) --merged_;
+    blocks_.size = merged_ * size;
+    blocks_.count = count / merged_;
     blocks_.padded = ceil_div(blocks_.size, group) * group;
-    blocks_.given = data_of<void>(*given);
+    blocks_.given = merged_ == 1 ? given->data_ptr() : merged(*given);
     if (blocks_.is_wide()) blocks_.parallel_for = share_wide_block;
     const int64_t padded = blocks_.padded * h.element_size(), bytes = blocks_.size * h.element_size();
     char* const biases = static_cast<char*>(biases_.at_least(blocks_.count * padded));
@@ -54,23 +59,23 @@ class RecurrentWeights {
   // The gradients of weight and bias, empty if not needed.
   std::tuple<Tensor, Tensor> gradients() const {
     if (!totals_) return {empty({0}, h_), empty({0}, h_)};
-    const int64_t size = blocks_.size, padded = blocks_.padded, rows = num_gates * padded + 1;
+    const int64_t size = blocks_.size, own = size / merged_, padded = blocks_.padded, rows = num_gates * padded + 1;
     const std::vector<int64_t> groups = {0};
     const Tensor sum = totals_->size(0) > 1 ? torch::stable::sum(*totals_, groups) : torch::stable::select(*totals_, 0, 0);
     Tensor first = torch::stable::select(sum, 0, 0), of_weight = torch::stable::narrow(first, 0, 0, rows - 1);
     const Tensor of_bias = empty({num_features_}, h_);
-    if (blocks_.count > 1 || padded > size) of_weight = empty({num_gates * num_features_, size}, h_);
-    const auto copy = [&](const Tensor& to, int64_t row, int64_t block, int64_t from, int64_t count) {
+    if (num_features_ > own || padded > size) of_weight = empty({num_gates * num_features_, own}, h_);
+    const auto copy = [&](const Tensor& to, int64_t row, int64_t block, int64_t from, int64_t first, int64_t count) {
       const int64_t bytes = h_.element_size();
-      const char* data = data_of<char>(sum) + (block * rows + from) * padded * bytes;
+      const char* data = data_of<char>(sum) + ((block * rows + from) * padded + first) * bytes;
       std::memcpy(data_of<char>(to) + row * bytes, data, count * bytes);
     };
     for (int64_t block = 0; block < blocks_.count; ++block) {
-      copy(of_bias, block * size, block, rows - 1, size);
+      copy(of_bias, block * size, block, rows - 1, 0, size);
       if (of_weight.data_ptr() == sum.data_ptr()) continue;
       for (int64_t i = 0; i < num_gates * size; ++i) {
         const int64_t gate = i / size, row = gate * num_features_ + block * size + i % size;
-        copy(of_weight, row * size, block, gate * padded + i % size, size);
+        copy(of_weight, row * own, block, gate * padded + i % size, i % size / own * own, own);
       }
     }
     return {of_weight, of_bias};
@@ -78,6 +83,17 @@ class RecurrentWeights {
 
  private:
   static constexpr int64_t num_gates = DiagonalBlocks::num_gates;
+
+  // The weights of blocks that are computed as one, with 0 beside those of each. So NaN in the state of one is NaN in all.
+  const void* merged(const Tensor& given) {
+    const int64_t own = given.size(1) * h_.element_size(), bytes = merged_ * own, rows = given.size(0);
+    char* const to = static_cast<char*>(merged_weights_.at_least(rows * bytes));
+    std::memset(to, 0, rows * bytes);
+    for (int64_t i = 0; i < rows; ++i) {
+      std::memcpy(to + i * bytes + i / given.size(1) % merged_ * own, data_of<char>(given) + i * own, own);
+    }
+    return to;
+  }
 
   const void* packed(Scratch& scratch, const Scan& scan, bool is_transposed) const {
     void* to = scratch.at_least(num_gates * num_features_ * blocks_.padded * h_.element_size());
@@ -90,7 +106,8 @@ class RecurrentWeights {
   const Tensor h_;
   DiagonalBlocks blocks_{};
   MaybeTensor totals_;
-  Scratch biases_, packed_, transposed_;
+  int64_t merged_;  // how many blocks are computed as one
+  Scratch merged_weights_, biases_, packed_, transposed_;
 };
 
 }  // namespace
