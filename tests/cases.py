@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from options import CALLS, CANDIDATES, CELLS, GATED, cover, named, steps_of
+from options import CALLS, CANDIDATES, CELLS, DOUBLE, EXACT, GATED, TIGHT, cover, named, steps_of  # noqa: F401
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -27,9 +27,6 @@ from mingru.ops.backends import torch_in_graphs
 
 # Input features, state features, and pixels in each spatial dimension.
 INPUT, HIDDEN, PIXELS = 3, 4, 5
-DOUBLE = {"dtype": torch.double}
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
-EXACT = {"rtol": 0, "atol": 0}
 ALL_BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
 needs_kernels = pytest.mark.skipif("native" not in ALL_BACKENDS, reason=str(mingru.backends()["native"]))
 # "log" takes neither resets nor times, and needs a positive candidate.
@@ -192,8 +189,15 @@ def padded(case, lengths, **factory):
     """What is given, with NaN in the padding, and random resets."""
     given = case.given(len(lengths), **factory)
     padding = torch.arange(case.steps) >= torch.tensor(lengths).unsqueeze(1)
-    given["x"][padding] = torch.nan
+    if given["x"].is_floating_point():
+        given["x"][padding] = torch.nan
     return given, padding
+
+
+def refuses(error: type[BaseException], message: str, call: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Check that a call raises this error, whose message contains the pattern."""
+    with pytest.raises(error, match=message or None):
+        call(*args, **options)
 
 
 def in_a_process(code: str, *arguments: str, **variables: str) -> str:
@@ -277,6 +281,9 @@ class Model(nn.Module):
         return self.head(y), after_images + after_stack + [after_rnn, state]
 
 
+Maybe = Tensor | None
+
+
 class Doubled(mingru.modules.Layer, role="sequence"):
     """Two averages over the past, with a trained decay for each feature: a layer of two states and another size."""
 
@@ -289,12 +296,7 @@ class Doubled(mingru.modules.Layer, role="sequence"):
         nn.init.zeros_(self.decay)
 
     def forward(
-        self,
-        x: Tensor,
-        h: list[Tensor] | None = None,
-        reset: Tensor | None = None,
-        lengths: Tensor | None = None,
-        dt: Tensor | None = None,
+        self, x: Tensor, h: list[Tensor] | None = None, reset: Maybe = None, lengths: Maybe = None, dt: Maybe = None
     ) -> tuple[Tensor, list[Tensor]]:
         a = self.decay.sigmoid().expand_as(x)
         first = mingru.functional.linear_scan(a, x, None if h is None else h[0].transpose(0, 1), reset=reset)
@@ -321,6 +323,10 @@ def stack(name: str, *layers: Any, residual: bool = True, space: int = 0) -> Cas
     )
 
 
+# Layers of these sizes and options, which are made with a dtype and a device.
+GRU, LSTM = partial(partial, mingru.MinGRU), partial(partial, mingru.MinLSTM)
+SEVERAL = [GRU(INPUT, HIDDEN, 2), LSTM(HIDDEN, 5, normalize=False)]
+SEVERAL += [GRU(5, 5, residual="highway"), GRU(5, 5, output_gate="silu")]
 CASES = [
     case("MinGRU", mingru.MinGRU, INPUT, HIDDEN, 2, residual=True, norm="layer"),
     case("MinLSTM", mingru.MinLSTM, INPUT, HIDDEN, bidirectional=True, learn_initial_state=True),
@@ -328,13 +334,7 @@ CASES = [
     case("MinGRU (rotation)", mingru.MinGRU, INPUT, HIDDEN, gate="rotation", candidate="tanh", min_decay=0.3),
     case("MinGRU (quaternion)", mingru.MinGRU, INPUT, HIDDEN, gate="quaternion", min_decay=0.3),
     *(conv(f"MinConv{dims}dGRU", dims, num_layers=2, stride=[1, 2], norm="group") for dims in (1, 2, 3)),
-    stack(
-        "Stack",
-        partial(mingru.MinGRU, INPUT, HIDDEN, 2),
-        partial(mingru.MinLSTM, HIDDEN, 5, normalize=False),
-        partial(mingru.MinGRU, 5, 5, residual="highway"),
-        partial(mingru.MinGRU, 5, 5, output_gate="silu"),
-    ),
+    stack("Stack", *SEVERAL),
     case("BlockGRU", mingru.BlockGRU, INPUT, HIDDEN, 2, block_size=2),
     case("MinGRUCell", mingru.MinGRUCell, INPUT, HIDDEN),
     case("MinLSTMCell", mingru.MinLSTMCell, INPUT, HIDDEN, candidate="tanh", normalize=False),
@@ -503,38 +503,24 @@ def projected(**factory: Any) -> nn.Module:
     return mingru.Stack([mingru.MinGRU(INPUT, 6, 2, **factory), nn.Linear(6, INPUT, **factory)])
 
 
+def of_stacks(**factory: Any) -> nn.Module:
+    inside = mingru.Stack([mingru.MinGRU(4, 4, **factory)])
+    return mingru.Stack([mingru.MinLSTM(4, 4, **factory), inside], residual=True)
+
+
+BOTH, TANH = {"bidirectional": True, "norm": "rms"}, {"candidate": "tanh", "bias": False}
+OF_TORCH = [partial(nn.Linear, INPUT, 6), lambda **_: nn.Tanh(), GRU(6, 5)]
+OF_TORCH += [partial(nn.LayerNorm, 5), partial(nn.Linear, 5, 4), LSTM(4, 3)]
 STACKS = [
-    stack("Stack with a projection", projected, partial(mingru.MinLSTM, INPUT, 5)),
+    stack("Stack with a projection", projected, LSTM(INPUT, 5)),
     stack(
-        "Stack of both directions",
-        partial(mingru.MinGRU, INPUT, 6, 2, bidirectional=True, norm="rms"),
-        partial(mingru.MinLSTM, 12, 5, learn_initial_state=True),
-        partial(mingru.MinGRU, 5, 3, candidate="tanh", bias=False),
+        "Stack of both directions", GRU(INPUT, 6, 2, **BOTH), LSTM(12, 5, learn_initial_state=True), GRU(5, 3, **TANH)
     ),
-    stack(
-        "Stack with modules of torch",
-        partial(nn.Linear, INPUT, 6),
-        lambda **_: nn.Tanh(),
-        partial(mingru.MinGRU, 6, 5),
-        partial(nn.LayerNorm, 5),
-        partial(nn.Linear, 5, 4),
-        partial(mingru.MinLSTM, 4, 3),
-    ),
-    stack(
-        "Stack with the time first",
-        partial(mingru.MinGRU, INPUT, 5, batch_first=False),
-        partial(mingru.MinLSTM, 5, 5, batch_first=False),
-    ),
-    stack(
-        "Stack of stacks",
-        partial(mingru.MinGRU, INPUT, 4),
-        lambda **factory: mingru.Stack(
-            [mingru.MinLSTM(4, 4, **factory), mingru.Stack([mingru.MinGRU(4, 4, **factory)])], residual=True
-        ),
-        residual=False,
-    ),
+    stack("Stack with modules of torch", *OF_TORCH),
+    stack("Stack with the time first", GRU(INPUT, 5, batch_first=False), LSTM(5, 5, batch_first=False)),
+    stack("Stack of stacks", GRU(INPUT, 4), of_stacks, residual=False),
     stack("Stack of images", partial(CONV1D, 3, padding=1, num_layers=2), partial(CONV1D, 1), space=1),
-    stack("Stack of blocks", partial(mingru.models.Block, INPUT, conv=3), partial(mingru.MinGRU, INPUT, 4)),
+    stack("Stack of blocks", partial(mingru.models.Block, INPUT, conv=3), GRU(INPUT, 4)),
 ]
 BLOCK = {
     "cell": ["mingru", "minlstm"],
@@ -550,15 +536,8 @@ BLOCKS = [
     block(cell="blockgru", expansion=1.2, block_size=2, conv=2),
     *(block(**row) for row in cover(BLOCK)),
 ]
-MIXED = case(
-    "MinGRU with mixed gates",
-    *(mingru.MinGRU, INPUT, 8, 3),
-    gate=["sigmoid", "quaternion", "rotation"],
-    min_decay=[0.0, 0.25, 0.5],
-    bidirectional=True,
-    residual=True,
-    norm="rms",
-)
+SEVERAL_GATES = {"gate": ["sigmoid", "quaternion", "rotation"], "min_decay": [0.0, 0.25, 0.5], "bidirectional": True}
+MIXED = case("MinGRU with mixed gates", mingru.MinGRU, INPUT, 8, 3, residual=True, norm="rms", **SEVERAL_GATES)
 # Layers and cells of one linear map or convolution.
 ONE_MAP = [
     case("MinGRU", mingru.MinGRU, INPUT, 5),
@@ -607,6 +586,17 @@ CASES_WITH_LENGTHS = [case for case in CASES if not any(part in case.name for pa
 def parametrized(cases: list[Case]) -> pytest.MarkDecorator:
     """Run a test on each case."""
     return pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases])
+
+
+def grid(**factors: Iterable[Any]) -> Callable[[Any], Any]:
+    """Run a test with each value of each factor."""
+
+    def decorated(test: Any) -> Any:
+        for name, values in factors.items():
+            test = pytest.mark.parametrize(name, values)(test)
+        return test
+
+    return decorated
 
 
 def selected_cases(request: pytest.FixtureRequest) -> list[Case]:

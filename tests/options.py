@@ -13,6 +13,7 @@ import torch
 GATED = ["mingru", "mingru_signed", "mingru_rotation", "mingru_quaternion", "mingru_mixed"]
 CELLS = [*GATED, "minlstm", "minlstm_unnormalized", "blockgru"]
 CANDIDATES = ["positive", "linear", "tanh"]
+DOUBLE, TIGHT, EXACT = {"dtype": torch.double}, {"rtol": 1e-9, "atol": 1e-9}, {"rtol": 0, "atol": 0}
 # A layer of these options, or a recurrence, may be called in these ways.
 CALLS = {"batch_first": [True, False], "layout": ["padded", "lengths", "packed"], "reset": [False, True]}
 

@@ -28,8 +28,7 @@ def refusal(function: Callable, *arguments: object) -> str:
     """Return the message with which a call stops the program: one line, which Python prints, with the exit status 1."""
     with pytest.raises(SystemExit) as stop:
         function(*arguments)
-    assert isinstance(stop.value.code, str)
-    assert "\n" not in stop.value.code
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
     return stop.value.code.split(": ", 1)[1]
 
 

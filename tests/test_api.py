@@ -14,7 +14,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from cases import in_a_process
+from cases import in_a_process, refuses
 
 import mingru
 from mingru.models import block
@@ -135,10 +135,8 @@ def test_without_the_private_names_of_torch_results_are_the_same(monkeypatch):
     assert not names_of_torch.is_untransformed()
     torch.testing.assert_close(computed(rnn, x), expected)
     # Of these two, no right result is known.
-    with pytest.raises(RuntimeError, match="forward mode over forward mode"):
-        torch.func.jvp(lambda x: rnn(x)[0], (x,), (x,))
-    with pytest.raises(ImportError, match="which this function needs"):
-        mingru.export.onnx(rnn, x, "rnn.onnx")
+    refuses(RuntimeError, "forward mode over forward mode", torch.func.jvp, lambda x: rnn(x)[0], (x,), (x,))
+    refuses(ImportError, "which this function needs", mingru.export.onnx, rnn, x, "rnn.onnx")
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -154,5 +152,4 @@ def test_what_type_checkers_accept_is_what_there_is():
     of_blocks = inspect.signature(mingru.models.Block).parameters.keys() - {"dims", "layer_options"}
     assert block.LayerOptions.__annotations__.keys() == of_layers
     assert block.BlockOptions.__annotations__.keys() == of_layers | of_blocks
-    assert set(get_args(options.Candidate)) == set(ACTIVATIONS)
-    assert get_args(options.Norm) == tuple(NORMS)
+    assert set(get_args(options.Candidate)) == set(ACTIVATIONS) and get_args(options.Norm) == tuple(NORMS)

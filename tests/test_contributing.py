@@ -63,26 +63,19 @@ STEPS = [
     (5, PYTHON, '    "sharp": "mingru_sharp",\n', r"^GATES\b(?:.*\n)*?(?=})"),
 ]
 
-LEVEL = "src/mingru/modules/recurrent_level.py"
-FACTOR = "if self.output_factor != 1:\n            out = self.output_factor * out\n        "
+LEVEL, PUBLIC = (f"src/mingru/modules/{name}.py" for name in ("recurrent_level", "mingru"))
+BLOCK, FACTOR = (
+    "src/mingru/models/block.py",
+    "if self.output_factor != 1:\n            out = self.output_factor * out\n        ",
+)
 # The same for the option of a layer.
 OPTION = [
-    (
-        1,
-        "src/mingru/modules/mingru.py",
-        "output_factor: float = 1.0,\n        ",
-        r"^class MinGRU\b(?:.*\n)*?        (?=memory: Memory)",
-    ),
+    (1, PUBLIC, "output_factor: float = 1.0,\n        ", r"^class MinGRU\b(?:.*\n)*?        (?=memory: Memory)"),
     (2, LEVEL, "output_factor = 1.0\n    ", r"^class RecurrentOptions\b(?:.*\n)*?    (?=proj_size)"),
     (2, LEVEL, "self.output_factor = options.output_factor\n        ", r"^        (?=self\.recompute = )"),
     (2, LEVEL, FACTOR, r"^    def forward\((?:.*\n)*?        (?=if self\.residual:)"),
     (3, "src/mingru/modules/saved.py", '    "output_factor": 1.0,\n', r"^MARKS\b(?:.*\n)*?(?=})"),
-    (
-        4,
-        "src/mingru/models/block.py",
-        "output_factor: float\n    ",
-        r"^class LayerOptions\b(?:.*\n)*?    (?=memory: Memory)",
-    ),
+    (4, BLOCK, "output_factor: float\n    ", r"^class LayerOptions\b(?:.*\n)*?    (?=memory: Memory)"),
 ]
 # Compares the layer with one without the factor: by a plan or not, in training, scripted, in a block, and loaded.
 HALVED = """
@@ -223,8 +216,9 @@ def test_a_library_is_kept_if_it_is_of_these_sources(tmp_path):
 @needs_kernels
 @pytest.mark.skipif(CLANG is None, reason="needs clang")
 def test_clang_builds_the_kernels(tmp_path):
+    """Without warnings. Initializers of flat aggregates are meant."""
     root = copied(tmp_path)
-    build(root, CC=CLANG, CXX=CLANG)
+    build(root, CC=CLANG, CXX=CLANG, CXXFLAGS="-Wall -Werror -Wno-missing-braces")
     for instruction_set in torch.ops.mingru.instruction_sets().split():
         check(root, "native", PLAIN, MINGRU_ISA=instruction_set)
 

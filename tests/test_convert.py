@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import TIGHT
+from cases import TIGHT, grid, refuses
 from minGRU_pytorch.minLM import minLM
 from peers import Authors, B, Cheind, Lucidrains, Puffer, double, zeros
 from torch import nn
@@ -120,25 +120,24 @@ def test_one_pass(case, length):
     assert_same(peer, layer, x[:, :length])
 
 
-@pytest.mark.parametrize(
-    ("case", "place", "index"),
-    [
-        *(
-            (SOME[4], place, 0)
-            for place in ("layers.0.layers.0.linear.bias", "layers.1.module.bias", "layers.0.initial_state")
-        ),
-        (SOME[10], "layers.0.align.weight", 0),
-        (SOME[11], "layers.1.layers.0.align.weight", 0),
-        (NORMED, "layers.1.norm.weight", 0),
-        *((SOME[-1], "layers.1.linear.weight", 4 * row) for row in (0, 4, 8)),
-    ],
-)
+CHANGED = [
+    *(
+        (SOME[4], place, 0)
+        for place in ("layers.0.layers.0.linear.bias", "layers.1.module.bias", "layers.0.initial_state")
+    ),
+    (SOME[10], "layers.0.align.weight", 0),
+    (SOME[11], "layers.1.layers.0.align.weight", 0),
+    (NORMED, "layers.1.norm.weight", 0),
+    *((SOME[-1], "layers.1.linear.weight", 4 * row) for row in (0, 4, 8)),
+]
+
+
+@pytest.mark.parametrize(("case", "place", "index"), CHANGED)
 def test_the_comparison_can_fail(case, place, index):
     peer, layer, x = made(case)
     with torch.no_grad():
         layer.get_parameter(place).flatten()[index].add_(1e-6)
-    with pytest.raises(AssertionError, match="not close"):
-        assert_same(peer, layer, x)
+    refuses(AssertionError, "not close", assert_same, peer, layer, x)
 
 
 @some
@@ -171,8 +170,7 @@ def test_their_minlstm_puts_a_carried_state_through_g(length):
     assert (layer(x, h)[0] - out).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("expansion", [1.0, 1.5])
-@pytest.mark.parametrize("use_lstm", [False, True])
+@grid(use_lstm=[False, True], expansion=[1.0, 1.5])
 def test_a_language_model_computes_the_same_logits(use_lstm, expansion):
     theirs = minLM(num_tokens=11, dim=8, depth=3, ff_mult=2, expansion=expansion, use_lstm=use_lstm, dropout=0.1)
     theirs = theirs.double().eval()
@@ -254,8 +252,7 @@ def test_a_layer_inside_a_model(case):
     peer, layer, x = made(case)
     model = {"embed.weight": zeros(3, 4), **{f"layers.1.{name}": weight for name, weight in peer.tensors.items()}}
     assert torch.equal(peer.convert(model, "layers.1.", **peer.options)(x)[0], layer(x)[0])
-    with pytest.raises(ValueError, match=r"got the key embed\.weight; use prefix='layers\.1\.'$"):
-        peer.convert(model)
+    refuses(ValueError, r"got the key embed\.weight; use prefix='layers\.1\.'$", peer.convert, model)
 
 
 # What is refused
@@ -274,10 +271,8 @@ def test_wrong_types(case):
         (whole, TypeError, f"{key} must be of a floating-point dtype, got torch.int64"),
         ({}, ValueError, "state_dict must be a mapping with keys that begin with '', got an empty mapping"),
     ]:
-        with pytest.raises(error, match=re.escape(f"{peer.convert.__name__}: {message}")):
-            peer.convert(changed, **peer.options)
-    with pytest.raises(TypeError, match="prefix must be a str, got 3"):
-        peer.convert(peer.tensors, 3, **peer.options)
+        refuses(error, re.escape(f"{peer.convert.__name__}: {message}"), peer.convert, changed, **peer.options)
+    refuses(TypeError, "prefix must be a str, got 3", peer.convert, peer.tensors, 3, **peer.options)
 
 
 @pytest.mark.parametrize("use_coeff_norm", [None, 1, "True"])
@@ -358,11 +353,9 @@ def test_groups_travel_in_the_state_dict():
 
 def test_other_groups_never_load_silently():
     layer, plain, missing = made(NORMED)[1], fresh_conv(), r"key\(s\) in state_dict: \"layers\.0\.norm\.groups\""
-    with pytest.raises(RuntimeError, match=f"Missing {missing}"):
-        layer.load_state_dict(plain.state_dict())
+    refuses(RuntimeError, f"Missing {missing}", layer.load_state_dict, plain.state_dict())
     plain.layers[0].norm = nn.GroupNorm(2, 32, dtype=torch.double)
-    with pytest.raises(RuntimeError, match=f"Unexpected {missing}"):
-        plain.load_state_dict(layer.state_dict())
+    refuses(RuntimeError, f"Unexpected {missing}", plain.load_state_dict, layer.state_dict())
     state_dict = layer.state_dict() | {"layers.0.norm.groups": torch.tensor(5)}
     with pytest.raises(ValueError, match="num_groups must be a divisor of the number of channels, 32, got 5"):
         layer.load_state_dict(state_dict)

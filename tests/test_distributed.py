@@ -3,14 +3,14 @@
 import datetime
 import itertools
 import os
+import re
 import zlib
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import BLOCKS, DOUBLE, FEATURES, IMAGES, MODELS, STACKS, case, some
-from refusals import assert_refused
+from cases import BLOCKS, DOUBLE, FEATURES, IMAGES, MODELS, STACKS, case, refuses, some
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -44,6 +44,15 @@ FEATURES_OF_EACH = [
 LAYERS = [case for case in [*FEATURES, *IMAGES, *STACKS[2:], *BLOCKS, *MODELS] if not case.unrolls]
 # A fused norm rounds bfloat16 elsewhere than the norm before a part.
 WITHOUT_NORM = [case for case in FEATURES if not case.unrolls and case.module.norm is None]
+
+
+def assert_refused(call, cases, prefix=""):
+    """Check that `call(**arguments)` raises the error of each case, (arguments, error, message).
+
+    The message begins with the prefix and the text of the case, in which "..." stands for any text.
+    """
+    for arguments, error, message in cases:
+        refuses(error, "^" + prefix + re.escape(message).replace(re.escape("..."), ".*"), call, **arguments)
 
 
 def random_parts(size):

@@ -1,13 +1,18 @@
-"""The hooks of mkdocs in `docs`, on pages as mkdocs makes them, and what the pages say."""
+"""The pages: hooks of mkdocs, tables of results, and the code and links of guides and README."""
 
+import hashlib
+import importlib.util
 import inspect
 import json
 import os
 import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 
 import pytest
+import torch
 from programs import load
 
 import mingru
@@ -21,18 +26,18 @@ EXAMPLE = "<pre><code>&gt;&gt;&gt; rnn = mingru.MinGRU(3, 4)</code></pre>"
 INPUTS = "<details><summary>Inputs</summary>\n<ul><li><strong>x</strong>: Sequence.</li></ul></details>"
 
 
-@pytest.mark.parametrize(
-    ("html", "fault"),
-    [
-        (EXAMPLE + INPUTS, None),
-        (INPUTS, "there is no example"),
-        (EXAMPLE + "<blockquote><p>rnn = mingru.MinGRU(3, 4)</p></blockquote>", "an example is text, not code"),
-        (EXAMPLE + "<p>&gt;&gt;&gt; rnn = mingru.MinGRU(3, 4)</p>", "an example is text, not code"),
-        (EXAMPLE + "<p>Inputs: x is a sequence.</p>", "'Inputs' is text, not a section"),
-        (EXAMPLE + "<p>State dict: weights.</p>", "'State dict' is text, not a section"),
-        (EXAMPLE + INPUTS.replace("<ul>", "<p>x: Sequence.</p><ul>"), "'Inputs' is text, not a list"),
-    ],
-)
+FAULTS = [
+    (EXAMPLE + INPUTS, None),
+    (INPUTS, "there is no example"),
+    (EXAMPLE + "<blockquote><p>rnn = mingru.MinGRU(3, 4)</p></blockquote>", "an example is text, not code"),
+    (EXAMPLE + "<p>&gt;&gt;&gt; rnn = mingru.MinGRU(3, 4)</p>", "an example is text, not code"),
+    (EXAMPLE + "<p>Inputs: x is a sequence.</p>", "'Inputs' is text, not a section"),
+    (EXAMPLE + "<p>State dict: weights.</p>", "'State dict' is text, not a section"),
+    (EXAMPLE + INPUTS.replace("<ul>", "<p>x: Sequence.</p><ul>"), "'Inputs' is text, not a list"),
+]
+
+
+@pytest.mark.parametrize(("html", "fault"), FAULTS)
 def test_faults_of_pages(html, fault):
     assert hooks.faults(html, is_reference=True) == ([fault] if fault else [])
 
@@ -53,15 +58,15 @@ def test_names_become_links():
         assert hooks.linked(html, documented) == html
 
 
-@pytest.mark.parametrize(
-    ("html", "breaks"),
-    [
-        ("<td><code>nn.GRUCell</code> 1 ± 2</td>", "<td><code>nn.<wbr>GRU<wbr>Cell</code> 1&nbsp;±&nbsp;2</td>"),
-        ("<td>98; 3.5 s, 2 kB</td>", "<td>98; 3.5&nbsp;s, 2&nbsp;kB</td>"),
-        ("<th><code>h_n</code> GRUCell</th>", "<th><code>h_<wbr>n</code> GRUCell</th>"),
-        ("<p><code>GRUCell</code> 1 ± 2</p>", "<p><code>GRUCell</code> 1 ± 2</p>"),
-    ],
-)
+BREAKS = [
+    ("<td><code>nn.GRUCell</code> 1 ± 2</td>", "<td><code>nn.<wbr>GRU<wbr>Cell</code> 1&nbsp;±&nbsp;2</td>"),
+    ("<td>98; 3.5 s, 2 kB</td>", "<td>98; 3.5&nbsp;s, 2&nbsp;kB</td>"),
+    ("<th><code>h_n</code> GRUCell</th>", "<th><code>h_<wbr>n</code> GRUCell</th>"),
+    ("<p><code>GRUCell</code> 1 ± 2</p>", "<p><code>GRUCell</code> 1 ± 2</p>"),
+]
+
+
+@pytest.mark.parametrize(("html", "breaks"), BREAKS)
 def test_where_the_cells_of_tables_break(html, breaks):
     assert hooks.breakable(html) == breaks
 
@@ -75,18 +80,18 @@ def mathml(text):
     return re.sub(r' \w+="\w+"|</?mo[^>]*>|</?math>', "", equations.mathml(text))
 
 
-@pytest.mark.parametrize(
-    ("text", "typeset"),
-    [
-        ("a = -b - 2", "<mi>a</mi>=−<mi>b</mi>−<mn>2</mn>"),
-        ("h_{t-1}", "<msub><mi>h</mi><mrow><mi>t</mi>−<mn>1</mn></mrow></msub>"),
-        ("f'_t", "<msub><mrow><mi>f</mi>′</mrow><mi>t</mi></msub>"),
-        ("m)^dt_t", "<mi>m</mi><msup>)<msub><mi>dt</mi><mi>t</mi></msub></msup>"),
-        ("sigma(log_a_t)", "<mi>σ</mi>(<msub><mi>log_a</mi><mi>t</mi></msub>)"),
-        ("a else if b", "<mi>a</mi><mspace/><mtext>&nbsp;else&nbsp;if&nbsp;</mtext><mspace/><mi>b</mi>"),
-        ("z if v >= 0", "<mi>z</mi><mspace/><mtext>&nbsp;if&nbsp;</mtext><mspace/><mi>v</mi>≥<mn>0</mn>"),
-    ],
-)
+TYPESET = [
+    ("a = -b - 2", "<mi>a</mi>=−<mi>b</mi>−<mn>2</mn>"),
+    ("h_{t-1}", "<msub><mi>h</mi><mrow><mi>t</mi>−<mn>1</mn></mrow></msub>"),
+    ("f'_t", "<msub><mrow><mi>f</mi>′</mrow><mi>t</mi></msub>"),
+    ("m)^dt_t", "<mi>m</mi><msup>)<msub><mi>dt</mi><mi>t</mi></msub></msup>"),
+    ("sigma(log_a_t)", "<mi>σ</mi>(<msub><mi>log_a</mi><mi>t</mi></msub>)"),
+    ("a else if b", "<mi>a</mi><mspace/><mtext>&nbsp;else&nbsp;if&nbsp;</mtext><mspace/><mi>b</mi>"),
+    ("z if v >= 0", "<mi>z</mi><mspace/><mtext>&nbsp;if&nbsp;</mtext><mspace/><mi>v</mi>≥<mn>0</mn>"),
+]
+
+
+@pytest.mark.parametrize(("text", "typeset"), TYPESET)
 def test_equations_are_typeset(text, typeset):
     assert mathml(text).replace('<mspace width="0.2em"/>', "<mspace/>") == typeset
 
@@ -119,8 +124,7 @@ def test_indices_in_text():
 def test_pages_are_edited_only_where_the_repository_is(address, kept):
     config = types.SimpleNamespace(repo_url=address, edit_uri="edit/main/docs/")
     hooks.on_config(config)
-    assert config.edit_uri == kept
-    assert mingru.__version__ in config.copyright
+    assert config.edit_uri == kept and mingru.__version__ in config.copyright
 
 
 def test_the_text_for_language_models(tmp_path):
@@ -167,3 +171,112 @@ def test_the_tables_of_speed_are_what_the_command_wrote(monkeypatch):
     times = [figures.items() for figures in record["results"]["times"]["2"].values()]
     faster = [by_name[1] < dict(each)["mingru"][1] for each in times for name, by_name in each if name != "mingru"]
     assert text["tables"].count("**") == 2 * sum(faster) > 0
+
+
+# Guides
+
+
+GUIDES = sorted(path.relative_to(DOCS).as_posix() for path in (*DOCS.glob("*.md"), *DOCS.glob("more/*.md")))
+
+
+@pytest.fixture(autouse=True)
+def _trusts_no_more_classes_afterwards():
+    """A guide tells torch.load which classes to trust, for the whole process."""
+    before = torch.serialization.get_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
+@pytest.mark.parametrize(
+    "guide", [pytest.param(guide, marks=[pytest.mark.slow] * ("deploy" in guide)) for guide in GUIDES]
+)
+# What torch's own tools say of torch.
+@pytest.mark.filterwarnings("ignore:`torch.jit.(script_method|optimize_for_inference)` is deprecated")
+def test_the_code_runs(guide, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / guide).read_text(encoding="utf-8")
+    for section, package in (("ExecuTorch", "executorch"), ("Lightning", "lightning")):
+        if importlib.util.find_spec(package) is None:
+            text = re.sub(rf"## {section}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == text.count("```python")
+    names = {}
+    for block in blocks:
+        exec(compile(block, guide, "exec"), names)
+
+
+@pytest.mark.parametrize("guide", [*GUIDES, "../README.md"])
+def test_the_links_are_there(guide):
+    for link in re.findall(r"\]\(([^)#:]+)\)", (DOCS / guide).read_text(encoding="utf-8")):
+        assert ((DOCS / guide).parent / link).is_file(), link
+
+
+def test_the_notebook_runs():
+    cells = json.loads((DOCS / "first_hour.ipynb").read_text(encoding="utf-8"))["cells"]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), "first_hour.ipynb", "exec"), names)
+    # The model remembers the first of ten times as many steps as in training. Guessing has an error of 1.
+    x, target = names["sample"](256, 300)
+    with torch.no_grad():
+        assert torch.nn.functional.mse_loss(names["model"](x), target) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(4))
+def test_two_processes(index, tmp_path):
+    """The program of distributed.md, divided in each way; weights that are divided are saved too."""
+    program, *ways = re.findall(r"```py\n(.*?)```", (DOCS / "distributed.md").read_text(encoding="utf-8"), re.DOTALL)
+    program = program.replace("# Save\n", ways.pop(2) if index in (1, 3) else "")
+    (tmp_path / "train.py").write_text(program.replace("# Divide\n", ways[index]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    # A thread of gloo that still runs may abort a process at its end (torch 2.13), when all is done.
+    aborted_at_end = "terminate called without an active exception" in done.stderr
+    assert done.returncode == 0 or aborted_at_end, done.stderr
+    assert "trained 2 processes" in done.stdout
+
+
+# The README
+
+# The usage code that this project was asked to run as it stands.
+ASKED_FOR = "a2a4fdd80b43b33097f9e2f9dda071f31748a08e0bcd24d21d2fd3ff19512333"
+README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_code_of_the_readme_runs():
+    (part,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    whole = (DOCS.parent / "tests" / "data" / "usage.txt").read_text()
+    assert hashlib.sha256(whole.encode()).hexdigest() == ASKED_FOR
+    for code in (part, whole):
+        names = {}
+        exec(compile(code, "README.md", "exec"), names)
+        assert names["out_par"].shape == (10, 128, 64)
+    assert set(part.splitlines()) <= set(whole.splitlines())
+
+
+def test_kernels_were_built_where_this_project_checks_itself():
+    if os.environ.get("CI"):
+        assert mingru.backends()["native"] is True
+
+
+SPEED = json.loads((DOCS / "speed.json").read_text(encoding="utf-8"))["results"]
+
+
+def test_the_headline_is_true_for_all_shapes():
+    times = SPEED["equal"]["1"].values()
+    found = [[each[name][1] / each["BlockGRU"][1] for each in times] for name in ("nn.GRU", "nn.LSTM")]
+    (gru, lstm) = (f"{min(ratios):.2g} to {max(ratios):.2g}" for ratios in found)
+    sentence = f"`nn.GRU` with as many layers takes {gru} times as long, and of `nn.LSTM` {lstm} times"
+    for text in (README, (DOCS / "index.md").read_text(encoding="utf-8")):
+        assert sentence in " ".join(text.split())
+
+
+def test_citation_and_changelog_have_the_version():
+    assert f"\nversion: {mingru.__version__}\n" in (DOCS.parent / "CITATION.cff").read_text()
+    newest = re.search(r"^## ([^\s]+)", (DOCS.parent / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest[1] == mingru.__version__

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import TIGHT
+from cases import TIGHT, grid, refuses
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.testing import assert_close
@@ -52,32 +52,22 @@ def of_lstm(calls):
     return found
 
 
+FACTORIES = {"wide": {"dtype": torch.double}, "half": {"dtype": torch.bfloat16}, "meta": {"device": "meta"}}
+
+
 def names_of(home, kind="GRU"):
     """What calls are written with; `home` has a class of this name and its cell."""
     x = torch.randn(S, B, IN)
     layer, cell = getattr(home, kind), getattr(home, f"{kind}Cell")
-    return {
-        "torch": torch,
-        "PackedSequence": PackedSequence,
-        kind: layer,
-        f"{kind}Cell": cell,
-        kind.lower(): layer(IN, H),
-        "first": layer(IN, H, batch_first=True),
+    names = {"torch": torch, "PackedSequence": PackedSequence, kind: layer, f"{kind}Cell": cell, "cell": cell(IN, H)}
+    names |= {kind.lower(): layer(IN, H), "first": layer(IN, H, batch_first=True), "x": x, "h": torch.randn(1, B, H)}
+    names |= {"h4": torch.randn(4, B, H), "y": torch.randn(B, IN), "k": torch.randn(B, H)}
+    names |= {name: layer(IN, H, **factory) for name, factory in FACTORIES.items()}
+    names |= {f"{name}_cell": cell(IN, H, **factory) for name, factory in FACTORIES.items()}
+    return names | {
         "deep": layer(IN, H, 2, bidirectional=True),
         "deep_first": layer(IN, H, 2, batch_first=True, dropout=0.5, bidirectional=True),
         "projected": layer(IN, H, 2, True, False, 0.0, True, 2),
-        "wide": layer(IN, H, dtype=torch.double),
-        "half": layer(IN, H, dtype=torch.bfloat16),
-        "meta": layer(IN, H, device="meta"),
-        "cell": cell(IN, H),
-        "wide_cell": cell(IN, H, dtype=torch.double),
-        "half_cell": cell(IN, H, dtype=torch.bfloat16),
-        "meta_cell": cell(IN, H, device="meta"),
-        "x": x,
-        "h": torch.randn(1, B, H),
-        "h4": torch.randn(4, B, H),
-        "y": torch.randn(B, IN),
-        "k": torch.randn(B, H),
         "sorted_": pack_sequence([x[:, 0], x[:2, 1]]),
         "unsorted": pack_sequence([x[:2, 0], x[:, 1]], enforce_sorted=False),
     }
@@ -137,8 +127,7 @@ def test_the_comparison_can_fail(both):
     ours = names_of(drop_in)
     wrong = lambda x: (drop_in.GRU(IN, H)(x)[0], torch.zeros(B, 1, H))  # noqa: E731
     for gru, call, argument in ((wrong, "gru(x)", None), (mingru.MinGRU(IN, H), "gru(x.double())", "input")):
-        with pytest.raises(AssertionError):
-            same_outcome((both[0], ours | {"gru": gru}), call, argument)
+        refuses(AssertionError, "", same_outcome, (both[0], ours | {"gru": gru}), call, argument)
 
 
 def test_what_only_ours_refuses(both):
@@ -160,8 +149,7 @@ def test_autocast(both):
                 same_outcome(both, call, argument)
                 continue
             theirs, ours = (without_dtypes(outcome(call, names)) for names in both)
-            assert ours == theirs
-            assert torch.Tensor in (theirs if "cell" in call else theirs[2])
+            assert ours == theirs and torch.Tensor in (theirs if "cell" in call else theirs[2])
 
 
 @pytest.mark.parametrize("home", [nn, drop_in])
@@ -174,8 +162,7 @@ def test_the_pair_may_have_two_dtypes_under_autocast(home):
     with torch.autocast("cpu", torch.bfloat16):
         got = lstm(x, (h.bfloat16(), c))
         assert_close(got, lstm(x, (h.bfloat16(), c.bfloat16())))
-    with pytest.raises(RuntimeError):
-        lstm(x, (h.bfloat16(), c))
+    refuses(RuntimeError, "", lstm, x, (h.bfloat16(), c))
 
 
 # What is computed
@@ -223,8 +210,7 @@ def test_programs_that_keep_the_pair(home):
         state = [torch.zeros(2, 3, H).double() for _ in range(2)]
         state[at] = torch.randn(2, 3, H).double().requires_grad_()
         changed = rnn(x, tuple(state))[0]
-        assert not torch.equal(changed, out)
-        assert torch.autograd.grad(changed.sum(), state[at])[0].abs().min() > 0
+        assert not torch.equal(changed, out) and torch.autograd.grad(changed.sum(), state[at])[0].abs().min() > 0
 
 
 def test_the_mean_of_a_pair_is_exact():
@@ -241,8 +227,7 @@ def of_sequence(state, index):
 # What torch's layers do not have
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("kind", [drop_in.GRU, drop_in.LSTM])
+@grid(kind=[drop_in.GRU, drop_in.LSTM], batch_first=[False, True])
 def test_a_mask_says_which_steps_are_valid(kind, batch_first):
     """As of TorchRL. Without a batch, steps are as in one."""
     rnn = kind(IN, H, batch_first=batch_first, dtype=torch.double)
@@ -293,15 +278,13 @@ def test_apply_takes_a_layer_for_one_module():
         rnn = kind(IN, H)
         model, seen = nn.Sequential(nn.ModuleList([rnn]), nn.Linear(H, 1)), []
         before = [weight.clone() for weight in rnn.parameters()]
-        assert model.apply(seen.append) is model
-        assert seen == [rnn, model[0], model[1], model]
+        assert model.apply(seen.append) is model and seen == [rnn, model[0], model[1], model]
         model.apply(init)
         assert not model[1].weight.any()
         assert_close(list(rnn.parameters()), before, rtol=0, atol=0)
         head, seen = nn.Linear(H, 1), []
         rnn.head = head  # as the constructor of a subclass does
-        assert rnn.apply(seen.append) is rnn
-        assert seen == [head, rnn]
+        assert rnn.apply(seen.append) is rnn and seen == [head, rnn]
 
 
 def test_apply_reaches_what_was_put_into_a_layer():
@@ -318,5 +301,4 @@ def test_a_subclass_has_its_own_name():
         pass
 
     assert repr(Other(3, 4)) == "Other(3, 4)"
-    with pytest.raises(ValueError, match=r"^Other: input must be"):
-        Other(3, 4)(torch.zeros(3))
+    refuses(ValueError, r"^Other: input must be", Other(3, 4), torch.zeros(3))

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import refuses
 
 import mingru
 from benchmarks import measure
@@ -48,11 +49,9 @@ def test_two_runs_that_differ_and_a_call_that_does_not_run_in_triton_are_found(m
     monkeypatch.setattr(calls, "run", lambda *args: [x + 1e-4 * next(counter) for x in run(*args)])
     assert smoke.check(ROW, CPU, BACKEND) == float("inf")
     monkeypatch.setattr(calls, "run", lambda backend, *rest: run("torch", *rest))
-    with pytest.raises(AssertionError, match="only the passes"):
-        smoke.check(ROW, CPU, "triton")
+    refuses(AssertionError, "only the passes", smoke.check, ROW, CPU, "triton")
     method = speed.Method(lambda x: 2 * x, [torch.randn(1, 2, 3, requires_grad=True)])
-    with pytest.raises(AssertionError, match="only the passes"):
-        speed.measure(Clock(CPU, 0.001), method, "triton", 1.0)
+    refuses(AssertionError, "only the passes", speed.measure, Clock(CPU, 0.001), method, "triton", 1.0)
 
 
 def test_a_plan_is_used_for_its_pass_only_and_wrong_values_are_found(monkeypatch):
@@ -60,8 +59,7 @@ def test_a_plan_is_used_for_its_pass_only_and_wrong_values_are_found(monkeypatch
     work = Work("mingru", 4, 1, 64, 8)
     usual = launch.plan_of(work)
     with plans.using(task) as used:
-        assert launch.plan_of(work) == usual
-        assert launch.plan_of(work._replace(backward=True)) == task.plan
+        assert launch.plan_of(work) == usual and launch.plan_of(work._replace(backward=True)) == task.plan
     assert used == [task.plan]
     inputs = [torch.randn(task.shape, requires_grad=True) for _ in range(2)]
     clock, exact = Clock(CPU, 0.001), plans.results_of(inputs, True, "torch")
@@ -74,8 +72,7 @@ def test_a_plan_is_used_for_its_pass_only_and_wrong_values_are_found(monkeypatch
     with pytest.raises(AssertionError, match="the plan that `plan_of` chooses are wrong"):
         plans.timed(clock, task._replace(plan=None), inputs, wrong, "torch")
     monkeypatch.setattr(plans, "results_of", lambda *args: inputs)
-    with pytest.raises(AssertionError, match="its plan is unknown"):
-        plans.timed(clock, task, inputs, inputs, "triton")
+    refuses(AssertionError, "its plan is unknown", plans.timed, clock, task, inputs, inputs, "triton")
 
 
 def test_references_are_computed_once_and_by_parts(tmp_path, monkeypatch):
@@ -83,8 +80,7 @@ def test_references_are_computed_once_and_by_parts(tmp_path, monkeypatch):
     computed = []
     truth = lambda *args: computed.append(args) or calls._truth(*args)  # noqa: E731
     first, again = (smoke.kept(ROW, 0, truth) for _ in range(2))
-    assert len(computed) == 1
-    assert all(map(torch.equal, first, again))
+    assert len(computed) == 1 and all(map(torch.equal, first, again))
     smoke.kept(ROW._replace(steps=6), 0, truth)
     assert len(computed) == 2
     sizes, results_of = [], plans.results_of
@@ -106,8 +102,7 @@ def test_processes_end_with_a_program_that_was_killed():
         parent.kill()
         start = time.monotonic()
         # Its end closes the output.
-        assert parent.stdout.read() == b""
-        assert time.monotonic() - start < 30
+        assert parent.stdout.read() == b"" and time.monotonic() - start < 30
 
 
 def test_the_version_of_triton_is_that_of_its_module(monkeypatch):
@@ -174,23 +169,20 @@ def test_results_become_a_page(folder, tmp_path):
         now = page.texts_of(page.read(page.RESULTS))
         assert measure.filled(before, "gpu", now) == before
         other = measure.filled(before, "gpu", page.texts_of(page.read(folder)))
-        assert "8 checks were all right." in " ".join(other.split())
-        assert measure.filled(other, "gpu", now) == before
+        assert "8 checks were all right." in " ".join(other.split()) and measure.filled(other, "gpu", now) == before
 
 
 def test_results_must_belong_together(folder, tmp_path):
     assert page.read(tmp_path) is None
     path = tmp_path / "speed.json"
     shutil.copy(folder / path.name, path)
-    with pytest.raises(FileNotFoundError, match=r"no smoke.json; run `make gpu`"):
-        page.read(tmp_path)
+    refuses(FileNotFoundError, r"no smoke.json; run `make gpu`", page.read, tmp_path)
     shutil.copy(folder / "smoke.json", tmp_path)
     whole = path.read_text()
     assert "### Recurrences" in page.tables(page.read(tmp_path))
     for right, wrong in (('d": "triton"', 'd": "torch"'), ('e": "cuda"', 'e": "cpu"'), ('e": "CPU"', 'e": "another"')):
         path.write_text(whole.replace(right, wrong))
-        with pytest.raises(ValueError, match="on one GPU, of one version"):
-            page.read(tmp_path)
+        refuses(ValueError, "on one GPU, of one version", page.read, tmp_path)
 
 
 def test_a_run_goes_on_where_another_one_stopped(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from cases import through_a_file
+from cases import grid, refuses, through_a_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn import GRU
@@ -57,12 +57,10 @@ def test_what_a_program_builds():
         of_torch = OF_TORCH["GRU"](IN, H)
         assert isinstance(model.encoder, nn.GRU) and isinstance(of_torch, nn.GRU)
         assert not isinstance(model.encoder, nn.LSTM) and not isinstance(model.head, nn.GRU)
-        assert issubclass(type(model.encoder), nn.GRU) and issubclass(nn.GRU, nn.Module)
-        assert nn.GRU.__name__ == "GRU"
+        assert issubclass(type(model.encoder), nn.GRU) and issubclass(nn.GRU, nn.Module) and nn.GRU.__name__ == "GRU"
         assert type(GRU(IN, H)) is OF_TORCH["GRU"]  # bound before the block
         assert model(torch.randn(2, 5, IN)).shape == (2, 1)
-    assert are_torchs()
-    assert kinds == [drop_in.GRU, drop_in.LSTM, drop_in.LSTMCell]
+    assert are_torchs() and kinds == [drop_in.GRU, drop_in.LSTM, drop_in.LSTMCell]
     text = [
         "mingru.drop_in.GRU(3, 4, num_layers=2, batch_first=True, norm='rms')",
         "mingru.drop_in.LSTM(4, 4, num_layers=2, batch_first=True, forget_bias=2.0, norm='rms')",
@@ -71,8 +69,7 @@ def test_what_a_program_builds():
     line = Program.__init__.__code__.co_firstlineno + 3
     assert report.built == [(each, f"{__file__}:{line + at} in __init__") for at, each in enumerate(text)]
     assert str(report).splitlines()[0] == f"{__file__}:{line} in __init__: {text[0]}"
-    assert not isinstance(model.encoder, nn.GRU)
-    assert isinstance(Program().encoder, nn.GRU)
+    assert not isinstance(model.encoder, nn.GRU) and isinstance(Program().encoder, nn.GRU)
     hint = "a loop that sets biases to 0 undoes forget_bias and memory: call reset_parameters() of these layers"
     assert str(report).splitlines()[-1] == f"{hint} after it"
 
@@ -96,8 +93,7 @@ def test_the_default_is_torchs_gru():
         torch.testing.assert_close(both, gru.bias_ih_l1_reverse + gru.bias_hh_l1_reverse)
     torch.testing.assert_close(mingru.BlockGRUCell.from_torch(cell)(x[0]), cell(x[0]))
     assert not hasattr(lstm, "weight_ih_l0") and not hasattr(ours, "weight_ih_l2")
-    with pytest.raises(RuntimeError, match="Missing key"):
-        ours.load_state_dict({"weight_ih_l0": gru.weight_ih_l0})
+    refuses(RuntimeError, "Missing key", ours.load_state_dict, {"weight_ih_l0": gru.weight_ih_l0})
 
 
 # What a program may do with a bias that is mostly a part of the other one.
@@ -119,8 +115,7 @@ def test_a_bias_that_is_computed_refuses_to_be_changed(write):
     with patch():
         model = nn.ModuleList([nn.GRU(IN, H), nn.GRUCell(IN, H)])
     for bias in (model[0].bias_hh_l0, model[1].bias_hh):
-        with pytest.raises(RuntimeError, match=r"bias_hh cannot be changed, .* load_state_dict"):
-            WRITES[write](bias)
+        refuses(RuntimeError, r"bias_hh cannot be changed, .* load_state_dict", WRITES[write], bias)
     model[1].weight_ih.data.fill_(2.0)
     assert model[1].layers[0].linear.weight.eq(2.0).all() and type(bias + 1) is torch.Tensor
 
@@ -133,10 +128,8 @@ def test_cells_can_be_left():
 
 def test_errors_are_those_of_the_class():
     with patch(gru=False, cell="mingru"):
-        assert type(nn.GRU(IN, H)) is OF_TORCH["GRU"]
-        assert nn.LSTM(IN, H, 2).cell == "mingru"
-        with pytest.raises(TypeError, match=r"^mingru\.drop_in\.LSTM: no argument 'input_dims'; use input_size$"):
-            nn.LSTM(input_dims=3)
+        assert type(nn.GRU(IN, H)) is OF_TORCH["GRU"] and nn.LSTM(IN, H, 2).cell == "mingru"
+        refuses(TypeError, r"^mingru\.drop_in\.LSTM: no argument 'input_dims'; use input_size$", nn.LSTM, input_dims=3)
 
 
 def test_numbers_that_torch_takes():
@@ -149,8 +142,7 @@ def test_numbers_that_torch_takes():
             assert repr(rnn) == "GRU(3, 4, num_layers=2, block_size=4, cell='blockgru')"
             assert rnn(torch.randn(2, 5, IN))[1].shape == (2, 5, H)
         for wrong in ((1.5,), (1, 0.5)):
-            with pytest.raises(TypeError):
-                nn.GRU(IN, H, *wrong)
+            refuses(TypeError, "", nn.GRU, IN, H, *wrong)
 
 
 def test_every_way_out():
@@ -170,11 +162,9 @@ def test_every_way_out():
 def test_blocks_in_blocks():
     with patch(norm="rms") as outer:
         with patch(lstm=False, norm="layer") as inner:
-            assert nn.GRU(IN, H).norm == "layer"
-            assert nn.LSTM(IN, H).norm == "rms"
+            assert nn.GRU(IN, H).norm == "layer" and nn.LSTM(IN, H).norm == "rms"
         assert nn.GRU(IN, H).norm == nn.LSTM(IN, H).norm == "rms"
-    assert are_torchs()
-    assert (len(inner.built), len(outer.built)) == (1, 3)
+    assert are_torchs() and (len(inner.built), len(outer.built)) == (1, 3)
 
 
 class ReadOnly(types.ModuleType):
@@ -198,8 +188,7 @@ def test_everywhere(monkeypatch):
         assert type(late.kind(IN, H)) is drop_in.LSTM  # still in the block that has bound it
         kept = nn.GRU
         assert type(kept(IN, H)) is drop_in.GRU
-    assert late.kind is OF_TORCH["LSTM"]
-    assert are_torchs()
+    assert late.kind is OF_TORCH["LSTM"] and are_torchs()
     # A name that stays bound is torch's class.
     assert type(kept(IN, H)) is OF_TORCH["GRU"]
     assert isinstance(GRU(IN, H), kept) and not isinstance(drop_in.GRU(IN, H), kept)
@@ -214,8 +203,7 @@ def test_a_block_ends_in_every_context():
     thread = threading.Thread(target=block.__exit__, args=(None, None, None))
     thread.start()
     thread.join()
-    assert are_torchs()
-    assert type(kept(IN, H)) is copy_of_context.run(lambda: type(kept(IN, H))) is OF_TORCH["GRU"]
+    assert are_torchs() and type(kept(IN, H)) is copy_of_context.run(lambda: type(kept(IN, H))) is OF_TORCH["GRU"]
 
 
 def test_threads_do_not_see_each_other():
@@ -232,8 +220,7 @@ def test_threads_do_not_see_each_other():
     for step in (threading.Thread.start, threading.Thread.join):
         for thread in threads:
             step(thread)
-    assert (found["rms"].norm, found["layer"].norm) == ("rms", "layer")
-    assert type(found["torch"]) is OF_TORCH["GRU"]
+    assert (found["rms"].norm, found["layer"].norm) == ("rms", "layer") and type(found["torch"]) is OF_TORCH["GRU"]
     assert are_torchs()
 
 
@@ -256,8 +243,7 @@ def test_subclasses_stay_what_they_are():
     assert {warning.filename for warning in seen} == {__file__}
     assert isinstance(inside(IN, H), GRU) and drop_in.GRU not in inside.__mro__
     left = (f"{__name__}.{inside.__qualname__}", "a subclass may compute something else")
-    assert report.left[-1] == left
-    assert not any("mingru" in name for name, _ in report.left)
+    assert report.left[-1] == left and not any("mingru" in name for name, _ in report.left)
     with pytest.warns(UserWarning, match="Inside is not replaced"), patch(lstm=False) as report:
         nn.GRU(IN, H)
     assert left in report.left
@@ -267,8 +253,7 @@ def test_a_block_that_builds_nothing_warns():
     message = r"^patch: no layer was built in the block; .* fit or train"
     with pytest.warns(UserWarning, match=message) as seen, patch():
         nn.Linear(1, 1)
-    assert seen[-1].filename == __file__
-    assert str(drop_in.PatchReport([], [])) == "nothing built"
+    assert seen[-1].filename == __file__ and str(drop_in.PatchReport([], [])) == "nothing built"
 
 
 # What was saved comes back
@@ -290,8 +275,7 @@ def test_what_was_saved_comes_back():
     outside = pickle.loads(pickled)
     assert outside.kind is OF_TORCH["GRU"] and type(outside.encoder) is drop_in.GRU
     # The program builds torch's layers, until they are replaced.
-    with pytest.raises(RuntimeError, match=r"encoder\.load_in_mingru_drop_in_patch"):
-        Program().load_state_dict(weights)
+    refuses(RuntimeError, r"encoder\.load_in_mingru_drop_in_patch", Program().load_state_dict, weights)
     other = Program()
     drop_in.replace(other, **options)
     other.load_state_dict(weights)
@@ -301,9 +285,7 @@ def test_what_was_saved_comes_back():
 REFUSED = "size mismatch for rnn.{}_hh.*: copying a param with shape torch.Size.* from checkpoint"
 
 
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@grid(name=NAMES, bias=[True, False], strict=[True, False])
 def test_torchs_layers_refuse_our_weights(name, bias, strict):
     """RLlib, for example, is not strict, and would play with weights of torch's initialization."""
     ours, of_torch = (nn.ModuleDict({"rnn": getattr(each, name)(IN, H, bias=bias)}) for each in (drop_in, nn))

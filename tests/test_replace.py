@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from cases import assert_equal, graded, tensors, with_threads
+from cases import assert_equal, graded, grid, tensors, with_threads
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -248,24 +248,29 @@ def test_accelerated_layers_compute_the_same(kind, mode, options, monkeypatch):
     assert_equal(got, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("hidden", [H, 200])
-def test_accelerated_layers_use_the_kernels(bias, hidden, monkeypatch):
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """The calls of kernels since the test began."""
     calls, kernel = [], autograd.run_kernel
     monkeypatch.setattr(autograd, "run_kernel", lambda *args: calls.append(args) or kernel(*args))
+    return calls
+
+
+@grid(hidden=[H, 200], bias=[True, False])
+def test_accelerated_layers_use_the_kernels(bias, hidden, kernel_calls):
     gru = nn.GRU(IN, hidden, 2, bias=bias)
     own, x = copy.deepcopy(gru), torch.randn(20, THREE, IN)
     before = list(own.parameters())
     drop_in.accelerate(own)
     assert all(map(operator.is_, own.parameters(), before))
     assert_equal(graded(own, own, (x,)), graded(gru, gru, (x,)), rtol=1e-4, atol=1e-4)
-    assert len(calls) == 2
+    assert len(kernel_calls) == 2
     with mingru.use_backend("torch"):
         own(x)
     own(x[:2]), own(x[:, :1])
-    assert len(calls) == 4
+    assert len(kernel_calls) == 4
     torch.compile(own, backend="eager")(x)
-    assert len(calls) == 6
+    assert len(kernel_calls) == 6
 
 
 # What a program may do to a layer, or pass to it.
@@ -312,12 +317,9 @@ def test_fsdp_tells_the_classes_apart():
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("with_gradients", [True, False])
-@pytest.mark.parametrize("features", [191, 192])
+@grid(features=[191, 192], with_gradients=[True, False])
 @pytest.mark.parametrize(("dtype", "has_avx512"), [(torch.float, True), (torch.float, False), (torch.double, True)])
-def test_torch_computes_few_steps(dtype, has_avx512, features, with_gradients, monkeypatch):
-    calls, kernel = [], autograd.run_kernel
-    monkeypatch.setattr(autograd, "run_kernel", lambda *args: calls.append(args) or kernel(*args))
+def test_torch_computes_few_steps(dtype, has_avx512, features, with_gradients, kernel_calls, monkeypatch):
     monkeypatch.setattr("mingru.ops.backends.native.HAS_AVX512", has_avx512)
     gru = nn.GRU(1, features, dtype=dtype)
     drop_in.accelerate(gru)
@@ -325,25 +327,16 @@ def test_torch_computes_few_steps(dtype, has_avx512, features, with_gradients, m
     with torch.set_grad_enabled(with_gradients):
         for steps in (least - 1, least):
             gru(torch.ones(steps, 1, 1, dtype=dtype))
-            assert len(calls) == (steps == least)
+            assert len(kernel_calls) == (steps == least)
 
 
-@pytest.mark.parametrize(
-    ("with_gradients", "sizes", "is_faster"),  # sizes: inputs, features, sequences, steps, rows
-    [
-        (True, (4, 200, 2, 11, 12), True),
-        (True, (4, 201, 2, 11, 12), False),
-        (True, (513, 4, 2, 11, 12), False),
-        (True, (4, 4, 2, 11, 22), False),
-        (False, (4, 800, 2, 100, 150), True),
-        (False, (4, 800, 2, 99, 150), False),
-        (False, (513, 4, 2, 100, 150), False),
-        (False, (4, 4, 4, 100, 159), False),
-    ],
-)
-def test_torch_computes_packed_lstms_where_padding_costs_more(with_gradients, sizes, is_faster):
-    with torch.set_grad_enabled(with_gradients):
-        assert drop_in.operators.is_padded_faster(*sizes) == is_faster
+def test_torch_computes_packed_lstms_where_padding_costs_more():
+    # Inputs, features, sequences, steps and rows with gradients, and without. Of each, only the first is faster.
+    trained = [(4, 200, 2, 11, 12), (4, 201, 2, 11, 12), (513, 4, 2, 11, 12), (4, 4, 2, 11, 22)]
+    others = [(4, 800, 2, 100, 150), (4, 800, 2, 99, 150), (513, 4, 2, 100, 150), (4, 4, 4, 100, 159)]
+    for with_gradients, rows in ((True, trained), (False, others)):
+        with torch.set_grad_enabled(with_gradients):
+            assert [drop_in.operators.is_padded_faster(*row) for row in rows] == [True, False, False, False]
 
 
 def test_accelerate_reports_each_layer():

@@ -38,8 +38,7 @@ def test_sequences_hold_their_tokens_among_noise_then_markers():
     tokens, targets = script.generate(20_000, config(seq_len=10, num_tokens=3), generator)
     assert (tokens.shape, targets.shape) == ((20_000, 13), (20_000, 3))
     for sequence, target in zip(tokens[:200].tolist(), targets.tolist(), strict=False):
-        assert sequence[10:] == [5, 5, 5]
-        assert [token for token in sequence[:10] if token != 0] == target
+        assert sequence[10:] == [5, 5, 5] and [token for token in sequence[:10] if token != 0] == target
     # Tokens and places are uniform, and the second token repeats the first as often as chance says.
     for column in targets.T:
         torch.testing.assert_close(torch.bincount(column)[1:] / 20_000, torch.full((4,), 0.25), atol=0.02, rtol=0)
@@ -57,8 +56,7 @@ def test_every_entry_of_cfg_is_an_option_of_its_type():
         value = {"norm": "rms", "vocab_size": 4, "residual": False}.get(name, 1)
         given = [option.replace("--", "--no-")] if value is False else [option, str(value)]
         found = getattr(parser.parse_args(given), name)
-        assert found == value
-        assert type(found) is type(default)
+        assert found == value and type(found) is type(default)
 
 
 def test_lines_and_what_they_count(capsys):
@@ -66,8 +64,7 @@ def test_lines_and_what_they_count(capsys):
     found = [STEP_LINE.fullmatch(line).groups() for line in steps]
     assert [(step, total) for step, total, _, _ in found] == [(str(20 * i + 1), "390") for i in range(20)]
     # It learns.
-    assert float(found[-1][2]) < float(found[0][2]) / 4
-    assert float(LAST_LINE.fullmatch(last)[1]) >= 80
+    assert float(found[-1][2]) < float(found[0][2]) / 4 and float(LAST_LINE.fullmatch(last)[1]) >= 80
     # The first loss and accuracy are those of the untrained model at the markers.
     settings = config(seq_len=6, num_tokens=2, hidden_dims=16, num_layers=2)
     generator = torch.manual_seed(settings["seed"])
@@ -107,8 +104,7 @@ def test_a_killed_run_goes_on_and_is_saved_and_loaded(tmp_path, capsys, monkeypa
         patch.setattr(Run, "steps", lambda *rest: itertools.islice(kept(*rest), 30))
         run(capsys, *options, *files)
     found = run(capsys, *options, *files, "--resume", "--plot", tmp_path / "a.png")
-    assert found.splitlines() == expected[2:]
-    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert found.splitlines() == expected[2:] and (tmp_path / "a.png").stat().st_size > 10_000
     assert resumed.read_bytes() == whole.read_bytes()
     saved, tensors = script.load(whole)
     assert saved.items() >= {"seq_len": 6, "num_steps": 60, "residual": False, "norm": "none"}.items()

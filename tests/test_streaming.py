@@ -84,11 +84,9 @@ def test_other_sessions_keep_their_states_also_after_an_error():
             sessions.step(**{"x": torch.randn(2, 5, 3), "slots": [0, 1], **wrong})
     sessions.step(torch.full((2, 5, 3), torch.nan), [1, -1])
     after = [sessions.snapshot(slot) for slot in slots]
-    assert after[1].isnan().all()
-    assert torch.equal(after[0], before[0]) and torch.equal(after[2], before[2])
+    assert after[1].isnan().all() and torch.equal(after[0], before[0]) and torch.equal(after[2], before[2])
     sessions.close(1)
-    assert sessions.open() == 1
-    assert torch.equal(sessions.snapshot(1), model.initial(1).flatten())
+    assert sessions.open() == 1 and torch.equal(sessions.snapshot(1), model.initial(1).flatten())
 
 
 def test_threads_take_turns():

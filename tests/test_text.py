@@ -58,8 +58,7 @@ def test_texts_are_split(tmp_path):
 def test_encode_and_decode_undo_each_other(symbols):
     symbols = text.Subwords.of_text(WORDS, 300) if symbols == "subwords" else symbols
     corpus = text.Corpus((WORDS, "€"), symbols)
-    assert symbols.decode(corpus.train) == WORDS
-    assert 0 <= corpus.train.min() < corpus.train.max() < len(symbols)
+    assert symbols.decode(corpus.train) == WORDS and 0 <= corpus.train.min() < corpus.train.max() < len(symbols)
     assert corpus.per_character == (len(corpus.train) / len(WORDS), len(corpus.heldout))
     assert symbols.unknown("größer 日") == ("日" if symbols.unit == "character" else "")
     if symbols.unit == "byte":
@@ -144,8 +143,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(excerpt, tmp_path, capsys, mo
         run("resumed")
     resumed = run("resumed", "--resume", *sample)
     # The report of the sixth step was before it.
-    assert losses(resumed) == losses(whole)[2:]
-    assert resumed.split("\n")[-3:] == whole.split("\n")[-3:]
+    assert losses(resumed) == losses(whole)[2:] and resumed.split("\n")[-3:] == whole.split("\n")[-3:]
     found, expected = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("resumed", "whole"))
     for point in found["points"] + expected["points"]:
         assert point.pop("seconds") > 0
@@ -188,8 +186,7 @@ def test_a_saved_model_is_the_trained_one_and_continues_the_same_text(more, exce
     out = capsys.readouterr().out
     text.main(["--load", str(folder), *sampling])
     loaded = capsys.readouterr().out
-    assert loaded.startswith("gr")
-    assert out.endswith(loaded)
+    assert loaded.startswith("gr") and out.endswith(loaded)
     model, symbols = text.load_model(folder)
     options = {"temperature": 0.5, "top_k": 5, "top_p": 0.9, "seed": 2}
     assert loaded == symbols.decode(model.generate(symbols.encode("gr")[None], 12, **options)[0]) + "\n"

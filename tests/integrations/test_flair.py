@@ -67,8 +67,7 @@ def test_training_saving_and_loading(options, corpus, tmp_path):
     tagger.save(tmp_path / "tagger.pt")
     for load in (MinGRUTagger.load, nn.Classifier.load):
         loaded = load(tmp_path / "tagger.pt")
-        assert type(loaded) is MinGRUTagger
-        assert repr(loaded) == repr(tagger)
+        assert type(loaded) is MinGRUTagger and repr(loaded) == repr(tagger)
         torch.testing.assert_close(scores(loaded, corpus), expected, rtol=0, atol=0)
 
 

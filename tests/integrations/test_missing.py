@@ -6,17 +6,12 @@ import types
 
 import pytest
 
-LIBRARIES = {
-    "darts": ("darts", "darts[torch]", "darts 0.48"),
-    "flair": ("flair", "flair", "flair 0.15"),
-    "gluonts": ("gluonts", "gluonts[torch]", "gluonts 0.17"),
-    "neuralforecast": ("neuralforecast", "neuralforecast", "neuralforecast 3.3"),
-    "pytorch_forecasting": ("pytorch_forecasting", "pytorch-forecasting", "pytorch-forecasting 1.8"),
-    "rsl_rl": ("rsl_rl", "rsl-rl-lib", "rsl_rl 5.5"),
-    "sb3": ("sb3_contrib", "sb3-contrib", "sb3-contrib 2.9"),
-    "speechbrain": ("speechbrain", "speechbrain", "speechbrain 1.1"),
-    "torchrl": ("torchrl", "torchrl", "torchrl 0.14"),
-}
+# The version that was tested; names of packages, of modules and in errors, where they differ.
+TESTED = {"darts": "0.48", "flair": "0.15", "gluonts": "0.17", "neuralforecast": "3.3", "pytorch_forecasting": "1.8"}
+TESTED |= {"rsl_rl": "5.5", "sb3": "2.9", "speechbrain": "1.1", "torchrl": "0.14"}
+PACKAGES = {"darts": "darts[torch]", "gluonts": "gluonts[torch]", "pytorch_forecasting": "pytorch-forecasting"}
+PACKAGES |= {"rsl_rl": "rsl-rl-lib", "sb3": "sb3-contrib"}
+SPELLED = {"pytorch_forecasting": "pytorch-forecasting", "sb3": "sb3-contrib"}
 
 
 def without(monkeypatch, *names):
@@ -25,14 +20,16 @@ def without(monkeypatch, *names):
             monkeypatch.delitem(sys.modules, loaded)
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", TESTED)
 def test_missing_library(name, monkeypatch):
-    library, package, tested = LIBRARIES[name]
+    library, package = {"sb3": "sb3_contrib"}.get(name, name), PACKAGES.get(name, name)
     without(monkeypatch, library, f"mingru.integrations.{name}")
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ModuleNotFoundError) as caught:
         importlib.import_module(f"mingru.integrations.{name}")
-    assert str(caught.value).startswith(f"mingru.integrations.{name} was tested with {tested}: ")
+    assert str(caught.value).startswith(
+        f"mingru.integrations.{name} was tested with {SPELLED.get(name, name)} {TESTED[name]}: "
+    )
     assert str(caught.value).endswith(f'Run pip install "{package}"')
 
 

@@ -71,8 +71,7 @@ def assert_trains(policy, logits, values):
 def test_the_wrapper(options):
     policy, observations, whole = make(**options), torch.randn(B, S, 2, 2), fresh()
     logits, values = policy(observations, whole)
-    assert logits.shape == (B * S, 2)
-    assert values.shape == (B, S)
+    assert logits.shape == (B * S, 2) and values.shape == (B, S)
     # As PufferLib's trainer: it creates the states, and stores what it finds in `state`.
     h, c = (torch.zeros(B, policy.hidden_size) for _ in range(2))
     for step in range(S):

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("pytorch_forecasting", reason="pip install pytorch-forecasting")
 import lightning.pytorch as lightning
 import pandas as pd
-from cases import tensors
+from cases import grid, tensors
 from pytorch_forecasting import NormalDistributionLoss, TimeSeriesDataSet
 from pytorch_forecasting.models.nn import rnn as original
 
@@ -37,9 +37,7 @@ def dataset():
     return TimeSeriesDataSet(frame, "time", "value", ["series"], **lengths, **of_time)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("bidirectional", [False, True])
+@grid(bidirectional=[False, True], batch_first=[False, True], kind=KINDS)
 def test_the_methods_of_states(kind, batch_first, bidirectional):
     """Shapes are those of the original class; its states of empty sequences are compared with one sequence only."""
     options = {"num_layers": 2, "batch_first": batch_first, "bidirectional": bidirectional}
@@ -53,8 +51,7 @@ def test_the_methods_of_states(kind, batch_first, bidirectional):
     torch.testing.assert_close(rnn.repeat_interleave(hx, 3), old.repeat_interleave(hx, 3))
     empty = torch.tensor([False, True, False])[None, :, None]
     for new, state, start in zip(*map(tensors, (rnn.handle_no_encoding(hx, empty, initial), hx, initial)), strict=True):
-        assert torch.equal(new[:, [0, 2]], state[:, [0, 2]])
-        assert torch.equal(new[:, 1], start[:, 1])
+        assert torch.equal(new[:, [0, 2]], state[:, [0, 2]]) and torch.equal(new[:, 1], start[:, 1])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,9 +1,12 @@
 """rsl_rl's PPO: training equals that with padded trajectories; saving, loading and exports in another process."""
 
+import os
+import sys
+
 import numpy as np
 import pytest
 import torch
-from processes import call
+from cases import in_a_process
 from torch.testing import assert_close
 
 pytest.importorskip("rsl_rl", reason="pip install rsl-rl-lib")
@@ -82,7 +85,8 @@ def test_saving_loading_and_exports(index, tmp_path):
     runner = make(**OPTIONS[index])
     runner.learn(1)
     runner.save(f"{tmp_path}/model.pt")
-    call(load, index, str(tmp_path))
+    code = f"import test_rsl_rl; test_rsl_rl.load({index}, {str(tmp_path)!r})"
+    in_a_process(code, PYTHONPATH=os.pathsep.join(sys.path))
     expected = of_policy(runner)
     assert torch.equal(torch.load(tmp_path / "found.pt"), expected)
     assert_close(outputs(torch.jit.load(tmp_path / "policy.pt")), expected)

@@ -75,8 +75,7 @@ def test_primer_and_single_trajectory(kind):
     assert {tuple(primer.primers[name].shape) for name in KEYS[kind]} == {(1, H)}
     with set_recurrent_mode(True):
         found = module(TensorDict({"obs": torch.randn(S, IN), "is_init": torch.zeros(S, 1).bool()}, [S]))
-    assert found["y"].shape == (S, H)
-    assert step_mdp(found)["h"].shape == (S, 1, H)
+    assert found["y"].shape == (S, H) and step_mdp(found)["h"].shape == (S, 1, H)
 
 
 def test_backends_of_torchrl():

@@ -84,8 +84,7 @@ def test_texts_differ():
 def test_forms_of_the_arguments(monkeypatch):
     lm, prompts = make(), torch.stack(make_prompts(4, 4, 4))
     texts = lm.generate(prompts, 10, seed=3)
-    assert texts.shape == (3, 14)
-    assert torch.equal(texts[:, :4], prompts)
+    assert texts.shape == (3, 14) and torch.equal(texts[:, :4], prompts)
     for form in (list(prompts), tuple(prompts), [prompts[0].int(), *prompts[1:]]):
         found = lm.generate(form, 10, seed=[3, 4, 5])
         assert [text.dtype for text in found] == [prompt.dtype for prompt in form]
@@ -145,8 +144,7 @@ def test_a_given_state_continues_the_text(model):
     assert not same(texts, lm.generate(prompts, 10, seed=2))
     # It stays as it is.
     lm.generate(prompts, 5, seed=2, state=state, stop=1)
-    assert same(state, before)
-    assert all(each.requires_grad for each in state)
+    assert same(state, before) and all(each.requires_grad for each in state)
 
 
 # The end of a text
@@ -172,11 +170,9 @@ def test_each_text_stops_on_its_own(model):
 def test_a_tensor_is_filled_with_the_token_that_stopped():
     lm, prompts = make(), torch.stack(make_prompts(3, 3, 3, 3))
     texts, rows = (lm.generate(form, 40, seed=1, stop=[3, 7]) for form in (prompts, list(prompts)))
-    assert len({len(row) for row in rows}) > 1
-    assert texts.shape == (4, max(len(row) for row in rows))
+    assert len({len(row) for row in rows}) > 1 and texts.shape == (4, max(len(row) for row in rows))
     for text, row in zip(texts, rows, strict=True):
-        assert torch.equal(text[: len(row)], row)
-        assert (text[len(row) :] == row[-1]).all()
+        assert torch.equal(text[: len(row)], row) and (text[len(row) :] == row[-1]).all()
 
 
 def test_a_stop_token_at_the_first_step_and_in_the_prompt():
@@ -193,8 +189,7 @@ def test_a_stop_token_at_the_first_step_and_in_the_prompt():
 def test_no_new_tokens_and_no_prompts():
     lm, prompts = make(), make_prompts(2, 4)
     for form in (prompts, torch.stack(make_prompts(3, 3))):
-        assert same(lm.generate(form, 0, seed=0, stop=3), form)
-        assert list(lm.stream(form, 0, seed=0)) == []
+        assert same(lm.generate(form, 0, seed=0, stop=3), form) and list(lm.stream(form, 0, seed=0)) == []
     assert lm.generate([], 5, seed=[], state=lm.initial(0), stop=1) == []
     assert lm.generate(torch.zeros(0, 3, dtype=torch.int64), 5, seed=1).shape == (0, 3)
     assert list(lm.stream([], 5)) == []
@@ -214,8 +209,7 @@ def test_a_stream_and_a_streamer_get_the_tokens_of_each_step(model):
     assert table.dtype == torch.int64
     for prompt, text, row in zip(prompts, texts, table, strict=True):
         new = text[len(prompt) :]
-        assert torch.equal(row[: len(new)], new)
-        assert (row[len(new) :] == -1).all()
+        assert torch.equal(row[: len(new)], new) and (row[len(new) :] == -1).all()
 
 
 def modes_of(lm):
@@ -251,8 +245,7 @@ def test_the_modes_between_the_steps_of_a_stream(with_grad):
     with torch.set_grad_enabled(with_grad):
         before = modes_of(lm)
         for tokens in lm.stream(make_prompts(2, 3), 5, seed=1):
-            assert modes_of(lm) == before
-            assert not tokens.is_inference()
+            assert modes_of(lm) == before and not tokens.is_inference()
         abandoned = lm.stream(make_prompts(2, 3), 5, seed=1)
         next(abandoned)
         del abandoned
@@ -415,8 +408,7 @@ def test_samples_follow_the_distribution():
         # Chi-square divided by its degrees of freedom.
         assert ((found - expected).square() / expected.clamp(min=1)).sum() < 5 * (expected > 0).sum()
         # Neither the steps of a sequence nor the sequences repeat.
-        assert len(new.unique(dim=0)) > 0.9 * count
-        assert len(new.unique(dim=1).T) == num_steps
+        assert len(new.unique(dim=0)) > 0.9 * count and len(new.unique(dim=1).T) == num_steps
 
 
 def test_logits_of_nan():

@@ -24,6 +24,11 @@ def mode(name, *args, **options):
     return lambda test: pytest.mark.mode(name)(each_case(*args, **options)(test))
 
 
+def in_mode(name, value):
+    """Return a value of a parameter with which a test is one of this mode."""
+    return pytest.param(value, marks=pytest.mark.mode(name))
+
+
 def given(case, batch=2, steps=7, count=3, **factory):
     """Return what a module is called with: x, states and resets, or the first of these."""
     x, h, reset, *_ = case.args(batch, steps, **factory).values()

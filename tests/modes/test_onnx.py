@@ -1,10 +1,12 @@
 """Every class as an ONNX file, run by ONNX Runtime, beside the module itself."""
 
+import sys
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
-from cases import assert_equal, small_chunks, tensors
+from cases import assert_equal, grid, refuses, small_chunks, tensors
 from mode import given, mode
 from torch.export import Dim
 
@@ -23,14 +25,16 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 class Session:
     """An exported module, called as the module is; its outputs are flat."""
 
-    def __init__(self, path, module, args, export=mingru.export.onnx, **options):
-        export(module, args, path, **options)
+    def __init__(self, path, *args, export=mingru.export.onnx, **options):
+        if args:
+            export(*args, path, **options)
         self.model = onnx.load(path)
         onnx.checker.check_model(self.model, full_check=True)
         threads = onnxruntime.SessionOptions()
         threads.intra_op_num_threads = threads.inter_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(path, threads, providers=["CPUExecutionProvider"])
         self.inputs = {each.name: each.shape for each in self.session.get_inputs()}
+        self.outputs = {each.name: each.shape for each in self.session.get_outputs()}
 
     def __call__(self, *args):
         given = zip(self.inputs, tensors(args), strict=True)
@@ -59,31 +63,28 @@ def test_any_batch_and_any_length(case, path):
 
 
 # Module, arguments beside x, options of the export, and batches and numbers of steps.
+MIXED, BLOCKS = {"gate": "mixed"}, partial(mingru.BlockGRU, 3, 4, 2, block_size=2, bidirectional=True)
+GRU, LSTM, TIMED, BOTH = mingru.MinGRU, mingru.MinLSTM, {"min_decay": 0.3}, {"bidirectional": True}
 CALLS = {
-    "long": (lambda: mingru.MinLSTM(3, 4, bidirectional=True), ("h",), {"max_steps": 512}, [(3, 300), (1, 512)]),
-    "no bound": (lambda: mingru.MinGRU(3, 4, batch_first=False), (), {}, [(2, 300), (1, 5000)]),
-    "lengths": (lambda: mingru.MinGRU(3, 4, bidirectional=True), ("lengths",), {"max_steps": 20}, [(3, 17), (2, 20)]),
-    "resets and times": (
-        lambda: mingru.MinGRU(3, 4, learn_initial_state=True, min_decay=0.3),
-        *(("h", "reset", "dt"), {"max_steps": 100}, [(3, 17), (2, 100)]),
+    "long": (partial(LSTM, 3, 4, **BOTH), "h", {"max_steps": 512}, [(3, 300), (1, 512)]),
+    "no bound": (partial(GRU, 3, 4, batch_first=False), "", {}, [(2, 300), (1, 5000)]),
+    "lengths": (partial(GRU, 3, 4, **BOTH), "lengths", {"max_steps": 20}, [(3, 17), (2, 20)]),
+    "resets": (
+        partial(GRU, 3, 4, learn_initial_state=True, **TIMED),
+        "h reset dt",
+        {"max_steps": 100},
+        [(3, 17), (2, 100)],
     ),
     "quaternions": (
-        lambda: mingru.MinGRU(3, 8, gate="mixed", bidirectional=True, min_decay=0.1),
-        *(("h", "reset", "lengths", "dt"), {"max_steps": 40}, [(3, 17), (2, 40)]),
+        partial(GRU, 3, 8, **MIXED, **BOTH, **TIMED),
+        "h reset lengths dt",
+        {"max_steps": 40},
+        [(3, 17), (2, 40)],
     ),
-    "a step of quaternions": (
-        lambda: mingru.MinGRU(3, 8, 2, gate="mixed", min_decay=0.3),
-        *(("h", "reset", "dt"), {"kind": "step"}, [(4, 1)]),
-    ),
-    "a node of ONNX": (
-        lambda: mingru.BlockGRU(3, 4, 2, block_size=2, bidirectional=True),
-        *(("h", "lengths"), {}, [(3, 17), (2, 300)]),
-    ),
-    "a loop of ONNX": (
-        lambda: mingru.BlockGRU(3, 4, 2, block_size=2, bidirectional=True),
-        *(("h", "reset", "lengths"), {}, [(3, 17), (2, 300)]),
-    ),
-    "a step": (lambda: mingru.MinGRU(3, 4, 2), ("h", "reset", "dt"), {"kind": "step"}, [(4, 1)]),
+    "a step of quaternions": (partial(GRU, 3, 8, 2, **MIXED, **TIMED), "h reset dt", {"kind": "step"}, [(4, 1)]),
+    "a node of ONNX": (BLOCKS, "h lengths", {}, [(3, 17), (2, 300)]),
+    "a loop of ONNX": (BLOCKS, "h reset lengths", {}, [(3, 17), (2, 300)]),
+    "a step": (partial(GRU, 3, 4, 2), "h reset dt", {"kind": "step"}, [(4, 1)]),
 }
 
 
@@ -93,7 +94,7 @@ ROWS = [pytest.param(*row, id=name, marks=[] if name in QUICK else pytest.mark.s
 
 @pytest.mark.parametrize(("make", "names", "options", "sizes"), ROWS)
 def test_calls(make, names, options, sizes, path):
-    module = make().requires_grad_(False)
+    module, names = make().requires_grad_(False), names.split()
 
     def given(batch, steps):
         x, reset = torch.randn(batch, steps, 3), torch.rand(batch, steps) < 0.2
@@ -130,27 +131,27 @@ def test_a_sequence_beyond_the_bound_does_not_pass_for_right(bidirectional, path
 
 
 # The state that torch warns about has the batch of the input.
+LAYERS = [
+    lambda: mingru.MinGRU(3, 4, 2, gate=["rotation", "quaternion"]),
+    lambda: mingru.drop_in.GRU(3, 4, bidirectional=True),
+    lambda: mingru.BlockGRU(3, 4, 2, block_size=2, bidirectional=True),
+    lambda: mingru.MinConv2dGRU(3, 4, kernel_size=3),
+]
+
+
 @pytest.mark.filterwarnings(
     "ignore:Exporting a model to ONNX with a batch_size other than 1", "ignore::DeprecationWarning"
 )
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("steps", [1, 5])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: mingru.MinGRU(3, 4, 2, gate=["rotation", "quaternion"]),
-        lambda: mingru.drop_in.GRU(3, 4, bidirectional=True),
-        lambda: mingru.BlockGRU(3, 4, 2, block_size=2, bidirectional=True),
-        lambda: mingru.MinConv2dGRU(3, 4, kernel_size=3),
-    ],
-)
+@pytest.mark.parametrize("make", LAYERS)
 def test_the_old_exporter_of_torch(make, steps, path):
     """A length of 1 is fixed, as other exporters fix it."""
     module = make().requires_grad_(False)
     space = (6, 5) if isinstance(module, mingru.MinConv2dGRU) else ()
     axes = {"x": {0: "first", 1: "second"} if steps > 1 else {}}
     x = torch.randn(steps, steps, 3, *space)
-    session = Session(path, module, (x,), torch.onnx.export, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    session = Session(path, module, (x,), export=torch.onnx.export, dynamo=False, input_names=["x"], dynamic_axes=axes)
     for size in [(17, 2), (100, 1), (1, 20)] if steps > 1 else [(1, 1)]:
         x = torch.randn(*size, 3, *space)
         assert_equal(session(x), tensors(module(x)), **TOLERANCE)
@@ -171,12 +172,13 @@ def test_the_old_exporter_with_resets(path):
     module, sizes = WithResets().requires_grad_(False), {0: "batch", 1: "time"}
     names = {"input_names": ["x", "reset"], "dynamic_axes": {"x": sizes, "reset": sizes}}
     args = torch.randn(2, 5, 3), torch.rand(2, 5) < 0.3
-    session = Session(path, module, args, torch.onnx.export, dynamo=False, **names)
+    session = Session(path, module, args, export=torch.onnx.export, dynamo=False, **names)
     for batch, steps in [(2, 5), (3, 9), (1, 1)]:
         args = torch.randn(batch, steps, 3), torch.rand(batch, steps) < 0.3
         assert_equal(session(*args), tensors(module(*args)), **TOLERANCE)
-    with pytest.raises(ValueError, match="lengths must be None in an export"):
-        Session(path, module, (*args, torch.tensor([1])), torch.onnx.export, dynamo=False)
+    # After an error, this exporter leaves the cache of casts disabled, as it was for a moment.
+    with torch.autocast("cpu", enabled=False), pytest.raises(ValueError, match="lengths must be None in an export"):
+        Session(path, module, (*args, torch.tensor([1])), export=torch.onnx.export, dynamo=False)
 
 
 class Bands(torch.nn.Module):
@@ -194,21 +196,21 @@ SIZES = ({0: Dim("frames"), 2: Dim("bands")}, {0: Dim.AUTO, 1: Dim.AUTO})
 
 
 # Those of the exporters of torch.
+EXPORTERS = [
+    (torch.onnx.export, {"dynamo": False, "input_names": ["frames", "reset"]}, 900),
+    (torch.onnx.export, {"dynamo": True, "verbose": False}, 250),
+    (mingru.export.onnx, {"max_steps": 33, "dynamic_shapes": SIZES}, 400),
+]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("export", "options", "most"),
-    [
-        (torch.onnx.export, {"dynamo": False, "input_names": ["frames", "reset"]}, 900),
-        (torch.onnx.export, {"dynamo": True, "verbose": False}, 250),
-        (mingru.export.onnx, {"max_steps": 33, "dynamic_shapes": SIZES}, 400),
-    ],
-)
+@pytest.mark.parametrize(("export", "options", "most"), EXPORTERS)
 def test_a_short_sequence_has_few_nodes(export, options, most, path):
     """Of a known length, only the steps and levels that it needs."""
     module = Bands().requires_grad_(False).eval()
     args = (torch.randn(3, 8, 33), torch.rand(3, 33) < 0.2)
     args[0][1, :, 7] = torch.nan  # which does not pass a reset
-    session = Session(path, module, args, export, **options)
+    session = Session(path, module, args, export=export, **options)
     assert_equal(session(*args), [module(*args)], equal_nan=True, **TOLERANCE)
     assert len(session.model.graph.node) < most
 
@@ -225,3 +227,170 @@ def test_steps_that_follow_each_other_are_one_pass(case, path):
         assert_equal(outputs, expected, **TOLERANCE)
         state = expected if case.time_dim is None else expected[1]
         h = case.of_states(outputs[-len(tensors(state)) :])
+
+
+# `mingru.export.onnx` as one calls it: names, examples, models of one's own, and bad input
+
+export = mingru.export.onnx
+
+
+class Tagger(torch.nn.Module):
+    """A user's model: a state of torch's shape, names of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(7, 3)
+        self.rnn = mingru.drop_in.GRU(3, 5, batch_first=True)
+        self.drop = torch.nn.Dropout(0.5)
+        self.head = torch.nn.Linear(5, 2)
+
+    def forward(self, tokens, state=None):
+        out, state = self.rnn(self.embedding(tokens), state)
+        return self.head(self.drop(out)), state
+
+
+def test_one_file_and_nothing_else(path, capfd):
+    """Silent, with no notes of the machine that wrote it."""
+    assert export(mingru.MinGRU(3, 4), torch.randn(1, 1, 3), path, kind="step") is None
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"] and capfd.readouterr() == ("", "")
+    model = onnx.load(path)
+    assert not any(node.metadata_props for node in model.graph.node) and b"site-packages" not in path.read_bytes()
+    assert {node.domain for node in model.graph.node} == {""}
+
+
+STACK = mingru.Stack([mingru.MinGRU(3, 4, batch_first=False), mingru.MinGRU(4, 5, batch_first=False)])
+STATES = {"_0": [1, "batch", 1, 4], "_1": [1, "batch", 1, 5]}
+
+
+def named(name, sizes):
+    return {name + end: size for end, size in sizes.items()}
+
+
+STEPS = [
+    (mingru.MinGRU(3, 4, 2), (1, 1, 3), ["batch", 1, 3], ["batch", 1, 4], {"": [2, "batch", 1, 4]}),
+    (STACK, (1, 1, 3), [1, "batch", 3], [1, "batch", 5], STATES),
+    (mingru.drop_in.GRUCell(3, 4), (1, 3), ["batch", 3], None, {"": ["batch", 4]}),
+    (mingru.models.Block(3), (1, 1, 3), ["batch", 1, 3], ["batch", 1, 3], {"_0": [1, "batch", 1, 3]}),
+]
+
+
+@pytest.mark.parametrize(("model", "x", "size", "out", "states"), STEPS)
+def test_names_and_sizes_of_a_step(model, x, size, out, states, path):
+    export(model, torch.randn(x), str(path), kind="step")
+    inputs, outputs = Session(path).inputs, Session(path).outputs
+    assert inputs == {"x": size, **named("h", states)}
+    assert outputs == {**({} if out is None else {"out": out}), **named("h_out", states)}
+
+
+RNN, X = mingru.MinGRU(3, 4, 2).requires_grad_(False), torch.randn(2, 5, 3)
+ALL_SIZES = {"kind": "sequence", "dynamic_shapes": ({0: Dim("rows")},)}
+# An argument that is None has no dimensions.
+ALONE, SAME = (torch.zeros(1, 4), None, torch.zeros(1, 4)), ({1: Dim("time")}, None, {1: Dim.AUTO})
+ONE_STATE = (torch.randn(3, 1, 3), torch.zeros(1, 1, 1, 4))
+
+
+class Pieces(torch.nn.Module):
+    def forward(self, out):
+        return {"a": out + 1, "b": (out * 2, out - 1)}
+
+
+class Echo(torch.nn.Module):
+    def forward(self, out):
+        return out + 1
+
+
+class Alone(torch.nn.Module):
+    def forward(self, x, mask=None, h=None):
+        return x if h is None else (x + h, h)
+
+
+FILES = [
+    # Without a batch.
+    (mingru.MinGRUCell(3, 4), torch.randn(3), {"kind": "step"}, [(3,), (4,)], {"x": [3], "h": [4]}),
+    # One state for all sequences and layers.
+    (RNN, ONE_STATE, {"kind": "step"}, [(5, 1, 3), (2, 5, 1, 4)], {"x": ["batch", 1, 3], "h": [2, "batch", 1, 4]}),
+    (RNN, X, ALL_SIZES, [(7, 5, 3)], {"x": ["rows", 5, 3]}),
+    # As many steps as the example has.
+    (RNN, X, {"max_steps": 5}, [(7, 5, 3)], {"x": ["batch", "time", 3]}),
+    (Pieces(), X[0], {"dynamic_shapes": ({1: Dim("time")},)}, [(5, 9)], {"out": [5, "time"]}),
+    # An output has another name than an input. The sizes of a model of one's own are those of the example.
+    (Echo(), X[0], {}, [(5, 3)], {"out": [5, 3]}),
+    (Alone(), ALONE, {"dynamic_shapes": SAME}, [(1, 6), (1, 6)], {"x": [1, "time"], "h": [1, "time"]}),
+]
+
+
+@pytest.mark.parametrize(("model", "example", "options", "args", "inputs"), FILES)
+def test_the_file_computes_what_the_model_does(model, example, options, args, inputs, path):
+    export(model, example, path, **options)
+    assert Session(path).inputs == inputs
+    given = [torch.randn(size) for size in args]
+    with torch.no_grad():
+        expected = model(**dict(zip(inputs, given, strict=True))) if isinstance(model, Alone) else model(*given)
+    assert_equal(Session(path)(*given), expected, **TOLERANCE)
+
+
+@grid(is_ours=[False, True], kind=["step", pytest.param("sequence", marks=pytest.mark.slow)])
+def test_a_model_of_tokens(is_ours, kind, path):
+    """As it is in use, without dropout, and in the modes in which it was afterwards."""
+    model = mingru.models.LanguageModel(7, 4, 1, dropout=0.5) if is_ours else Tagger()
+    # The example of a step of a class of this library needs no state, and then no batch of 2.
+    count, state = {"step": 1, "sequence": 50}[kind], torch.zeros(1, 2, 1, 4) if is_ours else torch.zeros(1, 2, 5)
+    example = (torch.ones(2, min(count, 2), dtype=torch.int64), [state] if is_ours else state)
+    rnn = next(module for module in model.modules() if hasattr(module, "num_directions")).eval()
+    no_state, named = is_ours and kind == "step", {0: Dim("batch")}
+    of_all = ({**named, 1: Dim("time")} if kind == "sequence" else named, {1: Dim.AUTO})
+    export(model, example[0][:1] if no_state else example, path, kind=kind, dynamic_shapes=None if is_ours else of_all)
+    assert (model.training, rnn.training) == (True, False)
+    inputs, outputs = Session(path).inputs, Session(path).outputs
+    size = [1, "batch", 1, 4] if is_ours else [1, "batch", 5]
+    assert list(inputs.values()) == [["batch", 1 if kind == "step" else "time"], size]
+    end = "_0" if is_ours else ""
+    assert [*inputs, *outputs] == [
+        "ids" if is_ours else "tokens",
+        f"state{end}",
+        "out",
+        f"{'state' if is_ours else 'h'}_out{end}",
+    ]
+    model.eval().requires_grad_(False)
+    tokens, state = torch.randint(7, (3, count)), torch.randn(1, 3, *state.shape[2:])
+    out, last = model(tokens, [state] if is_ours else state)
+    assert_equal(Session(path)(tokens, state), [out, last], **TOLERANCE)
+
+
+class Fails(torch.nn.Module):
+    """Not by its numbers, but by what it does with them."""
+
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+
+# The exporter's second attempt.
+@pytest.mark.filterwarnings("ignore")
+def test_a_failure_leaves_what_was_there(path):
+    path.write_text("older")
+    model = Fails().train()
+    refuses(torch.onnx.OnnxExporterError, "", export, model, torch.zeros(2, 3), path)
+    assert path.read_text() == "older" and [*path.parent.iterdir()] == [path] and model.training
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_without_onnx(package, path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=r'or "\.\[onnx\]" in a clone') as caught:
+        export(mingru.MinGRU(3, 4), torch.randn(1, 1, 3), path, kind="step")
+    assert caught.value.name == package and not path.exists()
+
+
+# Those that are refused before the packages are imported: data/refusals.txt.
+BAD_CALLS = {
+    r"x must be of one step .*, got \(2, 5, 3\); use x.narrow\(1, 0, 1\)": (RNN, X, "step"),
+    r"must be \(x, h, ...\) because kind is 'step' and the model is not a class of .*, got only x": (Echo(), X, "step"),
+}
+
+
+def test_bad_calls(path):
+    for message, (model, example, kind) in BAD_CALLS.items():
+        with pytest.raises(ValueError, match=f"^export.onnx: .*{message}"):
+            export(model, example, path, kind=kind)
+    refuses(ValueError, r"MinGRU: x must be \(B, S, 3\)", export, RNN, torch.zeros(2, 5, 4), path)
+    assert not path.exists()

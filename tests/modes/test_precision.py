@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 from cases import CASES, assert_equal, graded, loss_of, tensors
-from mode import each_case, given, mode
+from mode import each_case, given, in_mode, mode
 from torch.utils import _pytree as pytree
 
 import mingru
@@ -52,10 +52,7 @@ def check_errors(module, args, dtype):
 
 @pytest.mark.parametrize(
     "dtype",
-    [
-        pytest.param(torch.bfloat16, marks=pytest.mark.mode("autocast to bf16 on the CPU")),
-        pytest.param(torch.float16, marks=pytest.mark.mode("autocast to fp16 on the CPU")),
-    ],
+    [in_mode("autocast to bf16 on the CPU", torch.bfloat16), in_mode("autocast to fp16 on the CPU", torch.float16)],
 )
 @each_case()
 def test_autocast(case, dtype):
@@ -76,13 +73,7 @@ def test_autocast_rounds_no_state_of_the_torch_backend():
     assert_equal(out, mingru.functional.mingru(*x[:2], h, kind="quaternion"))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(torch.bfloat16, marks=pytest.mark.mode("pure bf16")),
-        pytest.param(torch.float16, marks=pytest.mark.mode("pure fp16")),
-    ],
-)
+@pytest.mark.parametrize("dtype", [in_mode("pure bf16", torch.bfloat16), in_mode("pure fp16", torch.float16)])
 @each_case()
 def test_half_width(case, dtype):
     outputs, gradients = check_errors(*make(case, dtype=dtype), dtype)
@@ -135,8 +126,7 @@ def test_grad_scaler(case):
 
     assert 0 < error(2.0**24) <= 2 * error(2.0**24, "sequential")
     # Unscaled, half-width gradients are lost; scaled too much, they overflow.
-    assert 4 * error(2.0**24) < error(1.0)
-    assert not error(2.0**60).isfinite()
+    assert 4 * error(2.0**24) < error(1.0) and not error(2.0**60).isfinite()
 
 
 @pytest.mark.mode("autocast to bf16 on the CPU")

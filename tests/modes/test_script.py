@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import CASES, DOUBLE, ONE_MAP, ROWS, STACKS, Doubled, assert_equal, graded, padded, selected_cases, some
+from cases import CASES, ONE_MAP, ROWS, STACKS, Doubled, assert_equal, graded, padded, refuses, selected_cases, some
 from elsewhere import run_without_mingru
-from mode import FEW, each_case, given, mode
+from mode import FEW, each_case, given, in_mode, mode
+from options import DOUBLE
 from torch import nn
 from torch.autograd import gradgradcheck
 
@@ -153,8 +154,7 @@ class Untyped(Doubled, role="sequence"):
 
 def test_a_layer_of_ones_own_needs_types():
     message = "^Untyped: to be scripted in a Stack, forward must have all arguments and their types, forward"
-    with pytest.raises(TypeError, match=message):
-        torch.jit.script(nn.Sequential(mingru.Stack([mingru.MinGRU(4, 4), Untyped(4)])))
+    refuses(TypeError, message, torch.jit.script, nn.Sequential(mingru.Stack([mingru.MinGRU(4, 4), Untyped(4)])))
 
 
 @pytest.mark.slow
@@ -174,8 +174,7 @@ def test_a_language_model():
     run, (_, state) = torch.jit.script(lm), lm(ids)
     with torch.no_grad():
         assert_equal(run(ids, state, reset, torch.tensor([3, 7])), lm(ids, state, reset, torch.tensor([3, 7])))
-    with pytest.raises(torch.jit.Error, match="must be 4 tensors, got 3"):
-        run(ids, state[1:])
+    refuses(torch.jit.Error, "must be 4 tensors, got 3", run, ids, state[1:])
     # States do not keep the sequence.
     _, h = torch.jit.script(mingru.models.Block(8, conv=4))(torch.randn(3, 500, 8))
     assert [each.untyped_storage().nbytes() for each in h] == [4 * 3 * 8, 4 * 3 * 3 * 8]
@@ -197,11 +196,9 @@ def test_drop_in_scripts_as_torch_does(home):
     run = torch.jit.script(Around(home.GRU(3, 4, 2, bidirectional=True)))
     assert [run(torch.randn(*sizes, 3))[0].shape for sizes in ((5, 2), (5,))] == [(5, 2, 8), (5, 8)]
     cell = torch.jit.script(home.GRUCell(3, 4))
-    assert cell(torch.randn(2, 3), torch.randn(2, 4)).shape == (2, 4)
-    assert cell(torch.randn(3)).shape == (4,)
+    assert cell(torch.randn(2, 3), torch.randn(2, 4)).shape == (2, 4) and cell(torch.randn(3)).shape == (4,)
     for call in ((torch.randn(2, 2),), (torch.randn(2, 3), torch.randn(1, 4)), (torch.randn(1, 2, 3),)):
-        with pytest.raises((RuntimeError, torch.jit.Error)):
-            cell(*call)
+        refuses((RuntimeError, torch.jit.Error), "", cell, *call)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -294,8 +291,7 @@ def test_trace(case, count, size):
 @mode("torch.jit.trace")
 def test_trace_refuses_what_does_not_fit(case):
     x, h = case.args(2, **DOUBLE)["x"], case.args(5, **DOUBLE)["h"]
-    with pytest.raises((ValueError, RuntimeError), match=r"\bhx?(\[\d\])? must be"):
-        torch.jit.trace(case.make(**DOUBLE), (x, h))
+    refuses((ValueError, RuntimeError), r"\bhx?(\[\d\])? must be", torch.jit.trace, case.make(**DOUBLE), (x, h))
 
 
 def test_lengths_in_a_trace():
@@ -320,13 +316,13 @@ def test_a_trace_has_no_slices():
 # Scripted, and then changed
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(torch.jit.freeze, marks=pytest.mark.mode("torch.jit.freeze")),
-        pytest.param(torch.jit.optimize_for_inference, marks=pytest.mark.mode("optimize_for_inference")),
-    ],
-)
+CHANGES = [
+    in_mode("torch.jit.freeze", torch.jit.freeze),
+    in_mode("optimize_for_inference", torch.jit.optimize_for_inference),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @each_case([])
 def test_frozen(case, change):
     module = case.make().eval()
@@ -378,11 +374,7 @@ def elsewhere(tmp_path_factory, request):
 
 
 @pytest.mark.parametrize(
-    "form",
-    [
-        pytest.param("script", marks=pytest.mark.mode("script saved, run without mingru")),
-        pytest.param("trace", marks=pytest.mark.mode("trace saved, run without mingru")),
-    ],
+    "form", [in_mode("script saved, run without mingru", "script"), in_mode("trace saved, run without mingru", "trace")]
 )
 @each_case([])
 def test_saved_runs_without_mingru(case, form, elsewhere):

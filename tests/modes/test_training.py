@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import CASES, assert_equal, selected_cases, tensors
-from mode import each_case, mode
+from mode import each_case, in_mode, mode
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -171,14 +171,14 @@ def of_processes(tmp_path_factory, request):
     return of
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param("ddp", marks=pytest.mark.mode("DDP (gloo, 2 processes)")),
-        pytest.param("compiled_ddp", marks=pytest.mark.mode("torch.compile with DDP")),
-        pytest.param("fsdp", marks=pytest.mark.mode("FSDP2 (fully_shard)")),
-    ],
-)
+IN_MODES = [
+    in_mode("DDP (gloo, 2 processes)", "ddp"),
+    in_mode("torch.compile with DDP", "compiled_ddp"),
+    in_mode("FSDP2 (fully_shard)", "fsdp"),
+]
+
+
+@pytest.mark.parametrize("way", IN_MODES)
 @each_case([])
 def test_training_in_two_processes(case, way, of_processes):
     """The losses, and the weights after them, are those of one process with the whole batch."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DOUBLE, HIDDEN, INPUT, Case, assert_equal, tensors
+from cases import DOUBLE, HIDDEN, INPUT, Case, assert_equal, refuses, tensors
 from mode import mode
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -116,16 +116,19 @@ def failing(*names: str, **expected: Any):
     return [(name, pytest.mark.xfail(**{"strict": True, "condition": True, **expected})) for name in names]
 
 
-@mode(
-    "batched gradients (is_grads_batched)",
-    marks=failing(
-        *("MinConv1dGRU", "MinConv2dGRU", "MinConv3dGRU"),
-        reason="With `norm`, the vectorized Hessian of torch.autograd.functional fails before torch 2.15, in torch's "
-        "group_norm. torch.func.hessian works.",
-        condition=torch.__version__ < "2.15",
-        raises=RuntimeError,
-    ),
+CONVOLUTIONS, NORMED = ("MinConv1dGRU", "MinConv2dGRU", "MinConv3dGRU"), ("MinGRU", "combined model")
+HESSIAN = (
+    "With `norm`, the vectorized Hessian of torch.autograd.functional fails before torch 2.15, in torch's group_norm. "
 )
+HESSIAN += "torch.func.hessian works."
+JACREV = "jacrev(jacrev(f)) and torch.func.hessian(f) are wrong for torch's layer_norm. jacfwd(grad(f)) is right: "
+JACREV += "https://github.com/pytorch/functorch/issues/534"
+JVP = "The gradient of layer_norm's forward-mode derivative treats mean and standard deviation as constants: "
+JVP += "https://github.com/pytorch/pytorch/issues/196700"
+BEFORE = {"reason": HESSIAN, "condition": torch.__version__ < "2.15", "raises": RuntimeError}
+
+
+@mode("batched gradients (is_grads_batched)", marks=failing(*CONVOLUTIONS, **BEFORE))
 def test_vectorized_hessian(case):
     """Of one factor for each input."""
     module, args = case.make(**DOUBLE), with_lengths(case, steps=3)
@@ -193,8 +196,7 @@ def test_vmap_draws_dropout_as_it_is_told():
         assert torch.equal(out[0], out[1]) == (randomness == "same")
         assert not torch.allclose(out, module.eval()(x[0])[0])
         module.train()
-    with pytest.raises(RuntimeError, match="randomness"):
-        vmap(module)(x)
+    refuses(RuntimeError, "randomness", vmap(module), x)
 
 
 def some_directions(*groups: Any) -> tuple[Any, ...]:
@@ -248,30 +250,14 @@ def test_jacobians_and_second_derivatives(case):
     assert_equal([jacfwd(grad(number))(at), jacrev(grad(number))(at)], [truth, truth])
 
 
-@mode(
-    "jacrev",
-    marks=failing(
-        *("MinGRU", "combined model"),
-        reason="jacrev(jacrev(f)) and torch.func.hessian(f) are wrong for torch's layer_norm. jacfwd(grad(f)) is "
-        "right: https://github.com/pytorch/functorch/issues/534",
-        raises=AssertionError,
-    ),
-)
+@mode("jacrev", marks=failing(*NORMED, reason=JACREV, raises=AssertionError))
 def test_jacobian_of_jacrev(case):
     _, number, at = squared(case)
     truth = plainly(curvature, number, at)
     assert_equal([hessian(number)(at), jacrev(jacrev(number))(at)], [truth, truth])
 
 
-@mode(
-    "jvp (forward mode)",
-    marks=failing(
-        *("MinGRU", "combined model"),
-        reason="The gradient of layer_norm's forward-mode derivative treats mean and standard deviation as constants: "
-        "https://github.com/pytorch/pytorch/issues/196700",
-        raises=AssertionError,
-    ),
-)
+@mode("jvp (forward mode)", marks=failing(*NORMED, reason=JVP, raises=AssertionError))
 def test_gradient_of_forward_mode(case):
     _, number, at = squared(case)
     along = torch.randn_like(at)
@@ -367,6 +353,5 @@ def test_inference_mode(case):
     # Outside, tensors of inference mode have no gradients, and the module learns as before.
     with torch.no_grad():
         assert_equal(module(*copies), truth)
-    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
-        module(*copies)
+    refuses(RuntimeError, "Inference tensors cannot be saved for backward", module, *copies)
     assert_equal(gradients(module, args), plainly(gradients, module, args))

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from cases import DOUBLE, IMAGES, TIGHT, parametrized, some
+from cases import DOUBLE, IMAGES, TIGHT, grid, parametrized, some
 from torch import nn
 from torch.testing import assert_close
 
@@ -115,8 +115,7 @@ def test_slices_make_way_for_transforms_and_autocast(use_slices):
 # Geometry
 
 
-@pytest.mark.parametrize("padding", [0, 1, 2, (1, 2), "same"])
-@pytest.mark.parametrize("dilation", [1, 2, (1, 3)])
+@grid(dilation=[1, 2, (1, 3)], padding=[0, 1, 2, (1, 2), "same"])
 def test_space_is_what_the_convolution_makes(dilation, padding):
     for stride, kernel_size in itertools.product([1] if padding == "same" else [1, 2, (2, 1)], [1, 3, (3, 5)]):
         # Not on "meta", where torch 2.11 takes a kernel that is larger than the space.
@@ -145,9 +144,7 @@ def test_norm_has_groups_of_sixteen_channels_or_more():
 # Memory
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("kind", [MinConv1dGRU, MinConv2dGRU, MinConv3dGRU])
-@pytest.mark.parametrize("batch_first", [True, False])
+@grid(batch_first=[True, False], kind=[MinConv1dGRU, MinConv2dGRU, MinConv3dGRU], grad=[False, True])
 def test_gates_and_candidates_are_views_of_the_convolution(batch_first, kind, grad, monkeypatch):
     rnn, made, given = kind(4, 6, 3, batch_first=batch_first), [], []
     x = torch.randn(3, 5, 4, *[4] * rnn.num_space_dims)

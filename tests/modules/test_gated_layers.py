@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import ROWS, through_a_file
+from cases import ROWS, refuses, through_a_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -137,11 +137,9 @@ def test_weights_of_another_option_are_refused(kind, option, value, number):
     theirs = f"weights trained with {option}={value!r} cannot be used in a layer with"
     for state in (changed.state_dict(), dict(changed.state_dict()), through_a_file(changed.state_dict())):
         changed.load_state_dict(state)
-        with pytest.raises(RuntimeError, match=theirs):
-            plain.load_state_dict(state, strict=False)
+        refuses(RuntimeError, theirs, plain.load_state_dict, state, strict=False)
     message = f"cannot be used in a layer with {option}={value!r}; construct it with their {option}"
-    with pytest.raises(RuntimeError, match=message):
-        changed.load_state_dict(plain.state_dict(), strict=False)
+    refuses(RuntimeError, message, changed.load_state_dict, plain.state_dict(), strict=False)
     with pytest.warns(UserWarning, match=UNKNOWN) as found:
         changed.load_state_dict(dict(plain.named_parameters()), strict=False)
     assert any(f"{option}={value!r}" in str(each.message) for each in found)
@@ -288,5 +286,4 @@ def test_what_is_drawn_by_default():
     # With inputs of variance 1, most angles are below a quarter of a turn.
     rnn = mingru.MinGRU(64, 256, gate="rotation")
     angles = rnn.layers[0].linear(torch.randn(1000, 64))[:, 1:256:2] * torch.pi / 4
-    assert 0.2 < angles.std() < 0.8
-    assert (angles.abs() < torch.pi / 2).double().mean() > 0.99
+    assert 0.2 < angles.std() < 0.8 and (angles.abs() < torch.pi / 2).double().mean() > 0.99

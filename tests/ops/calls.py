@@ -350,8 +350,7 @@ def share_of_allowed(backend, row, seed=0, device=None, runs=1):
         # Other code runs without gradients.
         again = run(backend, row, given)
     if row.cell not in SCANS[1:] and backend != "traceable":
-        assert not any(x._is_view() for x in (*got[:2], *again))
-        assert got[0].is_contiguous()
+        assert not any(x._is_view() for x in (*got[:2], *again)) and got[0].is_contiguous()
         assert again[0].is_contiguous()
     most = allowed(row.dtype, 1 + bool(row.dt or row.min_decay)) * (1 if backend != "log" else 1000)
     # Near a fixed point, the gradient of dt is a small difference of the candidate and a state that was rounded.

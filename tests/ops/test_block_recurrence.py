@@ -5,7 +5,6 @@ import reference
 import torch
 from cases import assert_equal, graded, with_threads
 from options import CALLS, cover, lengths_of, named
-from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import mingru
@@ -86,20 +85,6 @@ def test_equals_the_reference(row):
         for name, each in expected.items():
             error = (got[name].double() - each).abs().max() / each.abs().max().clamp(min=1.0)
             assert error < TOLERANCE[dtype], f"{backend}, {name}: {error}"
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("bidirectional", [True, False])
-def test_exchange_with_torch(bias, bidirectional):
-    gru = nn.GRU(3, 12, 2, bias, True, 0.2, bidirectional).eval()
-    rnn = mingru.BlockGRU.from_torch(gru, block_size=12)
-    assert (rnn.dropout, rnn.training) == (0.2, False)
-    x = torch.randn(4, 9, 3)
-    assert_equal((rnn(x)[0], rnn(x)[1].squeeze(2)), gru(x))
-    blocks = mingru.BlockGRU(3, 12, 2, bias, True, 0.2, bidirectional, block_size=4).eval()
-    assert_equal((blocks(x)[0], blocks(x)[1].squeeze(2)), blocks.to_torch()(x))
-    again = mingru.BlockGRU.from_torch(blocks.to_torch(), block_size=4)
-    assert_equal(list(again.state_dict().values()), list(blocks.state_dict().values()), rtol=0, atol=0)
 
 
 def test_long_sequences_are_accurate():

@@ -17,7 +17,7 @@ import calls
 import pytest
 import torch
 from calls import TIMED
-from cases import in_a_process, needs_kernels
+from cases import in_a_process, needs_kernels, refuses
 from options import CANDIDATES, cover
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
@@ -103,46 +103,29 @@ def test_operators_refuse_what_would_read_past_the_end():
     pair, packed_pair = [gate, candidate], [gate[0], candidate[0]]
     mask, number = torch.zeros(3, 20, dtype=torch.bool), native.NUMBERS["mingru", "positive"]
     one = [h, h]
+    ones, packed = torch.ones(3, 20), [torch.tensor(each) for each in ([3, 4, 13], [3, 3, 3], [20, 0])]
+    optional = [{"time_first": True}, {"output_gate": True}, {"min_decay": 1.0}, {"min_decay": -0.5}]
+    optional += [{"batch_sizes": torch.tensor([20])}, {"lengths": torch.tensor([20, 1, 7])}, {"dt": ones[:, :19]}]
+    numbers = [number | 1 << bit for bit in (16, 16 + len(native.FLAGS), 40)]
     for tensors, *call in [
-        ([gate, candidate[:, :19]], *call_of("mingru", h, h)),
-        (pair, *call_of("mingru", h[:2], h)),
-        (pair, *call_of("mingru", h, h[:2], mask)),
-        (pair, *call_of("mingru", h.double(), h)),
-        ([gate, candidate.double()], *call_of("mingru", h, h)),
-        (pair, *call_of("mingru", h, h, mask[:, :19])),
-        (pair, *call_of("mingru", h, h, mask.t())),
-        (pair, *call_of("mingru", h, h, mask.float())),
-        (pair, one[:1], number, 0.0),
-        (pair, [*one, mask], number, 0.0),
-        (pair, one, number | 1 << 16, 0.0),
-        (pair, one, number | 1 << 16 + len(native.FLAGS), 0.0),
-        (pair, one, number | 1 << 40, 0.0),
-        (pair, one, number - 2**63, 0.0),
-        (pair, one, 255, 0.0),
-        (pair, one, len(native.CELL_NUMBERS), 0.0),
-        (pair, one, number | 3 << 8, 0.0),
-        (pair, *call_of("minlstm", h, h)),
-        (pair, *call_of("mingru", h, h, time_first=True)),
-        (pair, *call_of("mingru", h, h, output_gate=True)),
-        ([], *call_of("mingru", h, h)),
-        ([gate[0, 0], candidate[0, 0]], *call_of("mingru", h, h)),
-        ([gate[:0], candidate[:0]], *call_of("mingru", h[:0], h[:0])),
-        (packed_pair, *call_of("mingru", h, h, batch_sizes=torch.tensor([3, 4, 13]))),
-        (packed_pair, *call_of("mingru", h, h, batch_sizes=torch.tensor([3, 3, 3]))),
-        (packed_pair, *call_of("mingru", h, h, batch_sizes=torch.tensor([20, 0]))),
+        *(([gate, each], *call_of("mingru", h, h)) for each in (candidate[:, :19], candidate.double())),
+        *((pair, *call_of("mingru", *each)) for each in ((h[:2], h), (h, h[:2], mask), (h.double(), h))),
+        *((pair, *call_of("mingru", h, h, each)) for each in (mask[:, :19], mask.t(), mask.float())),
+        *((pair, each, number, 0.0) for each in (one[:1], [*one, mask])),
+        *(
+            (pair, one, each, 0.0)
+            for each in (*numbers, number - 2**63, 255, len(native.CELL_NUMBERS), number | 3 << 8)
+        ),
+        *((pair, *call_of("mingru", h, h, **each)) for each in (*optional, {"dt": ones.t()}, {"dt": ones.double()})),
+        *((packed_pair, *call_of("mingru", h, h, batch_sizes=each)) for each in packed),
         (packed_pair, *call_of("mingru", h, h, batch_sizes=torch.tensor([10, 10], dtype=torch.int32))),
-        (pair, *call_of("mingru", h, h, batch_sizes=torch.tensor([20]))),
-        (pair, *call_of("mingru", h, h, lengths=torch.tensor([20, 1, 7]))),
-        (pair, *call_of("mingru", h, h, dt=torch.ones(3, 19))),
-        (pair, *call_of("mingru", h, h, dt=torch.ones(20, 3))),
-        (pair, *call_of("mingru", h, h, dt=torch.ones(3, 20).double())),
-        (pair, *call_of("mingru_signed", h, h, dt=torch.ones(3, 20))),
+        (pair, *call_of("minlstm", h, h)),
+        *((each, *call_of("mingru", h, h)) for each in ([], [gate[0, 0], candidate[0, 0]])),
+        ([gate[:0], candidate[:0]], *call_of("mingru", h[:0], h[:0])),
+        (pair, *call_of("mingru_signed", h, h, dt=ones)),
         (pair, *call_of("linear_scan", h, h, min_decay=0.5)),
-        (pair, *call_of("mingru", h, h, min_decay=1.0)),
-        (pair, *call_of("mingru", h, h, min_decay=-0.5)),
     ]:
-        with pytest.raises(RuntimeError, match=r"mingru|recurrence"):
-            torch.ops.mingru.recurrence_forward(tensors, *call)
+        refuses(RuntimeError, r"mingru|recurrence", torch.ops.mingru.recurrence_forward, tensors, *call)
 
     x, weight = torch.randn(3, 20, 4), torch.randn(10, 4)
     wrong = [torch.tensor(each) for each in ([20, -1, 7], [21, 1, 7], [20, 7], [[20, 1, 7]])]
@@ -163,8 +146,7 @@ def test_operators_refuse_what_would_read_past_the_end():
         (x[0], weight, None, *call_of("linear_scan", state[:, :2], state, batch_sizes=torch.tensor([2, 1]))[:2]),
         (x, weight, None, *call_of("linear_scan", state, state, lengths=torch.tensor([20, 21, 7]))[:2]),
     ):
-        with pytest.raises(RuntimeError, match=r"causal_conv_forward|mingru"):
-            torch.ops.mingru.causal_conv_forward(*wrong, False)
+        refuses(RuntimeError, r"causal_conv_forward|mingru", torch.ops.mingru.causal_conv_forward, *wrong, False)
 
 
 @pytest.mark.parametrize("cell", NUM_INPUTS)
@@ -180,18 +162,6 @@ def test_as_exact_as_plain_pytorch(cell):
         for index, (exact, one, other) in enumerate(zip(*results, strict=True)):
             error, usual = ((x - exact).abs().max() for x in (one, other))
             assert error <= 3 * usual + torch.finfo(dtype).eps * exact.abs().max().clamp_min(1.0), index
-
-
-def test_a_bias_with_strides_and_of_another_dtype():
-    layer, x, dt = mingru.MinGRU(4, 4), torch.randn(2, 5, 4), torch.rand(2, 5)
-    one = torch.tensor([0.5])
-    layer.layers[0].linear.bias = torch.nn.Parameter(one.expand(8))
-    found = layer(x, dt=dt)
-    layer.layers[0].linear.bias = torch.nn.Parameter(one.repeat(8))
-    torch.testing.assert_close(found, layer(x, dt=dt))
-    layer.layers[0].linear.bias = torch.nn.Parameter(one.repeat(8).half())
-    with pytest.raises(RuntimeError, match="dtype"):
-        layer(x, dt=dt)
 
 
 CELL = native.NUMBERS.get(("mingru", "positive"), 0)
@@ -245,8 +215,7 @@ def test_which_libraries_are_used(tmp_path, monkeypatch):
     assert native._load() is None  # installed without the sources
     for name, value, names in (("PRODUCT", "mkl", "'mingru', 'torch'"), ("ISA", "sse9", "of this processor")):
         monkeypatch.setenv(f"MINGRU_{name}", value)
-        with pytest.raises(ValueError, match=f"_{name} .*{names}.*, got '{value}'"):
-            native._load()
+        refuses(ValueError, f"_{name} .*{names}.*, got '{value}'", native._load)
         monkeypatch.delenv(f"MINGRU_{name}")
     with monkeypatch.context() as patch:
         patch.setattr(torch.ops.mingru, "instruction_sets", str)

@@ -13,7 +13,7 @@ import pytest
 import reference
 import torch
 from calls import ALL, BACKENDS, CELLS, INTERPRETED, NOT_LOG, SCANS, TIMED, Row, each, make, parts_of, states
-from cases import TIGHT, needs_kernels, with_threads
+from cases import TIGHT, grid, needs_kernels, refuses, with_threads
 from options import CALLS, CANDIDATES, cover
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -162,8 +162,7 @@ def test_forward_over_forward_is_refused_rather_than_wrong():
         return functional.mingru(x, x).sum()
 
     x = torch.randn(1, 5, 2).double()
-    with pytest.raises(RuntimeError, match="forward mode over forward mode"):
-        along(along(call))(x)
+    refuses(RuntimeError, "forward mode over forward mode", along(along(call)), x)
     with mingru.use_backend("sequential"):
         twice = along(along(call))(x)
     assert_close(twice, along(torch.func.grad(call))(x).sum())
@@ -322,8 +321,7 @@ def test_angles_of_any_size(backend, cell, use_plan):
         assert (out.double().flatten() - truth).abs().max() <= most
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("min_decay", [0.0, 0.25])
+@grid(min_decay=[0.0, 0.25], dtype=[torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("backend", "cell", "candidate"),
     [(*pair, candidate) for candidate in ("linear", "positive") for pair in each(NOT_LOG, TIMED, candidate)],
@@ -363,8 +361,7 @@ def test_nothing_in_nothing_out(backend, cell, shape):
     torch.autograd.grad(last.sum() + out.sum(), (h, gate))
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("distance", [13] if INTERPRETED else [13, 2])
+@grid(distance=[13] if INTERPRETED else [13, 2], reverse=[False, True])
 @pytest.mark.parametrize(("backend", "cell"), each(NOT_LOG, CELLS, "linear"))
 def test_nan_and_infinity_pass_and_stop_at_a_reset(backend, cell, distance, reverse, use_plan):
     inputs, h, initial, _, _ = make(cell, 2, 25, 4, dtype=torch.float32)
@@ -440,9 +437,7 @@ def test_what_is_kept_for_backward(backend):
     assert sum(kept) / math.prod(shape) <= most[backend] + (0.1 if INTERPRETED else 0)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("cell", SCANS[:2])
-@pytest.mark.parametrize("backend", [name for name in NOT_LOG if name != "traceable"])
+@grid(backend=[name for name in NOT_LOG if name != "traceable"], cell=SCANS[:2], reverse=[False, True])
 def test_decays_above_1(backend, cell, reverse, use_plan):
     """A product of them that overflows, or underflows before it grows, must not show where no state does."""
     for plan in ("walk", "chunks", "segments"):
@@ -467,8 +462,7 @@ def test_decays_above_1(backend, cell, reverse, use_plan):
             return
 
 
-@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", KERNELS)
+@grid(backend=KERNELS, grad=[True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.* dt is 0 at all steps:RuntimeWarning")
 def test_values_that_are_not_in_memory(backend, grad):
     """Negative views and tensors without memory, as each argument and as a gradient, and masks of other bytes."""

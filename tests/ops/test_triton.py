@@ -3,6 +3,7 @@
 With TRITON_INTERPRET=1 they run in Triton's interpreter, on the CPU and slowly; otherwise on a GPU, if there is one.
 """
 
+import itertools
 import math
 import re
 import warnings
@@ -11,7 +12,8 @@ import calls
 import pytest
 import reference
 import torch
-from calls import INTERPRETED, Row, drawn, make, parts_of, states
+from calls import HALF, INTERPRETED, Row, drawn, make, parts_of, states
+from cases import grid
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,27 +30,27 @@ DEVICE = calls.device_of("triton" if WHY_NOT is True else "torch")
 MINGRU = spec_of("mingru", "positive", False, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("cell", "dtype", "steps", "features"),
-    [("mingru", torch.bfloat16, 70, 16), ("minlstm", torch.float16, 70, 16), ("minlstm", torch.bfloat16, 9, 256)],
-)
-def test_plans_of_a_gpu_for_half_widths(cell, dtype, steps, features):
-    row = Row(cell, dtype=dtype, steps=steps, features=(features,), batch=1, reset=True)
+CELLS, LANES = ("mingru", "minlstm"), (127, 511, 512, 513, 1030)
+# Plans of a GPU for half widths, and many features.
+ROWS = [
+    Row(cell, dtype=dtype, steps=70, features=(16,), batch=1, reset=True)
+    for cell, dtype in zip(CELLS, HALF, strict=True)
+]
+ROWS.append(Row("minlstm", dtype=torch.bfloat16, steps=9, features=(256,), batch=1, reset=True))
+for plan, size in itertools.product((Plan(1, 8, 1024, 1, 1, None), Plan(2, 4, 1024, 2, 1, None)), LANES):
+    given = {"reset": True, "reverse": plan.segments > 1, "memory": "different strides", "steps": 9, "batch": 2}
+    ROWS.append(Row("minlstm", features=(size,), plan=plan, **given))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_special_rows(row, use_plan):
+    use_plan(row.plan)
     assert calls.share_of_allowed("triton", row) <= 1
 
 
 def test_the_gradient_of_dt_near_a_fixed_point_has_the_error_of_rounded_states():
     row = Row("mingru", "tanh", torch.bfloat16, dt=True, memory="one column for all", steps=40, features=(8,), batch=2)
     assert 0.3 < calls.share_of_allowed("triton", row, 13) <= 1
-
-
-@pytest.mark.parametrize("features", [127, 511, 512, 513, 1030])
-@pytest.mark.parametrize("segments", [1, 2])
-def test_many_features(segments, features, use_plan):
-    use_plan(Plan(2, 4, 1024, segments, 1, None) if segments > 1 else Plan(1, 8, 1024, 1, 1, None))
-    memory = "different strides"
-    row = Row("minlstm", reset=True, reverse=segments > 1, memory=memory, steps=9, features=(features,), batch=2)
-    assert calls.share_of_allowed("triton", row) <= 1
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU has the test of all elements")
@@ -112,8 +114,7 @@ def test_decays_near_1(cell, timed, use_plan, monkeypatch):
         assert reference.relative_error(found, truth) <= 2e-6
 
 
-@pytest.mark.parametrize("plan", calls.PLANS)
-@pytest.mark.parametrize("cell", ["mingru", "mingru_signed"])
+@grid(cell=["mingru", "mingru_signed"], plan=calls.PLANS)
 def test_an_infinite_state_outlives_decays_whose_product_underflows(cell, plan, use_plan):
     use_plan(plan)
     inputs, h, *_ = make(cell, 1, 60, 2, dtype=torch.float32)
@@ -121,8 +122,7 @@ def test_an_infinite_state_outlives_decays_whose_product_underflows(cell, plan, 
     inputs[0] = 0.05 * inputs[0] + 9.2 if cell == "mingru" else 2e-4 * inputs[0].sign()
     h[0, 0, 1] = math.inf
     for found, truth in zip(*(states(name, cell, inputs, h) for name in ("triton", "exact")), strict=True):
-        assert truth[..., 1].isinf().all()
-        assert torch.equal(found[..., 1].double(), truth[..., 1])
+        assert truth[..., 1].isinf().all() and torch.equal(found[..., 1].double(), truth[..., 1])
         assert found[..., 0].isfinite().all()
 
 
@@ -292,8 +292,7 @@ def test_compiled_programs_capture_no_cuda_graph_of_packed_sequences(form, launc
     (out if form == "padded" else out.data).sum().backward()
     torch.testing.assert_close(last, rnn(given)[1])
     unsafe = [is_cudagraph_unsafe_fx_node(node) for graph in graphs for node in graph.graph.nodes]
-    assert sum(unsafe) == (2 if form == "packed" else 0)
-    assert launches == ["forward", "backward", "forward"]
+    assert sum(unsafe) == (2 if form == "packed" else 0) and launches == ["forward", "backward", "forward"]
 
 
 class Broken:
@@ -354,8 +353,7 @@ def seeded(layer, *args, **options):
 
 
 @pytest.mark.usefixtures("_auto")
-@pytest.mark.parametrize("fails", ["every launch", "the backward pass", "the linear scan"])
-@pytest.mark.parametrize("call", CALLS)
+@grid(call=CALLS, fails=["every launch", "the backward pass", "the linear scan"])
 def test_torch_runs_if_a_kernel_fails(call, fails, break_kernel):
     """Each reason is said once, and the numbers are those of the backend "torch"."""
     x = torch.rand(2, 5, 8, device=DEVICE)
@@ -369,8 +367,7 @@ def test_torch_runs_if_a_kernel_fails(call, fails, break_kernel):
     messages = [str(warning.message) for warning in found if "slower" in str(warning.message)]
     assert len(set(messages)) == len(messages)
     if fails == "every launch":
-        assert messages
-        assert all(re.search(FALLS_BACK, message) for message in messages)
+        assert messages and all(re.search(FALLS_BACK, message) for message in messages)
     for values in (first, again):
         torch.testing.assert_close(list(values), list(expected), rtol=1e-5, atol=1e-5)
 
@@ -397,8 +394,7 @@ def test_a_failure_concerns_one_kernel(break_kernel, use_plan):
     mingru.functional.minlstm(x, x, x)
     # Each was compiled and launched.
     expected = [("mingru", torch.float32, 4), ("minlstm", torch.float64, 4), ("minlstm", torch.float32, 3)]
-    assert tried[1:] == [kernel for kernel in expected for _ in range(2)]
-    assert mingru.backends()["triton"] is True
+    assert tried[1:] == [kernel for kernel in expected for _ in range(2)] and mingru.backends()["triton"] is True
     assert len(launch._failures) == 1
     # A kernel that has run before.
     break_kernel(1)
@@ -478,8 +474,7 @@ def test_more_than_2_to_the_31_elements():
     gate = torch.zeros(2, 2**21 + 8, 520, dtype=torch.bfloat16, device=DEVICE)
     out = mingru.functional.mingru(gate, gate, backend="triton")
     # h = 0.5 h + 0.25 from 0.5 stays 0.5.
-    assert (out[-1, -1] == 0.5).all()
-    assert (out[0, ::4096] == 0.5).all()
+    assert (out[-1, -1] == 0.5).all() and (out[0, ::4096] == 0.5).all()
 
 
 @needs_gpu

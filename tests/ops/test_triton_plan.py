@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from cases import in_a_process
+from cases import grid, in_a_process, refuses
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru
@@ -32,37 +32,22 @@ def is_power_of_2(number):
 
 # The last one: AMD GPUs for games.
 @pytest.mark.parametrize(("wave", "is_amd"), [(32, False), (64, True), (32, True)])
-@pytest.mark.parametrize("itemsize", [2, 4, 8])
-@pytest.mark.parametrize("backward", [False, True])
+@grid(backward=[False, True], itemsize=[2, 4, 8])
 def test_plans(wave, is_amd, itemsize, backward):
     options = itertools.product([1, 8, 64, 5000], [1, 2, 17, 200, 10**6], [1, 32, 100, 512], KEEPING)
     for batch, steps, features, cell in options:
         for has_reset in (False, True):
-            work = Work(
-                cell=cell,
-                itemsize=itemsize,
-                num_sequences=batch,
-                num_steps=steps,
-                num_features=features,
-                backward=backward,
-                has_reset=has_reset,
-                is_packed=has_reset,
-                is_timed=batch == 64,
-                wave=wave,
-                is_amd=is_amd,
-            )
-            plan = plan_of(work)
+            flags = {"has_reset": has_reset, "is_packed": has_reset, "is_timed": batch == 64, "is_amd": is_amd}
+            plan = plan_of(Work(cell, itemsize, batch, steps, features, backward, wave=wave, **flags))
             assert all(is_power_of_2(number) for number in (plan.chunks, plan.features, plan.warps))
             # A thread has at most 16 bytes of each step.
-            assert plan.chunks * plan.features * itemsize <= plan.warps * wave * 16
-            assert 1 <= plan.steps <= 8
+            assert plan.chunks * plan.features * itemsize <= plan.warps * wave * 16 and 1 <= plan.steps <= 8
             assert plan.segments == 1 or (cell in NUM_INPUTS and plan.chunks > 1)
             # Most steps of a tile are steps of the sequence, if it is not short.
             assert plan.chunks * plan.steps <= max(4 * steps, 8 * plan.steps)
             assert plan.segments == 1 or plan.segments * plan.chunks * plan.steps <= steps
             if is_amd:
-                assert plan.warps == 1
-                assert plan.stages is None
+                assert plan.warps == 1 and plan.stages is None
 
 
 class Launch:
@@ -97,8 +82,7 @@ def test_few_kernels(monkeypatch):
 
     assert kernels([64], [300, 500, 777, 4000]) == ["backward", "forward"]
     assert kernels(range(40, 65, 8), [500]) == ["backward", "forward"]
-    assert len(kernels([1, 3, 8, 40, 200, 1000], [500])) <= 10
-    assert len(kernels([64], range(1, 400, 7))) <= 10
+    assert len(kernels([1, 3, 8, 40, 200, 1000], [500])) <= 10 and len(kernels([64], range(1, 400, 7))) <= 10
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -119,8 +103,7 @@ def test_accesses_are_as_wide_as_sizes_strides_and_addresses_allow(monkeypatch):
         return launched.args["V"]
 
     assert [unit(features) for features in (100, 102, 101)] == [4, 2, 1]
-    assert [unit(features, torch.bfloat16) for features in (100, 104)] == [4, 8]
-    assert unit(100, torch.float64) == 2
+    assert [unit(features, torch.bfloat16) for features in (100, 104)] == [4, 8] and unit(100, torch.float64) == 2
     assert [unit(202, at=slice(100)), unit(104, at=slice(1, 101))] == [2, 1]
 
 
@@ -155,8 +138,7 @@ def test_batch_sizes_are_copied_once_to_each_stream_and_never_captured(monkeypat
     with mingru.use_backend("triton"):
         out, _ = rnn(sequences)
         out.data.sum().backward()
-        assert [kernel[0] for kernel in launched.kernels] == ["forward"] * 4 + ["backward"] * 4
-        assert len(made) == 1
+        assert [kernel[0] for kernel in launched.kernels] == ["forward"] * 4 + ["backward"] * 4 and len(made) == 1
         monkeypatch.setattr(device, "stream_of", lambda device: "another")
         rnn(sequences)
         assert len(made) == 2
@@ -166,8 +148,7 @@ def test_batch_sizes_are_copied_once_to_each_stream_and_never_captured(monkeypat
         assert len(made) == 3
         # Also after a call before, because a graph would read the copies after they are freed with the batch sizes.
         monkeypatch.setattr(device, "is_capturing", lambda device: True)
-        with pytest.raises(ValueError, match="packed sequences cannot be captured in a CUDA graph"):
-            rnn(sequences)
+        refuses(ValueError, "packed sequences cannot be captured in a CUDA graph", rnn, sequences)
 
 
 def test_pre_activations_are_recomputed_only_on_the_cpu():
@@ -209,19 +190,19 @@ def test_without_a_device():
     assert mingru.backends()["triton"] == "torch finds no CUDA, ROCm or XPU device"
 
 
-@pytest.mark.parametrize(
-    ("module", "why"),
-    [
-        (None, "Triton is not installed; install the package triton"),
-        (
-            "raise OSError('libcuda.so.1 is missing')",
-            "Triton cannot be imported (libcuda.so.1 is missing); reinstall it",
-        ),
-        ("__version__ = '3.5.1'", "Triton 3.5.1 is too old; install Triton 3.6 or later"),
-        ("__version__ = '3.10.0+git1234'", "True"),
-        ("__version__ = '3.10.0'", "torch cannot use the GPU (Cannot re-initialize CUDA in forked subprocess."),
-    ],
-)
+REASONS = [
+    (None, "Triton is not installed; install the package triton"),
+    (
+        "raise OSError('libcuda.so.1 is missing')",
+        "Triton cannot be imported (libcuda.so.1 is missing); reinstall it",
+    ),
+    ("__version__ = '3.5.1'", "Triton 3.5.1 is too old; install Triton 3.6 or later"),
+    ("__version__ = '3.10.0+git1234'", "True"),
+    ("__version__ = '3.10.0'", "torch cannot use the GPU (Cannot re-initialize CUDA in forked subprocess."),
+]
+
+
+@pytest.mark.parametrize(("module", "why"), REASONS)
 def test_why_triton_cannot_run(module, why, card, monkeypatch, tmp_path):
     card(RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use ...") if "forked" in why else (8, 0))
     (tmp_path / "triton.py").write_text(module or "")
@@ -273,18 +254,18 @@ def test_dtypes_and_devices_without_a_kernel():
     assert device.unsupported(on_gpu, MINGRU) == "it does not support torch.complex32"
 
 
+OLD_CARDS = [
+    ([(7, 0)], torch.float32, "need compute capability 7.5 or higher, and cuda:0 is a card 0 with 7.0$", False),
+    ([(6, 1), (7, 0)], torch.float16, "and cuda:0 is a card 0 with 6.1$", False),
+    ([(6, 1), (8, 0)], torch.float16, "and cuda:0 is a card 0 with 6.1$", True),
+    ([(7, 5)], torch.bfloat16, "torch.bfloat16 need .* card 0 with 7.5, which runs torch.float16$", True),
+    ([(7, 5)], torch.float16, None, True),
+    ([(8, 0)], torch.bfloat16, None, True),
+]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.parametrize(
-    ("capabilities", "dtype", "why", "available"),
-    [
-        ([(7, 0)], torch.float32, "need compute capability 7.5 or higher, and cuda:0 is a card 0 with 7.0$", False),
-        ([(6, 1), (7, 0)], torch.float16, "and cuda:0 is a card 0 with 6.1$", False),
-        ([(6, 1), (8, 0)], torch.float16, "and cuda:0 is a card 0 with 6.1$", True),
-        ([(7, 5)], torch.bfloat16, "torch.bfloat16 need .* card 0 with 7.5, which runs torch.float16$", True),
-        ([(7, 5)], torch.float16, None, True),
-        ([(8, 0)], torch.bfloat16, None, True),
-    ],
-)
+@pytest.mark.parametrize(("capabilities", "dtype", "why", "available"), OLD_CARDS)
 def test_old_cards_run_tensor_operations_and_say_so_once(capabilities, dtype, why, available, card):
     card(*capabilities)
     on_gpu = types.SimpleNamespace(is_cpu=False, dtype=dtype, device=torch.device("cuda", 0))

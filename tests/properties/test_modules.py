@@ -5,14 +5,18 @@ import inspect
 import pickle
 import re
 
+import cases
 import pytest
 import torch
-from cases import DOUBLE, FEATURES, IMAGES, LIKE_TORCH, MODELS, ROWS, STEPS, parametrized, some, tensors, through_a_file
+from cases import FEATURES, IMAGES, MODELS, ROWS, STEPS, parametrized, refuses, some, tensors, through_a_file
+from options import DOUBLE
 from torch import nn
 from torch.testing import assert_close
 
 import mingru
-from mingru import drop_in
+from mingru import convert, drop_in, models
+from mingru.drop_in.accelerating import AcceleratedGRU, AcceleratedLSTM
+from mingru.modules.per_step import OF_TORCH
 
 
 @parametrized([*ROWS, *MODELS])
@@ -28,8 +32,7 @@ def test_copies_and_files(case):
     twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), through_a_file(module, weights_only=False)]
     for twin in (other, *twins):
         assert_close(case.call(twin, **given), expected, rtol=0, atol=0)
-        assert repr(twin) == repr(module)
-        assert not {weight.data_ptr() for weight in twin.parameters()} & pointers
+        assert repr(twin) == repr(module) and not {weight.data_ptr() for weight in twin.parameters()} & pointers
 
 
 @parametrized(some(ROWS, 2))
@@ -69,12 +72,11 @@ def test_shapes_on_the_device_meta(case):
             assert found.is_meta and found.shape == expected.shape
 
 
-@parametrized([*FEATURES, *STEPS, *IMAGES, *LIKE_TORCH])
+@parametrized([*FEATURES, *STEPS, *IMAGES, *cases.LIKE_TORCH])
 def test_a_representation_is_a_constructor(case):
     module = case.make()
     again = eval(f"kind({module.extra_repr()})", {"kind": type(module)})
-    assert repr(again) == repr(module)
-    assert again.state_dict().keys() == module.state_dict().keys()
+    assert repr(again) == repr(module) and again.state_dict().keys() == module.state_dict().keys()
     # Only what is not default.
     defaults = inspect.signature(type(module)).parameters
     named = [name for name in re.findall(r"(\w+)=", module.extra_repr()) if name not in ("candidate", "gate")]
@@ -120,8 +122,7 @@ def test_every_parameter_is_on_the_device_of_x(case, grad):
         for name, parameter in list(module.named_parameters()):
             owner, _, last = name.rpartition(".")
             setattr(module.get_submodule(owner), last, nn.Parameter(parameter.to("meta")))
-            with pytest.raises(error, match=r"must be on (cpu|meta) like"):
-                module(x)
+            refuses(error, r"must be on (cpu|meta) like", module, x)
             setattr(module.get_submodule(owner), last, parameter)
         module(x)
 
@@ -141,5 +142,62 @@ def test_a_learned_initial_state_keeps_its_shape(case, grad):
             owner.initial_state.data = torch.zeros(shape)
             text = re.escape(f"initial_state must be {tuple(right)}, got {tuple(shape)}; to broadcast, expand it")
             for reset in ({}, {"reset": args["reset"]} if "reset" in case.takes else {}):
-                with pytest.raises(ValueError, match=rf": (layers\[0\]\.)?{text}"):
-                    module(args["x"], **reset)
+                refuses(ValueError, rf": (layers\[0\]\.)?{text}", module, args["x"], **reset)
+
+
+# Whole models as files, loaded with weights_only=True in a process of its own
+
+# Options that bring in every class that may be inside.
+FILES = {case.name: case.make for case in cases.CASES if case.name.isidentifier() or "." in case.name} | {
+    "all norms": lambda: mingru.MinLSTM(3, 4, 2, norm="rms", forget_bias=1.0, dtype=torch.bfloat16),
+    "lists": lambda: mingru.MinConv2dGRU(3, [4, 5], [3, 1], num_layers=2, padding=["same", 0], residual=True),
+    "Stack": lambda: mingru.Stack([mingru.MinGRU(3, 4), mingru.MinLSTM(4, 4)], residual=True),
+    "modules of torch": lambda: mingru.Stack([mingru.MinGRU(3, 4), *(each() for each in OF_TORCH[:-3])]),
+    "LanguageModel": lambda: models.LanguageModel(5, 4, 1, tied=False),
+    "BlockGRUCell": lambda: mingru.BlockGRUCell(3, 4),
+    "projections": lambda: drop_in.LSTM(3, 4, 2, proj_size=2, dropout=0.5),
+    "accelerated": lambda: (rnn := nn.GRU(3, 4), drop_in.accelerate(rnn))[0],
+    "accelerated LSTM": lambda: (rnn := nn.LSTM(3, 4), drop_in.accelerate(rnn))[0],
+}
+
+LOAD = """
+import sys
+import torch
+
+sys.modules["mingru"] = None
+try:
+    torch.load(sys.argv[-1], weights_only=False)
+except ModuleNotFoundError:
+    del sys.modules["mingru"]
+import mingru
+
+torch.serialization.add_safe_globals(mingru.safe_globals())
+loaded = {}
+for path in sys.argv[2:]:
+    model = torch.load(path, weights_only=True)
+    loaded[path] = (type(model).__name__, repr(model), model.state_dict())
+torch.save(loaded, sys.argv[1])
+"""
+
+
+def test_whole_models_load_in_a_fresh_process(tmp_path):
+    made, named = {str(tmp_path / name): make() for name, make in FILES.items()}, set()
+    for path, model in made.items():
+        torch.save(model, path)
+        # Nothing is allowed by the import.
+        refuses(pickle.UnpicklingError, "safe_globals", torch.load, path, weights_only=True)
+        named |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    public = [getattr(home, name) for home in (mingru, convert, drop_in, models) for name in home.__all__]
+    layers = {each for each in public if isinstance(each, type) and issubclass(each, nn.Module)} | {
+        AcceleratedGRU,
+        AcceleratedLSTM,
+    }
+    assert layers == {type(model) for model in made.values()} <= set(mingru.safe_globals())
+    # A class that no file names would be trusted for nothing.
+    assert named == {f"{each.__module__}.{each.__qualname__}" for each in mingru.safe_globals()}
+    found = str(tmp_path / "found")
+    cases.in_a_process(LOAD, found, *made)
+    for path, (kind, text, weights) in torch.load(found, weights_only=True).items():
+        model = made[path]
+        assert (kind, text) == (type(model).__name__, repr(model))
+        torch.testing.assert_close(weights, model.state_dict(), rtol=0, atol=0)

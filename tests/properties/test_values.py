@@ -1,4 +1,4 @@
-"""What holds for every class and all of its options: values, gradients, states, resets, lengths and layouts."""
+"""What holds for every class and all of its options: values, gradients, states, resets, lengths, layouts, rounding."""
 
 import copy
 import itertools
@@ -6,7 +6,8 @@ import itertools
 import pytest
 import reference
 import torch
-from cases import BACKENDS, DOUBLE, FEATURES, IMAGES, MODELS, ROWS, STEPS, TIGHT, graded, padded, parametrized, some
+from cases import BACKENDS, FEATURES, IMAGES, MODELS, ONE_MAP, ROWS, STEPS, graded, padded, parametrized, refuses, some
+from options import DOUBLE, TIGHT
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
@@ -61,8 +62,7 @@ def test_the_comparison_can_fail(case):
     with torch.no_grad():
         # A corner of a kernel may see only padding.
         weight.view(-1)[expected[f"gradient of {name}"].abs().argmax()] += 1e-6
-    with pytest.raises(AssertionError, match=r"^out: "):
-        assert_same(graded(module, by(case, module), given), expected)
+    refuses(AssertionError, r"^out: ", assert_same, graded(module, by(case, module), given), expected)
 
 
 # Calls that follow each other
@@ -117,8 +117,7 @@ def test_a_step_reaches_its_own_sequence_up_to_a_reset(case):
         reached = out.isnan().flatten(2).any(2)
         expected = torch.zeros_like(reached)
         expected[1, first if both else at : end] = True
-        assert torch.equal(reached, expected)
-        assert torch.equal(out[~expected], before[~expected])
+        assert torch.equal(reached, expected) and torch.equal(out[~expected], before[~expected])
         # The states too, but that of a causal convolution, which has the last steps.
         assert not any(state.isnan().any() for state in states[:1])
     # Likewise backward: no gradient from elsewhere.
@@ -169,20 +168,22 @@ ENDS = [(9, 1, 0, 21), (0, 0), (21, 4, 2)]
 
 
 @pytest.mark.parametrize("lengths", ENDS, ids=str)
-@parametrized(WITH_LENGTHS)
+@parametrized([*WITH_LENGTHS, *MODELS])
 def test_each_sequence_is_as_alone(case, lengths):
     module, (everything, padding) = case.varied(**DOUBLE), padded(case, lengths, **DOUBLE)
     clean = {**everything, "x": everything["x"].nan_to_num(7.0)}
 
     def together(**given):
-        return case.call(module, lengths=torch.tensor(lengths), **given)
+        out, states = case.call(module, lengths=torch.tensor(lengths), **given)
+        # The logits of padding are any.
+        return out.masked_fill(padding.unsqueeze(2), 0.0) if case in MODELS else out, states
 
     for names in ((), ("h", "reset", "dt"))[: 2 if lengths == ENDS[0] else 1]:
         given = without(everything, *names)
         expected = graded(module, each_alone(case, truth(module), lengths), without(clean, *names))
         got = graded(module, together, given)
         assert_same(got, expected)
-        assert not got["out"][padding].any() and not got["gradient of x"][padding].any()
+        assert not any(got[name][padding].any() for name in ("out", "gradient of x") if name in got)
         with torch.no_grad():
             out, states = together(**given)
         assert_close([out, *states], list(got.values())[: 1 + len(states)], **TIGHT)
@@ -339,8 +340,7 @@ def check_dtype(case, dtype):
     exact = {name: each if name in ("reset", "h") else each.double() for name, each in given.items()}
     exact["h"] = [each.double() for each in given["h"]]
     got, expected = graded(module, by(case, module), given), by(case, wide)(**exact)
-    assert {each.dtype for each in got.values()} == {dtype}
-    assert all(each.isfinite().all() for each in got.values())
+    assert {each.dtype for each in got.values()} == {dtype} and all(each.isfinite().all() for each in got.values())
     eps = torch.finfo(dtype).eps
     # A norm of a few pixels or features enlarges rounding errors: those of torch's operations are up to 10 eps here.
     norms = {type(each).__name__ for each in module.modules()}
@@ -356,3 +356,68 @@ def check_dtype(case, dtype):
     for name, other in graded(module, each_alone(case, by(case, module), (9, 1, 21)), given).items():
         assert got[name].dtype == dtype
         assert (got[name].double() - other.double()).abs().max() <= most * eps * other.double().abs().max(), name
+
+
+# Rounding to half width: layers and cells of one linear map or convolution
+
+
+every_map = parametrized(ONE_MAP)
+half_widths = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def of_map(module, x, h=None):
+    """The states in float64, from what the module's own map makes of x."""
+    maps = module.layers[0]
+    if module.num_space_dims > 0:
+        inputs = maps.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2]).double().chunk(2, 2)
+        cell = "mingru"
+    else:
+        inputs, cell = maps.linear(x).double().chunk(maps.num_parts, 2), module.cell
+    initial = dict(module.named_parameters()).get("initial_state")
+    initial = None if initial is None else initial[0].double()
+    h = None if h is None else h[0].double().reshape(len(x), 1, *inputs[0].shape[2:])
+    return reference.CELLS[cell](*inputs, initial if h is None else h, initial=initial)
+
+
+def assert_last(states, out):
+    assert states[0].dtype == torch.float32
+    assert reference.relative_error(states[0].flatten(), out[:, -1].flatten()) <= 2e-6
+
+
+@half_widths
+@every_map
+def test_half_width_layers_round_once_after_the_map(case, dtype):
+    module, x = case.make(dtype=dtype), torch.randn(2, 300, *case.features, dtype=dtype)
+    expected = of_map(module, x)
+    if case.is_cell:
+        # Its output is its state, which is in float32 if it begins there.
+        out, _ = case.call(module, x[:, :1])
+        assert reference.relative_error(out, expected[:, :1]) <= 1.001 * torch.finfo(dtype).eps / 2
+    else:
+        out, _ = case.call(module, x)
+        assert reference.relative_error(out, expected) <= 1.001 * torch.finfo(dtype).eps / 2
+    if "lengths" in case.takes:
+        out, _ = case.call(module, x, lengths=torch.tensor([200, 300]))
+        assert reference.relative_error(out[0, :200], expected[0, :200]) <= 1.001 * torch.finfo(dtype).eps / 2
+    h = [torch.rand_like(state, dtype=torch.float32) for state in case.call(module, x)[1]]
+    _, states = case.call(module, x, h)
+    assert_last(states, of_map(module, x, h))
+
+
+@every_map
+def test_autocast_keeps_the_state_in_float32(case):
+    module = case.make()
+    for dtype in [torch.float32, torch.bfloat16]:
+        x = torch.randn(2, 300, *case.features, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, states = case.call(module, x)
+            expected = of_map(module, x)
+            pieces = None
+            for piece in x.split([100, 1, 199], 1):
+                _, pieces = case.call(module, piece, pieces)
+            _, again = case.call(module, x, [state.bfloat16() for state in states])
+            assert again[0].dtype == torch.float32
+        assert out.dtype == (torch.float32 if case.is_cell else torch.bfloat16)
+        # Float32 in more than name: nothing was rounded to half width on the way.
+        assert_last(states, expected)
+        assert_close(pieces, states)
