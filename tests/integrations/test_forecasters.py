@@ -1,10 +1,7 @@
-"""NeuralForecast and GluonTS: training, saving and loading. Equal forecasts: test_other_libraries.py. g2p_en: words."""
-
-import importlib.util
+"""NeuralForecast and GluonTS: training, saving and loading. Equal forecasts: test_other_libraries.py."""
 
 import numpy as np
 import pytest
-import torch
 
 from mingru import drop_in
 
@@ -55,28 +52,3 @@ def test_gluonts(size, own, tmp_path):
     predictor.serialize(tmp_path)
     loaded = Predictor.deserialize(tmp_path)
     assert repr(loaded.prediction_net.model.rnn) == repr(rnn)
-
-
-@pytest.mark.slow
-def test_g2p_en():
-    """A trained model of two GRUs says the same phonemes if it is accelerated."""
-    # Not imported, because it would look for dictionaries in the network.
-    package = importlib.util.find_spec("g2p_en") or pytest.skip("pip install g2p_en")
-    (folder,) = package.submodule_search_locations
-    of = {name: torch.from_numpy(each) for name, each in np.load(f"{folder}/checkpoint20.npz").items()}
-    rnns = torch.nn.ModuleList([torch.nn.GRU(256, 256) for _ in range(2)]).requires_grad_(False)
-    names = [f"{rnn}_{name}" for rnn in ("enc", "dec") for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
-    torch.nn.utils.vector_to_parameters(torch.cat([of[name].flatten() for name in names]), rnns.parameters())
-    words = np.loadtxt(f"{folder}/homographs.en", str, delimiter="|", usecols=0)
-    letters = [of["enc_emb"][[*(ord(letter) - 62 for letter in word if letter.isalpha()), 2]] for word in words]
-
-    def say():
-        (_, h), phonemes = rnns[0](torch.nn.utils.rnn.pack_sequence(letters, False)), [torch.full((len(words),), 2)]
-        for _ in range(20):
-            out, h = rnns[1](of["dec_emb"][phonemes[-1][None]], h)
-            phonemes.append((out[0] @ of["fc_w"].t() + of["fc_b"]).argmax(1))
-        return torch.stack(phonemes, 1)
-
-    expected = say()
-    drop_in.accelerate(rnns)
-    assert torch.equal(say(), expected) and len(set(map(tuple, expected.tolist()))) > 300

@@ -61,12 +61,13 @@ def test_script(case, count):
         assert_equal(graded(run, run, args), graded(module, module, args))
 
 
-# TorchScript takes long to compile: every eighth row, of which some are quick.
+# TorchScript takes long to compile: every eighth row but the first, which is above, and of these some are quick.
 @pytest.mark.parametrize(
     "case",
     [
         pytest.param(case, id=case.name, marks=[] if index % 5 in (0, 4) else [pytest.mark.slow])
         for index, case in enumerate(some(ROWS, 8))
+        if index > 0
     ],
 )
 def test_script_of_any_options_and_with_lengths(case):
@@ -83,7 +84,7 @@ def test_script_of_any_options_and_with_lengths(case):
         assert_equal(*found, rtol=1e-9, atol=1e-9)
 
 
-@mode("torch.jit.script", ["MinGRU", "Stack with modules of torch"], [*CASES, STACKS[3]])
+@mode("torch.jit.script", ["MinGRU", "Stack with modules of torch"], [*CASES, STACKS[2]])
 def test_script_in_training_and_not(case):
     module = case.make(**DOUBLE)
     for each in module.modules():

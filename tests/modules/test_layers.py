@@ -178,7 +178,7 @@ def test_dropout_of_a_packed_sequence():
     assert torch.equal(stack.eval()(packed)[0].data, stack(packed)[0].data)
 
 
-@parametrized(STACKS[1:])
+@parametrized(STACKS)
 def test_states_are_those_of_the_layers_in_a_list_or_a_tuple(case):
     module, x = case.make(), case.args()["x"]
     _, h = module(x)
