@@ -165,6 +165,13 @@ def test_without_a_state_the_zero_state_also_after_a_reset():
 
 
 @half_widths
+def test_half_width_input_takes_states_and_times_of_float32(dtype):
+    x, states, dt = torch.randn(2, 20, 3).to(dtype), torch.randn(2, 3).to(dtype), torch.ones(2, 20)
+    narrow, wide = (functional.mingru(x, x, h[0], initial_state=h[1], dt=dt) for h in (states, states.float()))
+    assert narrow.dtype == wide.dtype == dtype and torch.equal(narrow, wide)
+
+
+@half_widths
 def test_derivatives_of_a_half_width_scan(dtype):
     a, b = torch.rand(2, 40, 3).to(dtype), torch.randn(2, 40, 3).to(dtype)
 

@@ -26,10 +26,6 @@ MINGRU = spec_of("mingru", "positive", False, 0.0)
 NONE_HERE = not (torch.cuda.is_available() or torch.xpu.is_available())
 
 
-def is_power_of_2(number):
-    return number & (number - 1) == 0
-
-
 # The last one: AMD GPUs for games.
 @pytest.mark.parametrize(("wave", "is_amd"), [(32, False), (64, True), (32, True)])
 @grid(backward=[False, True], itemsize=[2, 4, 8])
@@ -39,7 +35,7 @@ def test_plans(wave, is_amd, itemsize, backward):
         for has_reset in (False, True):
             flags = {"has_reset": has_reset, "is_packed": has_reset, "is_timed": batch == 64, "is_amd": is_amd}
             plan = plan_of(Work(cell, itemsize, batch, steps, features, backward, wave=wave, **flags))
-            assert all(is_power_of_2(number) for number in (plan.chunks, plan.features, plan.warps))
+            assert all(number & (number - 1) == 0 for number in (plan.chunks, plan.features, plan.warps))
             # A thread has at most 16 bytes of each step.
             assert plan.chunks * plan.features * itemsize <= plan.warps * wave * 16 and 1 <= plan.steps <= 8
             assert plan.segments == 1 or (cell in NUM_INPUTS and plan.chunks > 1)
