@@ -277,10 +277,6 @@ def language_model(lm, ids, state=None, reset=None, eps=EPS):
     return x @ weights.get("head.weight", weights["embedding.weight"]).T, states
 
 
-def of_layer(value, layer):
-    return value[layer] if isinstance(value, list) else value
-
-
 def convolved(x, weights, prefix, **geometry):
     """Return a convolution of x (B, S, C, *space), for one step after the other."""
     weight, bias = weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias")
@@ -296,7 +292,8 @@ def convolutions(rnn, x, h=None, reset=None):
     x, last = x.double(), []
     for index in range(rnn.num_layers):
         prefix = f"layers.{index}."
-        geometry = {name: of_layer(getattr(rnn, name), index) for name in ("stride", "padding", "dilation")}
+        geometry = {name: getattr(rnn, name) for name in ("stride", "padding", "dilation")}
+        geometry = {name: each[index] if isinstance(each, list) else each for name, each in geometry.items()}
         y = x
         if rnn.norm == "group":
             apart = y.reshape(*y.shape[:2], rnn.layers[index].norm.num_groups, -1)

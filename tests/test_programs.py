@@ -372,8 +372,7 @@ def test_video_conv_gru_computes_its_equations():
     update, reset = torch.sigmoid(gates(torch.cat([x[:, 0], h], 1))).split(3, 1)
     candidate = torch.tanh(new(torch.cat([x[:, 0], reset * h], 1)))
     out, (last,) = layer(x, [h])
-    torch.testing.assert_close(last, (1 - update) * h + update * candidate)
-    torch.testing.assert_close(out[:, 0], x[:, 0] + last)
+    torch.testing.assert_close((last, out[:, 0]), ((1 - update) * h + update * candidate, x[:, 0] + last))
 
 
 def test_video_errors_of_all_pixels_and_of_fish():

@@ -78,8 +78,7 @@ def test_the_wrapper(options):
         state = {"lstm_h": h, "lstm_c": c}
         step_logits, step_values = policy.forward_eval(observations[:, step], state)
         h, c = state["lstm_h"], state["lstm_c"]
-        assert_close(step_logits, logits.unflatten(0, (B, S))[:, step])
-        assert_close(step_values, values[:, step : step + 1])
+        assert_close((step_logits, step_values), (logits.unflatten(0, (B, S))[:, step], values[:, step : step + 1]))
     assert not h.requires_grad
     assert_close(whole["lstm_h"], h)
     assert whole["hidden"].shape == (B, S, H)
@@ -106,6 +105,5 @@ def test_the_network(options):
     assert state[0].shape == (policy.network.num_layers, B, H)
     for step in range(S):
         step_logits, step_values, state = policy.forward_eval(observations[:, step], state)
-        assert_close(step_logits, logits[:, step])
-        assert_close(step_values.squeeze(-1), values[:, step])
+        assert_close((step_logits, step_values.squeeze(-1)), (logits[:, step], values[:, step]))
     assert_trains(policy, logits, values)

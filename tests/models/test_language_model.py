@@ -174,19 +174,14 @@ def test_the_logits_of_the_first_steps():
         assert 0.5 < logits.std() < 2
 
 
-def test_map_state():
-    lm = varied(conv=3)
-    _, state = lm(ids_of(B, S))
+def test_states_and_forms_of_arguments():
+    lm, ids = varied(conv=3, learn_initial_state=True), ids_of(B, S)
+    _, state = lm(ids)
     doubled = map_state(lambda each: each * 2, tuple(state))
     assert isinstance(doubled, list)
     assert all(torch.equal(one, 2 * other) for one, other in zip(doubled, state, strict=True))
     assert not any(each.requires_grad for each in map_state(torch.Tensor.detach, state))
-
-
-def test_forms_of_arguments():
-    lm, ids = varied(conv=3, learn_initial_state=True), ids_of(B, S)
-    assert_close(lm(ids.int()), lm(ids), rtol=0, atol=0)
-    assert_close(lm(ids, lm.initial(B)), lm(ids), rtol=0, atol=0)
+    assert_close((lm(ids.int()), lm(ids, lm.initial(B))), (lm(ids), lm(ids)), rtol=0, atol=0)
     # Views could not be detached in place.
     assert not any(each._is_view() for each in lm(ids, lengths=torch.tensor([4, 1, S]))[1])
 
