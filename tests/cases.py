@@ -504,8 +504,8 @@ def projected(**factory: Any) -> nn.Module:
 
 
 def of_stacks(**factory: Any) -> nn.Module:
-    inside = mingru.Stack([mingru.MinGRU(4, 4, **factory)])
-    return mingru.Stack([mingru.MinLSTM(4, 4, **factory), inside], residual=True)
+    layers = [mingru.MinLSTM(4, 4, **factory), mingru.Stack([mingru.MinGRU(4, 4, **factory)])]
+    return mingru.Stack(layers, residual=True)
 
 
 BOTH, TANH = {"bidirectional": True, "norm": "rms"}, {"candidate": "tanh", "bias": False}
