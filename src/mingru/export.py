@@ -4,7 +4,6 @@ import importlib
 import inspect
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -141,11 +140,7 @@ def onnx(
         # PyTorch records the source line of each operation: a quarter of the file, with paths of this machine.
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()
-        # There may be two files. A failure while they are written must leave existing files unchanged.
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            program.save(Path(folder) / target.name, external_data=False)
-            for written in sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name):
-                written.replace(target.parent / written.name)
+        program.save(target, external_data=False)
 
 
 def _is_ours(model: nn.Module) -> TypeGuard[Layer]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..ops.cells import GATES, cells_of, multiple_of
+from ..ops.cells import GATES, multiple_of
 
 
 def name_of(cls: type) -> str:
@@ -157,12 +157,8 @@ def check_choice(name: str, argument: str, value: object, choices: Collection[st
 def check_parts(name: str, argument: str, size: int, gate: str) -> None:
     """Check that the gate can divide this number of features into numbers."""
     count = multiple_of(GATES[gate])
-    if size % count:
-        cells = cells_of(GATES[gate])
-        condition = "even" if count == 2 else f"divisible by {count}"
-        groups = "pairs of features" if count == 2 else f"groups of {count // len(cells)} features"
-        groups += " in one half" if len(cells) > 1 else ""
-        raise ValueError(expectation(name, argument, f"{condition} because gate={gate!r} turns {groups}", str(size)))
+    expected = f"divisible by {count} because gate={gate!r} turns groups of features"
+    require(name, argument, size % count == 0, expected, str(size))
 
 
 def per_layer(

@@ -155,11 +155,7 @@ def from_cheind(
         for parameter, _ in part.named_parameters()
     }
     found.check(list(keys.values()))
-    for parameter, of_parameter in keys.items():
-        found.check_shapes([of_parameter], layer.get_parameter(parameter).shape, next(iter(keys.values())))
-    state = {parameter: found[of_parameter].detach().clone() for parameter, of_parameter in keys.items()}
-    # With its own marks.
-    layer.load_state_dict({**layer.state_dict(), **state}, assign=True)
+    found.into(layer, keys)
     if has_kernel and has_norm:
         _regroup(name, num_groups, [part.norm for _, part in parts])
     return layer

@@ -79,7 +79,7 @@ def language_model_from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str
     found.check_shape(first, found[first].dim() == 2 and found[first].numel() > 0, "(V, dims)")
     vocab_size, dims = found[first].shape
 
-    state = {name: found[key].clone() for key, name in names.items()}
+    state: dict[str, Tensor] = {}
     rnn: Any = None
     for index in range(num_layers):
         layer = from_lucidrains(state_dict, f"{prefix}layers.{index}.2.")
@@ -105,9 +105,7 @@ def language_model_from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str
         device="meta",
         dtype=found[first].dtype,
     )
-    for key, name in names.items():
-        found.check_shapes([key], tuple(lm.state_dict()[name].shape), first)
-    lm.load_state_dict(state, assign=True)
+    found.into(lm, {name: key for key, name in names.items()}, more=state)
     for name, parameter in lm.named_parameters():
         parameter.requires_grad_(not name.endswith("initial_state"))
     return lm

@@ -10,7 +10,7 @@ from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 from ..modules.stack import Stack
 from ..ops.activation import g
-from .state_dict import Checkpoint, loaded
+from .state_dict import Checkpoint
 
 CLASSES_BY_NUM_PARTS: dict[int, type[MinGRU] | type[MinLSTM]] = {2: MinGRU, 3: MinLSTM}
 
@@ -142,31 +142,29 @@ def from_minrnns(state_dict: Mapping[str, Tensor], prefix: str = "", *, use_coef
     return layer
 
 
-def _layer(found: Checkpoint, hidden_dims: int, first: str, **options: object) -> MinGRU | MinLSTM | Stack:
+def _layer(found: Checkpoint, hidden_dims: int, first: str, **options: Any) -> MinGRU | MinLSTM | Stack:
     """Return the layer with these weights and its projection, if any; `first` is the key of the layer's linear map."""
-    weight = found[first]
+    weight, pre_state = found[first], found.get("init_hidden_state")
     num_rows, input_dims = weight.shape
-    shapes = {
-        first: (num_rows, input_dims),
-        "to_hidden_and_gate.bias": (num_rows,),
-        "to_out.weight": (input_dims, hidden_dims),
-        "to_out.bias": (input_dims,),
-        "init_hidden_state": (hidden_dims,),
-    }
-    for key in found:
-        found.check_shapes([key], shapes[key], first)
-
-    # The candidate's rows are first in the other packages and last in this one; the order of the gates is the same.
-    names = {first: "layers.0.linear.weight", "to_hidden_and_gate.bias": "layers.0.linear.bias"}
-    state = {name: found[key].roll(-hidden_dims, 0) for key, name in names.items() if key in found}
-    pre_state = found.get("init_hidden_state")
+    factory: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
+    options |= {"bias": "to_hidden_and_gate.bias" in found, "learn_initial_state": True}
+    rnn: Any = CLASSES_BY_NUM_PARTS[num_rows // hidden_dims](input_dims, hidden_dims, **options, **factory)
+    layer, at = rnn, ""
+    if "to_out.weight" in found:
+        out = nn.Linear(hidden_dims, input_dims, "to_out.bias" in found, **factory)
+        layer, at = Stack([rnn, out]), "layers.0."
+    keys = {f"{at}layers.0.linear.weight": first, f"{at}layers.0.linear.bias": "to_hidden_and_gate.bias"}
+    keys |= {f"layers.1.module.{kind}": f"to_out.{kind}" for kind in ("weight", "bias")}
+    keys = {name: key for name, key in keys.items() if key in found}
+    if pre_state is not None:
+        found.check_size("init_hidden_state", (hidden_dims,), first)
     start = weight.new_zeros(hidden_dims) if pre_state is None else g(pre_state)
-    options |= {"input_dims": input_dims, "hidden_dims": hidden_dims, "bias": len(state) == 2}
-    layer = CLASSES_BY_NUM_PARTS[num_rows // hidden_dims]
-    rnn = loaded(layer, state, start.view(1, 1, 1, hidden_dims), pre_state is not None, **options)
-    projection = {key[len("to_out.") :]: x.clone() for key, x in found.items() if key.startswith("to_out.")}
-    if not projection:
-        return rnn
-    out = nn.Linear(hidden_dims, input_dims, "bias" in projection, "meta", weight.dtype)
-    out.load_state_dict(projection, assign=True)
-    return Stack([rnn, out])
+
+    def gates_first(key: str, x: Tensor) -> Tensor:
+        # The candidate's rows are first in the other packages and last in this one; the order of the gates is the same.
+        return x.clone() if key.startswith("to_out.") else x.roll(-hidden_dims, 0)
+
+    # The initial state is set even if it is 0, because the default of this package is 0.5. Resets use it too.
+    found.into(layer, keys, gates_first, {f"{at}initial_state": start.detach().view(1, 1, 1, hidden_dims)})
+    rnn.initial_state.requires_grad_(pre_state is not None)
+    return layer  # type: ignore[no-any-return]

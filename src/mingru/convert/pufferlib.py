@@ -1,12 +1,13 @@
 """Convert weights that PufferLib trained."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..modules.mingru import MinGRU
-from .state_dict import Checkpoint, loaded
+from .state_dict import Checkpoint
 
 
 def from_pufferlib(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGRU:
@@ -60,13 +61,15 @@ def from_pufferlib(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGRU
     weight = found[first]
     is_valid = weight.dim() == 2 and weight.shape[0] == 3 * weight.shape[1] and weight.numel() > 0
     found.check_shape(first, is_valid, "(3 * H, H)")
-    found.check_shapes(keys, weight.shape, first)
-
-    state = {}
-    for index, key in enumerate(keys):
-        candidate, gate, highway = found[key].chunk(3)
-        state[f"layers.{index}.linear.weight"] = torch.cat([gate, candidate, highway])
     dims = weight.shape[1]
-    start = weight.new_zeros(num_layers, 1, 1, dims)
-    sizes = {"input_dims": dims, "hidden_dims": dims, "num_layers": num_layers}
-    return loaded(MinGRU, state, start, False, **sizes, bias=False, residual="highway")
+    options: dict[str, Any] = {"learn_initial_state": True, "device": "meta", "dtype": weight.dtype}
+    rnn: Any = MinGRU(dims, dims, num_layers, bias=False, residual="highway", **options)
+
+    def gate_first(key: str, x: Tensor) -> Tensor:
+        candidate, gate, highway = x.chunk(3)
+        return torch.cat([gate, candidate, highway])
+
+    names = {f"layers.{index}.linear.weight": key for index, key in enumerate(keys)}
+    found.into(rnn, names, gate_first, {"initial_state": weight.new_zeros(num_layers, 1, 1, dims)})
+    rnn.initial_state.requires_grad_(False)
+    return rnn  # type: ignore[no-any-return]

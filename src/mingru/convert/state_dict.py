@@ -1,17 +1,12 @@
 """The state_dict of a layer of another package, and the errors about it."""
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..check.values import check_type, dims, expectation, not_a_tensor, require
-from ..modules.mingru import MinGRU
-from ..modules.minlstm import MinLSTM
-
-AnyLayer = TypeVar("AnyLayer", bound=MinGRU | MinLSTM)
 
 
 class Checkpoint(dict[str, Tensor]):
@@ -77,21 +72,26 @@ class Checkpoint(dict[str, Tensor]):
     def check_shape(self, key: str, valid: bool, expected: str) -> None:
         require(self.name, self.prefix + key, valid, expected, dims(self[key].shape))
 
-    def check_shapes(self, keys: Iterable[str], shape: tuple[int, ...], first: str) -> None:
+    def check_size(self, key: str, shape: tuple[int, ...], first: str) -> None:
+        """Check a shape that follows from that of the first tensor."""
         expected = f"{dims(shape)} because {self.prefix}{first} is {dims(self[first].shape)}"
-        for key in keys:
-            self.check_shape(key, self[key].shape == shape, expected)
+        self.check_shape(key, self[key].shape == shape, expected)
 
+    def into(
+        self,
+        layer: nn.Module,
+        keys: dict[str, str],
+        change: Callable[[str, Tensor], Tensor] = lambda key, x: x.clone(),
+        more: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Load the tensors into a layer. `keys` has the key of each parameter, the first one that says the sizes.
 
-def loaded(
-    layer: type[AnyLayer], state: dict[str, Tensor], start: Tensor, is_learned: bool, **options: Any
-) -> AnyLayer:
-    """Return a layer with these parameters and this initial state, (L, 1, 1, H)."""
-    # "meta" skips the initialization, which would also change the state of the caller's random generator.
-    rnn = layer(learn_initial_state=True, device="meta", dtype=start.dtype, **options)
-    # The initial state is set even if it is 0, because the default of this package is 0.5. Resets use it too.
-    # With its own marks.
-    rnn.load_state_dict({**rnn.state_dict(), **state, "initial_state": start}, assign=True)
-    assert rnn.initial_state is not None
-    rnn.initial_state.requires_grad_(is_learned)
-    return rnn
+        The layer is on "meta": this skips the initialization, which would also change the state of the caller's random
+        generator. `change` converts a tensor with a key to another one of its shape; `more` has further parameters.
+        """
+        first = next(iter(keys.values()))
+        for name, key in keys.items():
+            self.check_size(key, layer.get_parameter(name).shape, first)
+        state = {name: change(key, self[key].detach()) for name, key in keys.items()}
+        # With its own marks.
+        layer.load_state_dict({**layer.state_dict(), **state, **(more or {})}, assign=True)

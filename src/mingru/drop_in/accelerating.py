@@ -110,17 +110,15 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
             report.changed.append((name, described(layer)))
             layer.__class__ = found
         elif is_recurrent(layer):
-            why = (
-                SUBCLASS if isinstance(layer, (nn.modules.GRU, nn.modules.LSTM)) else "only GRUs and LSTMs are changed"
-            )
-            if isinstance(layer, nn.RNNCellBase):
-                why = "torch computes it as fast"
-            elif getattr(layer, "proj_size", 0) > 0:
-                why = "torch has no faster code for projections"
-            elif any(type(layer) is kind for pair in _KINDS for kind in pair):
-                why = "it has this class already"
-            elif isinstance(layer, torch.jit.ScriptModule):
-                why = "call accelerate before torch.jit.script or torch.jit.trace"
+            reasons = {
+                "torch computes it as fast": isinstance(layer, nn.RNNCellBase),
+                "torch has no faster code for projections": getattr(layer, "proj_size", 0) > 0,
+                "it has this class already": any(type(layer) is kind for pair in _KINDS for kind in pair),
+                "call accelerate before torch.jit.script or torch.jit.trace": isinstance(layer, torch.jit.ScriptModule),
+                SUBCLASS: isinstance(layer, (nn.modules.GRU, nn.modules.LSTM)),
+                "only GRUs and LSTMs are changed": True,
+            }
+            why = next(reason for reason, holds in reasons.items() if holds)
             report.left.append((name, described(layer), why))
     return report
 

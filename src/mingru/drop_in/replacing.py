@@ -93,16 +93,15 @@ def replace(
             parent._modules[key] = new_layers[layer]
             report.replaced.append((name, described(layer), described(new_layers[layer])))
         else:
-            why = SUBCLASS if isinstance(layer, of_torch) else "only GRUs and LSTMs are replaced"
-            if type(layer) in TWINS:
-                kind = type(layer).__name__
-                why = (
-                    "cells is False"
-                    if "Cell" in kind and not cells
-                    else f"{kind.lower().removesuffix('cell')} is False"
-                )
-            elif isinstance(layer, torch.jit.ScriptModule):
-                why = "call replace before torch.jit.script or torch.jit.trace"
+            kind, is_known = type(layer).__name__, type(layer) in TWINS
+            reasons = {
+                "cells is False": is_known and "Cell" in kind and not cells,
+                f"{kind.lower().removesuffix('cell')} is False": is_known,
+                "call replace before torch.jit.script or torch.jit.trace": isinstance(layer, torch.jit.ScriptModule),
+                SUBCLASS: isinstance(layer, of_torch),
+                "only GRUs and LSTMs are replaced": True,
+            }
+            why = next(reason for reason, holds in reasons.items() if holds)
             report.left.append((name, described(layer), why))
     if not report.replaced:
         text, remedy = str(report).replace("\n", "; "), "use patch() for a model that constructs its layers later"
