@@ -289,12 +289,6 @@ def test_trace(case, count, size):
         assert_equal(graded(run, run, args), graded(module, module, args))
 
 
-@mode("torch.jit.trace")
-def test_trace_refuses_what_does_not_fit(case):
-    x, h = case.args(2, **DOUBLE)["x"], case.args(5, **DOUBLE)["h"]
-    refuses((ValueError, RuntimeError), r"\bhx?(\[\d\])? must be", torch.jit.trace, case.make(**DOUBLE), (x, h))
-
-
 def test_lengths_in_a_trace():
     rnn = mingru.MinGRU(3, 4, 2, bidirectional=True, norm="layer", **DOUBLE)
     x, h, dt = torch.randn(2, 21, 3, **DOUBLE), torch.randn(4, 2, 1, 4, **DOUBLE), torch.rand(2, 21, **DOUBLE)

@@ -145,19 +145,12 @@ def _scripted(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def untraced(check: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a check so that a trace does not record its operations. TorchScript compiles the check itself."""
+    """Wrap a check so that a trace, which would record its operations, skips it. TorchScript compiles the check."""
 
     @scripted_as(check)
     @functools.wraps(check)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        state = names_of_torch.is_tracing()
-        if not state:
+        if not names_of_torch.is_tracing():
             check(*args, **kwargs)
-        elif names_of_torch.can_pause_trace:
-            names_of_torch.set_tracing_state(None)
-            try:
-                check(*args, **kwargs)
-            finally:
-                names_of_torch.set_tracing_state(state)
 
     return run

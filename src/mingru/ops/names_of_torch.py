@@ -33,11 +33,6 @@ def _copied(x: Tensor, shape: list[int]) -> Tensor:
     return x.reshape(shape).clone()
 
 
-class _Missing:
-    def __getattr__(self, name: str) -> Any:
-        raise ImportError(f"mingru: torch {torch.__version__} has no torch.utils._pytree, which this function needs")
-
-
 # Every call takes the dispatcher, and no module runs as one operator.
 len_torch_dispatch_stack = _of_torch("_C._len_torch_dispatch_stack", _yes)
 # No module runs as one operator.
@@ -55,17 +50,14 @@ is_any_autocast_enabled = _of_torch("_C._is_any_autocast_enabled", _yes)
 are_functorch_transforms_active = _of_torch("_C._are_functorch_transforms_active", _yes)
 # Gradients are computed by operations that vmap can map.
 is_legacy_batchedtensor = _of_torch("_C._functorch.is_legacy_batchedtensor", _yes)
-# `torch.jit.trace` does not check its example. The state is None if there is no trace.
-_is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
-is_tracing = _of_torch("_C._get_tracing_state", _is_tracing)
-set_tracing_state = _of_torch("_C._set_tracing_state", None)
-can_pause_trace = is_tracing is not _is_tracing and set_tracing_state is not None
+# The same, but slower. The state is None if there is no trace.
+is_tracing = _of_torch("_C._get_tracing_state", torch.jit.is_tracing)  # type: ignore[attr-defined]
 # A result in another shape is a copy.
 unsafe_view = _of_torch("ops.aten._unsafe_view", _copied)
 # A program of `torch.export` of a `BlockGRU` has the steps of its example.
 loop = _of_torch("ops.higher_order.scan", None)
 # `mingru.export.onnx` raises an error.
-pytree = _of_torch("utils._pytree", _Missing())
+pytree = _of_torch("utils._pytree", None)
 # Layers cannot be captured by `make_fx` if a check depends on values.
 _get_dispatch_mode = _of_torch("_C._get_dispatch_mode", _none)
 _is_key_included = _of_torch("_C._dispatch_tls_is_dispatch_key_included", _none)
