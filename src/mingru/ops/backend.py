@@ -89,26 +89,6 @@ def grads_of_start(tensors: Sequence[Any], of_states: Sequence[Any], grad_dt: Te
     return as_dtype(grad_h, h.dtype), of_initial, None, grad_dt, *[None] * (len(others) - 1)
 
 
-def on_one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function that returns the shapes of an operator's outputs, to refuse tensors on several devices.
-
-    PyTorch calls this function in place of the operator if any tensor is on "meta". If others are not, it would return
-    memory that nobody wrote. Integers, which are sizes, may be on the CPU.
-    """
-
-    @functools.wraps(shapes)
-    def run(*args: Any) -> Any:
-        lists = (arg if isinstance(arg, (list, tuple)) else [arg] for arg in args)
-        tensors = [x for each in lists for x in each if isinstance(x, Tensor)]
-        found = {str(x.device) for x in tensors if x.dtype != torch.int64 or x.device.type != "cpu"}
-        if len(found) > 1:
-            got = ", ".join(sorted(found))
-            raise ValueError(f"mingru::{shapes.__name__}: tensors must be on one device, got {got}")
-        return shapes(*args)
-
-    return run
-
-
 @functools.cache
 def warn_once(message: str) -> None:
     warnings.warn(f"mingru: {message}", RuntimeWarning, stacklevel=2)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Kernel, grads_of_start, on_one_device
+from ..backend import Backend, Kernel, grads_of_start
 from ..call import FIRST_INPUT, Spec
 from ..cells import BLOCKS, MIXTURES
 from ..layout import is_transposed
@@ -116,7 +116,7 @@ def _register_shapes() -> None:
 
     own = recurrence_forward, recurrence_backward, causal_conv_forward, causal_conv_backward
     for shapes in (*own, linear_recurrence_forward, linear_recurrence_backward):
-        torch.library.register_fake(f"mingru::{shapes.__name__}", on_one_device(shapes))
+        torch.library.register_fake(f"mingru::{shapes.__name__}", shapes)
 
 
 _WHY_NOT = _load()

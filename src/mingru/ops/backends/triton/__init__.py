@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backend import Backend, Kernel, grads_of_start, on_one_device, warn_once
+from ...backend import Backend, Kernel, grads_of_start, warn_once
 from ...call import FIRST_INPUT, Call, Spec, from_flat, spec_of
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, without_autocast
@@ -72,7 +72,7 @@ def _register(name: str, saved: str, num_results: int) -> None:
         _LIBRARY.define(f"{own}({arguments}) -> ({', '.join(['Tensor'] * num_results)})", tags=(*tags, *more))
         for key in ("CUDA", "XPU", *(("CPU",) if IS_INTERPRETED else ())):
             _LIBRARY.impl(own, run, key)
-        torch.library.register_fake(f"mingru::{own}", on_one_device(shapes), lib=_LIBRARY)
+        torch.library.register_fake(f"mingru::{own}", shapes, lib=_LIBRARY)
 
 
 _register("forward", "", 2)
