@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 from .call import Call, Layout, Spec, Start, from_flat
-from .graph import for_trace, is_old_onnx, is_onnx, is_true_for_all_sizes, scripted_as, without_autocast
+from .graph import is_old_onnx, is_onnx, is_true_for_all_sizes, scripted_as, without_autocast
 from .layout import in_layout, padded_call, padding_of, without_padding
 from .names_of_torch import is_exporting, loop
 from .shape import States, accumulate_dtype, as_dtype
@@ -80,25 +80,9 @@ def _each_step(h: Tensor, steps: _Steps, own: _Own) -> States:
     return torch.stack(states), h
 
 
-@for_trace(of_old_onnx=True)
-def _each_step_of_old_onnx(
-    h: Tensor, x: Tensor, reset: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor
-) -> States:
-    """The same with a mask, as the loop of a graph: it has no list of what may be None."""
-    states = h.unsqueeze(0)
-    # A number that depends on values, because the exporter takes a size from the example.
-    for t in range(int((reset | ~reset).sum(0).max())):
-        h = _step(h, (x[t], reset[t], None), (weight, bias, initial_state))
-        states = torch.cat([states, h.unsqueeze(0)])
-    return states[1:], h
-
-
 @scripted_as(_each_step)
 def _all_steps(h: Tensor, steps: _Steps, own: _Own) -> States:
     """Call `_each_step`; `torch.export` captures a loop, so that the number of steps is not that of the example."""
-    if is_old_onnx() and steps[1] is not None:
-        bias = torch.zeros_like(h[:, :1]) if own[1] is None else own[1]
-        return _each_step_of_old_onnx(h, steps[0], steps[1], own[0], bias, own[2])
     unrolls = loop is None or not is_exporting() or torch.compiler.is_dynamo_compiling()
     if unrolls or is_true_for_all_sizes(steps[0].size(0) == 1):
         return _each_step(h, steps, own)
@@ -129,11 +113,13 @@ def dense(weight: Tensor) -> Tensor:
 
 def is_one_node(x: Tensor, start: Start, layout: Layout) -> bool:
     """Return whether a graph for ONNX has one node for this, which takes no resets. One step needs none."""
-    if not is_onnx() or start.reset is not None:
-        return False
     if is_old_onnx():
+        if start.reset is not None:
+            raise ValueError(
+                "BlockGRU: reset must be None in an export with dynamo=False, which has no loop; use mingru.export.onnx"
+            )
         return layout.lengths is None
-    return not is_true_for_all_sizes(x.size(0 if layout.time_first else 1) == 1)
+    return is_onnx() and start.reset is None and not is_true_for_all_sizes(x.size(0 if layout.time_first else 1) == 1)
 
 
 def in_onnx(call: Call) -> States:
