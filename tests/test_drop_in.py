@@ -287,15 +287,6 @@ def test_apply_takes_a_layer_for_one_module():
         assert rnn.apply(seen.append) is rnn and seen == [head, rnn]
 
 
-def test_apply_reaches_what_was_put_into_a_layer():
-    rnn, seen = drop_in.GRU(IN, H, 2, norm="layer", residual=True), []
-    base = rnn.layers[0].linear
-    adapter = rnn.layers[0].linear = nn.Sequential(base)
-    observer = rnn.layers[1].linear.observer = nn.Identity()
-    rnn.apply(seen.append)
-    assert seen == [base, adapter, observer, rnn]
-
-
 def test_a_subclass_has_its_own_name():
     class Other(drop_in.GRU):
         pass
