@@ -1,6 +1,5 @@
 """Stacks of different layers."""
 
-import inspect
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -13,19 +12,14 @@ from ..check.calls import arguments_checked
 from ..check.forms import LAYER, Form, Shape, check_list
 from ..check.values import check_dropout, check_type, expectation, require
 from ..ops import layout
-from ..ops.names_of_torch import PREPARE_SCRIPTABLE
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
-from .layer import Composite, Layer, Steps, with_named
+from .layer import Composite, Layer, Steps
 from .levels import Levels
 from .options import not_default
 from .per_step import OF_TORCH, PerStep
 from .saved import add_marks
 from .scripted import check_returned, check_same_shape, data_of, with_data
 
-SCRIPTED_FORWARD = (
-    "forward(self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None, "
-    "lengths: Tensor | None = None, dt: Tensor | None = None) -> tuple[Tensor, list[Tensor]]"
-)
 PASS_A_LIST = "pass the layers in one list"
 USE_OURS = "use mingru.MinGRU or mingru.MinLSTM in its place"
 # What to do about a module that is no layer.
@@ -249,19 +243,3 @@ class Stack(Composite, role="sequence", planned=True):
 
     def extra_repr(self) -> str:
         return not_default(self).removeprefix(", ")
-
-
-def _scriptable(stack: Stack) -> Stack:
-    """Return the stack, which TorchScript compiles, or raise an error if a layer cannot be compiled."""
-    layers: Any = stack.layers
-    for layer in layers:
-        forward = inspect.signature(type(layer).forward)
-        typed = [each.annotation is not each.empty for each in list(forward.parameters.values())[1:]]
-        if type(layer)._with_states is with_named or not all(typed):
-            problem = f"to be scripted in a Stack, forward must have all arguments and their types, {SCRIPTED_FORWARD}"
-            others = "torch.compile, torch.export and torch.jit.trace do not need them"
-            raise TypeError(f"{type(layer).__name__}: {problem}; {others}")
-    return stack
-
-
-setattr(Stack, PREPARE_SCRIPTABLE, _scriptable)

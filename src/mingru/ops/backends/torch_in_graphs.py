@@ -34,11 +34,7 @@ def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -
 
 def _of_cell(call: Call) -> States:
     if call.tensors[0].numel() == 0:
-        out = torch.stack(call.tensors).sum(0)
-        for weight in [call.start.recurrent, call.start.recurrent_bias]:
-            if weight is not None:
-                out = out + weight[:0].sum().to(out.dtype)
-        return empty_states(out, call.start.h)
+        return empty_states(torch.stack(call.tensors).sum(0), call.start.h)
     if call.spec.cell == "blockgru":
         return in_layout(block_recurrence.composed(padded_call(call)), call)
     return in_layout(scan(as_linear_scan(padded_call(call))), call)
