@@ -198,7 +198,6 @@ ONE_BY_ONE = {
     "replaced hooks": ("MinGRU", lambda module, linear: replace_hooks(linear)),
     "weight norm": ("plain", lambda module, linear: parametrizations.weight_norm(linear)),
     "norm": ("MinGRU", lambda m, _: parametrize.register_parametrization(m.layers[0].norm, "weight", Doubled())),
-    "block size": ("BlockGRU", lambda m, _: setattr(m.layers[0].recurrent.weight, "data", torch.ones(12, 4))),
     "bias of an align": ("Stack", lambda module, _: as_buffer(module.aligns[0], "bias", torch.randn(6))),
     "class of a weight": ("plain", lambda module, linear: setattr(linear.weight, "__class__", Negative)),
     "swapped": ("MinGRU", lambda module, linear: torch.utils.swap_tensors(linear.weight, Negative(linear.weight.data))),

@@ -129,20 +129,24 @@ def test_every_parameter_is_on_the_device_of_x(case, grad):
 
 @with_and_without_grad
 @parametrized(some(LEARNED, 4))
-def test_a_learned_initial_state_keeps_its_shape(case, grad):
-    """Another shape that can be broadcast would mean one thing in resets and another before the first step."""
+def test_a_learned_initial_state_of_another_shape_is_broadcast(case, grad):
+    """In resets as before the first step."""
     module, args = case.make(), case.args()
     owner = module if hasattr(module, "initial_state") else module.layers[0]
     right = owner.initial_state.shape
+    given = [{}, {"reset": args["reset"]}] if "reset" in case.takes else [{}]
     with torch.set_grad_enabled(grad):
-        for shape in [right[1:], (4,), (1,), (), (1, *right), (*right[:-1], 7), (right[0], 2, *right[2:])]:
-            # In place of the parameter, and in it, after a call that was right.
-            owner.initial_state = nn.Parameter(torch.zeros(right if len(shape) % 2 else shape))
+        for shape in (right[1:], right[-1:] if owner is module else right[3:], (1,), ()):
+            # In place of the parameter, and in it, after a call.
+            owner.initial_state = nn.Parameter(torch.randn(right if len(shape) % 2 else shape))
             module(args["x"]) if len(shape) % 2 else None
-            owner.initial_state.data = torch.zeros(shape)
-            text = re.escape(f"initial_state must be {tuple(right)}, got {tuple(shape)}; to broadcast, expand it")
-            for reset in ({}, {"reset": args["reset"]} if "reset" in case.takes else {}):
-                refuses(ValueError, rf": (layers\[0\]\.)?{text}", module, args["x"], **reset)
+            owner.initial_state.data = torch.randn(shape)
+            found = [module(args["x"], **each) for each in given]
+            owner.initial_state.data = owner.initial_state.data.expand(right).clone()
+            torch.testing.assert_close(found, [module(args["x"], **each) for each in given])
+        for shape in ((1, *right), (*right[:-1], 7)):
+            owner.initial_state = nn.Parameter(torch.zeros(shape))
+            refuses(RuntimeError, "expand", module, args["x"])
 
 
 # Whole models as files, loaded with weights_only=True in a process of its own

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops.cells import CELLS
-from ..ops.graph import are_eager, is_autocast, is_captured, untraced
+from ..ops.graph import are_eager, is_autocast, is_captured
 from ..ops.layout import is_packing
 from ..ops.shape import accumulate_dtype, is_expandable
 from . import names as meant
@@ -242,16 +242,6 @@ def check_list(name: str, argument: str, values: Any, count: int, expected: str,
     """Check that values are a list or a tuple of so many."""
     check_type(name, argument, values, (list, tuple), expected, meant.of_mask(values) or remedy)
     require(name, argument, len(values) == count, expected, str(len(values)), remedy)
-
-
-@untraced
-def check_parameter(name: str, argument: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """Check the shape and dtype of a parameter that a caller may have replaced, and that operations would convert."""
-    if x.shape != shape:
-        remedy = f"to broadcast, expand it to {dims(shape)}; for other sizes, construct a layer"
-        raise ValueError(expectation(name, argument, dims(shape), dims(x.shape), remedy))
-    if not x.is_floating_point():
-        raise TypeError(expectation(name, argument, "of a floating-point dtype", str(x.dtype)))
 
 
 def check_packing(layer: Any, x: PackedSequence) -> int:

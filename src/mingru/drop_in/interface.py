@@ -79,7 +79,7 @@ class DropIn(RecurrentLevels):
     """Base class of all: torch's names, repr and types of errors, and 0 as the initial state."""
 
     _loading = (rename_weights_of_torch, *RecurrentLevels._loading)
-    _device_error = RuntimeError
+    _start, _device_error = 0.0, RuntimeError
     _linear_map = WeightAndBias
     _size_error: type[Exception]
     """What torch raises for a size of 0 and for an input of another dtype."""
@@ -120,10 +120,6 @@ class DropIn(RecurrentLevels):
         self.hidden_size = hidden_size
         self.output_dims = self.num_directions * (proj_size or hidden_size)
         add_guards(self, options["device"])
-
-    def _default_start(self, options: Any) -> float:
-        """Return the initial state, which is 0, as in torch."""
-        return 0.0
 
     def _error_for(self, argument: str, problem: str) -> type[Exception]:
         """Return what torch raises, for its own arguments."""

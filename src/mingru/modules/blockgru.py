@@ -185,10 +185,11 @@ class BlockGRU(RecurrentLevels, planned=True):
         with reworded({ValueError: ValueError}, {f"{cls.__name__}: hidden_dims": f"{name}: hidden_size"}):
             rnn = cls(*sizes, block_size=size, device=weight.device, dtype=weight.dtype)
         for ours, theirs in zip(rnn._directions(), gru.all_weights, strict=True):
-            (layer, _, linear, recurrent), (of_input, of_state, *biases) = ours, theirs
-            blocks = blocks_of(of_state, layer.shapes[0][1])
+            (_, _, linear, recurrent), (of_input, of_state, *biases) = ours, theirs
+            width = recurrent.weight.shape[1]
+            blocks = blocks_of(of_state, width)
             is_whole = of_state.is_meta or bool(of_state.count_nonzero() == blocks.count_nonzero())
-            expected = f"a GRU whose recurrent weights are 0 outside of blocks of {layer.shapes[0][1]}"
+            expected = f"a GRU whose recurrent weights are 0 outside of blocks of {width}"
             require(name, "gru", is_whole, expected, "others", "leave block_size out to keep all weights")
             own = (biases[0] + F.pad(biases[1][:-hidden], (0, hidden)), biases[1][-hidden:]) if biases else ()
             _assign((linear.weight, recurrent.weight, linear.bias, recurrent.bias), of_input, blocks, *own)

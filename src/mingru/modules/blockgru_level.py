@@ -4,10 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..check.forms import check_parameter
 from ..check.values import check_flag, check_int, require
 from ..ops.call import Start
-from ..ops.graph import is_scripting
 from ..ops.linear_map import RecurrentMap
 from ..ops.plan import plannable
 from .recurrent_level import RecurrentLevel, RecurrentOptions
@@ -34,10 +32,7 @@ class BlockGRULevel(RecurrentLevel):
     """A layer whose recurrence has recurrent weights."""
 
     def _add_recurrent(self, options: BlockGRUOptions) -> None:
-        self.name = options.name
         arguments = options.hidden_dims, min(options.block_size, options.hidden_dims), options.bias
-        # Of the recurrent weight and bias.
-        self.shapes = (3 * arguments[0], arguments[1]), (arguments[0],)
         self.recurrent = RecurrentMap(*arguments, **options.factory)
         self.recurrent_reverse = RecurrentMap(*arguments, **options.factory) if options.bidirectional else None
 
@@ -63,10 +58,6 @@ class BlockGRULevel(RecurrentLevel):
         if self.recurrent_reverse is not None:
             if reverse:
                 weight, bias = self.recurrent_reverse()
-        if not is_scripting():
-            check_parameter(self.name, "recurrent.weight", weight, self.shapes[0])
-            if bias is not None:
-                check_parameter(self.name, "recurrent.bias", bias, self.shapes[1])
         return weight, bias
 
     def _with_recurrent(self, start: Start, reverse: bool) -> Start:

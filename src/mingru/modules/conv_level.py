@@ -109,9 +109,9 @@ class ConvLevel(Level):
         if self.residual and not (input_dims == output_dims and keeps_space):
             self.align = convolution(output_dims, bias=False)
         self.initialize_maps()
-        shape = (self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size))
+        self._shape_of_initial_state = [self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size)]
         self._zero_state = default_start(options)
-        self.initial_state = learned_state(shape, options)
+        self.initial_state = learned_state(self._shape_of_initial_state, options)
         reset_initial_state(self, [self])
         add_marks(self, options.device)
 
@@ -130,11 +130,13 @@ class ConvLevel(Level):
         y = x
         if self.norm is not None:
             y = unflattened(self.norm(steps), x)
-        constant = torch.full([1] * x.dim(), self._zero_state, dtype=dtype, device=x.device)
+        initial: MaybeTensor = self.initial_state
+        if initial is None:
+            initial = torch.full([1], self._zero_state, dtype=dtype, device=x.device)
+        initial = initial.expand(self._shape_of_initial_state)
         starts: list[Start] = []
         for index in range(self.num_directions):
-            initial_state = constant if self.initial_state is None else self.initial_state[index]
-            starts.append(Start(initial_state if h is None else h[index], initial_state, reset))
+            starts.append(Start(initial[index] if h is None else h[index], initial[index], reset))
         out, states = self._directions(y, starts, layout)
         if self.residual:
             out = out + (x if self.align is None else unflattened(self.align(steps), x))

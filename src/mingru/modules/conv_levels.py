@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..check.calls import arguments_checked
-from ..check.forms import CELL_OF_IMAGES, OF_IMAGES, check_call, check_parameter, check_states
+from ..check.forms import CELL_OF_IMAGES, OF_IMAGES, check_call, check_states
 from ..check.values import expectation
 from ..ops.call import Layout
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, reshaped
@@ -125,9 +125,6 @@ class ConvLevels(Levels, role="sequence"):
             if layer.norm is not None and layer.norm.num_channels * prod(space) == layer.norm.num_groups:
                 expected = f"larger in space at the input of layer {index}, whose norm of one number is 0"
                 raise ValueError(expectation(self.name, "x", expected, str(space), "leave norm out"))
-            if layer.initial_state is not None:
-                shape = (self.num_directions, 1, 1, layer.hidden_dims, *(1 for _ in space))
-                check_parameter(self.name, f"layers[{index}].initial_state", layer.initial_state, shape)
             space = layer.geometry.space(space)
             states.append((layer.hidden_dims, *space))
         return states

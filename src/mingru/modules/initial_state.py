@@ -3,6 +3,7 @@
 Weights of a layer that flips or turns its state say which number, because layers of `drop_in` begin with 0.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def default_start(options: Options) -> float:
     return max(zero_state(cell, options.candidate or default_candidate(cell)) for cell in cells)
 
 
-def learned_state(shape: tuple[int, ...], options: Options) -> nn.Parameter | None:
+def learned_state(shape: Sequence[int], options: Options) -> nn.Parameter | None:
     """Return the parameter, for `reset_initial_state`, or None if the initial state is not learned."""
     return nn.Parameter(torch.empty(shape, **options.factory)) if options.learn_initial_state else None
 

@@ -190,9 +190,6 @@ class Layer(Saved):
         except MISTAKES as error:
             # After the call, because a pre-hook may change the arguments.
             explain(error, self.name, type(self).forward, (self, *args), kwargs)
-            for path, part in self.named_modules():
-                if hasattr(part, "check_maps"):
-                    part.check_maps(self.name, path)
             raise
 
     def _forward(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:

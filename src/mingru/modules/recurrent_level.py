@@ -7,14 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check.forms import check_parameter
 from ..check.values import check_int, check_parts, is_number, level_of_the_caller, require
 from ..ops.call import Layout, Start
 from ..ops.cells import CELLS, GATES
 from ..ops.graph import is_scripting
-from ..ops.linear_map import LINEAR_MAPS
 from ..ops.plan import plannable
-from ..ops.shape import MaybeList, Outputs, States
+from ..ops.shape import MaybeList, States
 from .levels import Level
 from .options import Options
 from .saved import add_marks, refuse_other_cells, take_marks
@@ -117,7 +115,13 @@ class RecurrentLevel(Level):
         if self.norm is not None and not self._fuses_norm(found):
             y = self.norm(x)
         if self.highway:
-            return self._with_highway(x, y, starts[0], layout, found)
+            inputs = self._inputs(y, False)
+            gate = inputs.pop()
+            out, last = self._recurrence(self.spec(False), inputs, starts[0], layout)
+            if found is not None:
+                found.append(out)
+            # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
+            return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
         out, states = self._directions(y, starts, layout, found)
         if self.projections is not None:
             out = torch.cat(self.projected(list(out.chunk(len(self.projections), -1))), -1)
@@ -141,14 +145,6 @@ class RecurrentLevel(Level):
         """Return what has the weights of each direction."""
         return [[linear] for linear in self.maps()]
 
-    def check_maps(self, name: str, path: str) -> None:
-        """Raise an error if a program has put a linear map of another size in; called after a call has failed."""
-        rows = self.hidden_dims * self.num_parts
-        for end, linear in zip(("linear", "linear_reverse"), self.maps(), strict=False):
-            weight: Any = linear.weight if isinstance(linear, LINEAR_MAPS) else None
-            if weight is not None:
-                check_parameter(name, f"{path}.{end}.weight", weight, (rows, weight.shape[1]))
-
     def projected(self, states: list[Tensor]) -> list[Tensor]:
         """Return the projection of the states of each direction."""
         found: list[Tensor] = []
@@ -156,15 +152,6 @@ class RecurrentLevel(Level):
             for index, projection in enumerate(self.projections):
                 found.append(projection(states[index]))
         return found
-
-    def _with_highway(self, x: Tensor, y: Tensor, start: Start, layout: Layout, found: MaybeList) -> Outputs:
-        inputs = self._inputs(y, False)
-        gate = inputs.pop()
-        out, last = self._recurrence(self.spec(False), inputs, start, layout)
-        if found is not None:
-            found.append(out)
-        # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
-        return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
 
     def _is_one_kernel(self, found: MaybeList) -> bool:
         """Return whether linear map, recurrence and output gate may be one kernel, which has no states to find."""

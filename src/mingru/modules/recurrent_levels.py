@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..check.calls import explained
-from ..check.forms import check_parameter
 from ..check.values import check_min_decay, name_of
 from ..ops import plan
 from ..ops.call import Layout, Start
@@ -26,7 +25,7 @@ from .blockgru_level import BlockGRULevel, BlockGRUOptions
 from .initial_state import default_start, learned_state, reset_initial_state
 from .layer import Steps
 from .levels import Levels
-from .options import Options, one_or_all
+from .options import one_or_all
 from .recurrent_level import RecurrentLevel, RecurrentOptions
 from .saved import add_marks, note_values, refuse_weights_of_torch, renew_guards, start_said_by, take_marks
 
@@ -38,6 +37,8 @@ class RecurrentLevels(Levels, role="sequence"):
     """"mingru", "minlstm" or "blockgru"."""
     hidden_dims: int
     proj_size = 0
+    _start: float | None = None
+    """The initial state if it is not learned; None for that of the gates."""
     _marks = ("zero_state",)
     _loading: tuple[Any, ...] = refuse_weights_of_torch, renew_guards, note_values, take_marks
     _linear_map: type[nn.Module] = nn.Linear
@@ -46,9 +47,9 @@ class RecurrentLevels(Levels, role="sequence"):
     """What to do about a state_dict of torch.nn."""
 
     def __init__(self, **arguments: Any) -> None:
-        is_block = arguments.get("cell", self.cell) == BLOCKS
-        kinds: Any = (BlockGRUOptions, BlockGRULevel) if is_block else (RecurrentOptions, RecurrentLevel)
-        kind, layer_kind = kinds
+        kind, layer_kind = RecurrentOptions, RecurrentLevel
+        if arguments.get("cell", self.cell) == BLOCKS:
+            kind, layer_kind = BlockGRUOptions, BlockGRULevel
         options = kind(name_of(type(self)), **{"cell": self.cell, **arguments})
         bounds = check_min_decay(options.name, options.min_decay, options.gates)
         inner = options.num_directions * (options.proj_size or options.hidden_dims)
@@ -59,7 +60,7 @@ class RecurrentLevels(Levels, role="sequence"):
         self.cell = next((cell for cell in options.cells if CELLS[cell].not_timed is not None), options.cells[0])
         self.min_decay = one_or_all(bounds)
         self._is_timed = CELLS[self.cell].not_timed is None
-        self._zero_state = self._default_start(options)
+        self._zero_state = default_start(options) if self._start is None else self._start
         self.initial_state = learned_state(self._shape_of_initial_state(), options)
         reset_initial_state(self, list(self.layers))
         add_marks(self, options.device)
@@ -134,7 +135,7 @@ class RecurrentLevels(Levels, role="sequence"):
     def _trace(self, x: Any, h: Any) -> Any:
         (state, _), layers = h[0], self.layers
         x.recording.require(len(layers) == self.num_layers, {each.hidden_dims for each in layers} == {self.hidden_dims})
-        x.recording.parameter(self.initial_state, self._shape_of_initial_state())
+        x.recording.require(type(self.initial_state) in (nn.Parameter, type(None)))
         each_layer: Any = [(state, index) for index in range(self.num_layers * self.num_directions)]
         return self._run_layers(x, each_layer, None, None, Layout(False))[0], h
 
@@ -142,15 +143,6 @@ class RecurrentLevels(Levels, role="sequence"):
         order = "B, S" if self.batch_first else "S, B"
         scripted.check_x(self.name, x, [2], order, self.input_dims, self.num_space_dims)
         scripted.check_steps(self.name, list(x.shape[:2]), reset, dt, self._is_timed)
-
-    def _check_parameters(self, x: Any) -> None:
-        super()._check_parameters(x)
-        if self.initial_state is not None:
-            check_parameter(self.name, "initial_state", self.initial_state, self._shape_of_initial_state())
-
-    def _default_start(self, options: Options) -> float:
-        """Return the initial state if it is not learned."""
-        return default_start(options)
 
     def _said(self) -> dict[str, Any]:
         return {"zero_state": start_said_by(self)}
@@ -239,13 +231,10 @@ class RecurrentLevels(Levels, role="sequence"):
         """
         if dt is not None:
             dt = as_dtype(dt, accumulate_dtype(x.dtype))
-        constant = h[0]
-        if reset is not None and self.initial_state is None:
-            constant = torch.full([1, 1, self.hidden_dims], self._zero_state, dtype=constant.dtype, device=x.device)
+        initial = h if reset is None else list(self._state(x, None, 1).unbind(0))
         starts: list[Start] = []
         for index, first in enumerate(h):
-            initial_state = constant if self.initial_state is None else self.initial_state[index]
-            starts.append(Start(first, first if reset is None else initial_state, reset, dt))
+            starts.append(Start(first, initial[index], reset, dt))
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             at = index * self.num_directions

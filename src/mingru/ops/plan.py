@@ -10,7 +10,6 @@ refused module or unusual arguments. If an argument is wrong, that ordinary call
 """
 
 import functools
-import inspect
 import itertools
 import operator
 import weakref
@@ -30,7 +29,7 @@ from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
 from .linear_map import FORWARDS, HOOKS, RecurrentMap
 from .shape import MaybeTensor, Outputs, States
-from .traced import Direction, Place, Recording, Traced
+from .traced import Direction, Recording, Traced
 
 _DTYPES = (torch.float32, torch.float64)
 _OF_GPU = "triton", "triton alone"
@@ -50,22 +49,6 @@ def plannable(cls: type[nn.Module]) -> type[nn.Module]:
 def _methods(cls: Any) -> frozenset[str]:
     """Return the names for which an attribute of an instance would stand in for a method of its class."""
     return frozenset(name for name in dir(cls) if callable(getattr(cls, name, None)))
-
-
-@functools.cache
-def _names(cls: Any) -> frozenset[str]:
-    """Return all names in the code of a class. An attribute of another name was set by the program, for itself."""
-    found = {*dir(cls)}
-    values = [value for each in cls.__mro__ for value in vars(each).values()]
-    codes = [
-        inspect.unwrap(getattr(each, "fget", each)).__code__
-        for each in values
-        if hasattr(getattr(each, "fget", each), "__code__")
-    ]
-    for code in codes:
-        found |= {*code.co_names, *code.co_varnames, *(each for each in code.co_consts if isinstance(each, str))}
-        codes += [each for each in code.co_consts if inspect.iscode(each)]
-    return frozenset(found)
 
 
 def _record(module: Any, modules: list[Any], recorded: Recording) -> tuple[list[Any], list[float]]:
@@ -99,10 +82,7 @@ class LayerPlan:
         self._type: type | None = type(module)
         modules: list[Any] = list(module.modules())
         owned = [(each._parameters, name) for each in modules for name in each._parameters]
-        places: dict[int, list[Place]] = {}
-        for place, name in owned:
-            places.setdefault(id(place[name]), []).append((place, name))
-        recorded = Recording(places, not module.batch_first)
+        recorded = Recording({id(place[name]): at for at, (place, name) in enumerate(owned)}, not module.batch_first)
         try:
             rows, numbers = _record(module, modules, recorded)
             self.code = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
@@ -111,10 +91,7 @@ class LayerPlan:
         except Exception:
             # Refused, or an attribute has a wrong type: the ordinary call then raises the error.
             self.is_supported, recorded = False, Recording({}, False)
-            recorded.others = owned
-        # Parameters that are None may become others.
-        others = [*recorded.others, *places.get(id(None), [])]
-        self.steps, self.shapes, used = recorded.steps, recorded.shapes, recorded.used
+        self.steps, used = recorded.steps, recorded.used
         scans, names = [of[0] for name, of, _ in self.steps if name == "scan"], {name for name, *_ in self.steps}
         self.is_bidirectional = any(len(directions) == 2 for directions in scans)
         # Whether one operator can compute all, and whether all are recurrences.
@@ -127,23 +104,24 @@ class LayerPlan:
         self.is_for_gpu = all(spec.cell in KEEPING and not spec.output_gate for spec in specs)
         # The attributes of each module, and copies of them.
         watched = [each for each in modules if type(each) is not nn.ModuleList]
-        self._now, self._types_now = list(map(vars, watched)), list(map(type, watched))
+        self._now = list(map(vars, watched))
         self._then = list(map(dict, self._now))
         self.hooks = list(itertools.chain(*(map(each.get, HOOKS, repeat({})) for each in self._now)))
         # No other module gets more modules and keeps its attributes.
         self._lists = [each._modules for each in modules if type(each) in (nn.ModuleList, nn.Sequential)]
         self._lengths = list(map(len, self._lists))
-        # The places of the weights, of all modules and of what must stay. The ids and types tell whether the same is
-        # there, because the plan keeps neither modules nor weights.
+        # The places of all parameters, first of the weights, and of all modules. The ids and types tell whether the
+        # same is there, because the plan keeps neither modules nor weights.
         self._num_weights = len(used)
-        others += [(vars(each), "_modules") for each in modules if type(each) is nn.ModuleList]
-        others += [(vars(each), "_parameters") for each in modules if each._parameters]
-        children = [(each._modules, name) for each in modules for name in each._modules]
-        self._places = tuple(zip(*used, *children, *others, strict=True))
-        values = list(map(operator.getitem, *self._places)) if self._places else []
+        owned = [owned[at] for at in (*used, *{*range(len(owned))}.difference(used))]
+        owned += [(each._modules, name) for each in modules for name in each._modules]
+        owned += [(vars(each), "_modules") for each in modules if type(each) is nn.ModuleList]
+        owned += [(vars(each), "_parameters") for each in modules if each._parameters]
+        self._places = tuple(zip(*owned, strict=True))
+        values: list[Any] = list(map(operator.getitem, *self._places)) if self._places else []
         self._ids, self._types = list(map(id, values)), list(map(type, values))
         # Recurrences take weights of these shapes; of other modules, torch raises the errors.
-        self._shapes_of_weights = list(map(_shape_of, values[: self._num_weights]))
+        self._shapes = list(map(_shape_of, values[: self._num_weights]))
         classes = {*map(type, modules)}
         self._classes = [cls for cls in FORWARDS if cls in classes]
         self._forwards = [FORWARDS[cls] for cls in self._classes]
@@ -152,13 +130,13 @@ class LayerPlan:
 
     def forget(self) -> None:
         """Forget all modules, after which the plan is made again."""
-        self._type, self._places, self.hooks, self._lists, self.shapes = None, (), [], [], []
-        self._now, self._then, self._types_now = [], [], []
+        self._type, self._places, self.hooks, self._lists = None, (), [], []
+        self._now, self._then = [], []
 
     def weights_now(self, module: nn.Module) -> list[Tensor] | None:
         """Return the weights of the instructions, or None if something has changed."""
         try:
-            if (self._now == self._then or self._has_notes()) and type(module) is self._type:
+            if self._now == self._then and type(module) is self._type:
                 values: list[Any] = list(map(operator.getitem, *self._places))
                 if list(map(id, values)) == self._ids and list(map(type, values)) == self._types:
                     return values[: self._num_weights] if list(map(len, self._lists)) == self._lengths else None
@@ -166,45 +144,28 @@ class LayerPlan:
             pass  # values that cannot be compared, such as tensors, are new, or a parameter was deleted
         return None
 
-    def _has_notes(self) -> bool:
-        """Return whether only attributes have changed that the program has set for itself."""
-        for now, then, cls in zip(self._now, self._then, self._types_now, strict=True):
-            changed = {key for key in now.keys() | then.keys() if now.get(key, self) is not then.get(key, self)}
-            if not changed.isdisjoint(_names(cls)):
-                return False
-            then.clear()
-            then.update(now)
-        return True
-
-    def is_hooked(self) -> bool:
-        """Return whether the same modules are there, and some have hooks."""
-        ids = [id(place.get(name)) for place, name in zip(*self._places, strict=True)]
-        return any(self.hooks) and ids[self._num_weights :] == self._ids[self._num_weights :]
-
     def is_open(self) -> bool:
         """Return whether the instructions compute what the modules would compute if they were called now."""
         return (
             self.is_supported
-            and not any(self.hooks)
             and list(map(_forward_of, self._classes)) == self._forwards
             and nn.Module.__call__ is _CALL
-            and not (self.shapes and any(x[key].shape != shape for x, key, shape in self.shapes))
         )
 
     def can_train(self, x: Tensor, backend: str, weights: list[Tensor]) -> bool:
         """Return whether recurrences of x with gradients take the weights that there are now."""
         fits = self.is_trained and (backend == "native" or self.is_for_gpu) and _fit(x, weights)
-        return fits and list(map(_shape_of, weights)) == self._shapes_of_weights
+        return fits and list(map(_shape_of, weights)) == self._shapes
 
     def takes(self, module: Any, states: Any, batch: int) -> bool:
         """Return whether a module takes these states."""
-        if not isinstance(states, (list, tuple)) or {*map(type, states)} != {Tensor}:
+        if type(states) not in (list, tuple):
             return False
         shapes = self._state_shapes.get(batch)
         if shapes is None:
             shapes = module._state_shapes(batch)
             self._state_shapes = {batch: shapes}
-        return list(map(_shape_of, states)) == shapes
+        return list(map(type, states)) == [Tensor] * len(shapes) and list(map(_shape_of, states)) == shapes
 
 
 def current_plan(module: Any) -> tuple[LayerPlan, list[Tensor]] | None:
@@ -213,12 +174,12 @@ def current_plan(module: Any) -> tuple[LayerPlan, list[Tensor]] | None:
     # because many programs switch between `train()` and `eval()` all the time.
     plans: tuple[LayerPlan, ...] = getattr(module, "_plans", ())
     for plan in plans:
+        # The program of a hook may set weights before each call.
+        if any(plan.hooks):
+            return None
         weights = plan.weights_now(module)
         if weights is not None:
             return plan, weights
-        # With hooks, whose program may set weights before each call, the plan is not open whatever else has changed.
-        if plan.is_hooked():
-            return plan, []
     if nn.Module.__call__ is not _CALL or any(cls.forward is not forward for cls, forward in FORWARDS.items()):
         return None
     plan = LayerPlan(module)

@@ -19,9 +19,6 @@ from .call import Spec, Start
 from .cells import CELLS
 from .linear_map import LINEAR_MAPS, NORMS
 
-# The dictionary and the name of a parameter of a module.
-Place = tuple[dict[str, Any], str]
-
 
 class Norm(NamedTuple):
     """A norm with weights, which are indices into those of the instructions; -1 means None."""
@@ -53,20 +50,18 @@ class Direction(NamedTuple):
 class Recording:
     """The instructions of a module, in the order in which its `forward` computes them."""
 
-    def __init__(self, places: dict[int, list[Place]], time_first: bool) -> None:
+    def __init__(self, indices: dict[int, int], time_first: bool) -> None:
+        """`indices` has the index of each parameter of the module, by its id."""
         self.time_first = time_first
         self.steps: list[tuple[str, Any, list[int]]] = []
-        """A name, what it computes with, and the indices of its weights."""
-        self.used: list[Place] = []
-        self.others: list[Place] = []
-        """Other places of the weights, and parameters that are no weight of an instruction."""
-        self.shapes: list[tuple[dict[str, Any], str, tuple[int, ...]]] = []
-        """Parameters with the shapes that they must have at each call, because the operator takes others too."""
+        """A name, what it computes with, and its weights, as indices into `used`."""
+        self.used: list[int] = []
+        """The parameters of the module that are weights of the instructions."""
         self.fits = True
         """Whether biases and norms have the sizes of their linear maps. Of others, the modules raise the errors."""
         self.is_open = False
         """Whether the outputs of two directions are not one yet."""
-        self._places = places
+        self._indices = indices
         self._added: list[tuple[int, int]] = []
         self._num_layers: Counter[int] = Counter()
 
@@ -82,16 +77,8 @@ class Recording:
 
     def _weight(self, found: Any) -> int:
         self.require(type(found) is nn.Parameter)
-        place, *others = self._places[id(found)]
-        self.others += others
-        self.used.append(place)
+        self.used.append(self._indices[id(found)])
         return len(self.used) - 1
-
-    def parameter(self, found: Any, shape: tuple[int, ...]) -> None:
-        """Require the shape of a parameter that is no weight of an instruction, if there is one."""
-        if found is not None:
-            self.others += self._places[id(found)]
-            self.shapes.append((*self.others[-1], shape))
 
     def norm(self, kind: str, shape: Any, weight: Any, bias: Any, eps: Any) -> Norm:
         is_number = type(eps) is float and not math.isnan(eps)
@@ -233,8 +220,6 @@ class Traced:
         own, recurrent = recording.weights(linear.weight, linear.bias), [-1, -1]
         if start.recurrent is not None:
             recurrent = recording.weights(start.recurrent, start.recurrent_bias)
-            places = [recording.used[index] for index in recurrent if index >= 0]
-            recording.shapes += [(place, name, tuple(place[name].shape)) for place, name in places]
         of = Direction(spec._replace(output_gate=output_gate), of_norm, own, recurrent, recompute, {})
         if spec.reverse:
             # Reads the same x as the direction before it.
