@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..backend import Backend, Kernel, grads_of_start
 from ..call import FIRST_INPUT, Spec
-from ..cells import BLOCKS, MIXTURES
+from ..cells import BLOCKGRU, MIXTURES
 from ..layout import is_transposed
-from ..shape import States, accumulate_dtype, as_dtype
+from ..shape import States, as_dtype
 from .sources import number_in, number_of_sources
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+_HALVES = (torch.bfloat16, torch.float16)
 _PRODUCTS = ("mingru", "torch")
 _ORDER = [f"has_{name}" for name in ("reset", "dt", "recurrent", "recurrent_bias", "batch_sizes", "lengths")]
 _ORDER += ["reverse", "time_first", "keep", "rms_norm", "layer_norm", "output_gate", "keep_states"]
@@ -170,7 +171,8 @@ def arguments(
     weights, x, weight and bias need a gradient. See csrc/call.h.
     """
     h, initial_state, reset, dt, recurrent, recurrent_bias, *of_layout = given[:FIRST_INPUT]
-    dtype = accumulate_dtype(given[FIRST_INPUT].dtype)
+    dtype = given[FIRST_INPUT].dtype
+    dtype = torch.float32 if dtype in _HALVES else dtype
     h = h if h.dtype == dtype else h.to(dtype)
     if recurrent is not None:
         recurrent = recurrent.to(dtype).contiguous()
@@ -192,7 +194,7 @@ def arguments(
 
 def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
     out, last = torch.ops.mingru.recurrence_forward([*given[FIRST_INPUT:]], *arguments(spec, given, time_first))
-    return out, as_dtype(last, given[0].dtype), None
+    return out, last if last.dtype == given[0].dtype else last.to(given[0].dtype), None
 
 
 def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
@@ -223,7 +225,7 @@ def _linear_recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bo
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-_CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, BLOCKS)]
+_CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, BLOCKGRU)]
 _ALL = dict.fromkeys(("packed", "lengths", "autocast", "whole"), True)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
