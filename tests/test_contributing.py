@@ -77,6 +77,51 @@ OPTION = [
     (3, "src/mingru/modules/saved.py", '    "output_factor": 1.0,\n', r"^MARKS\b(?:.*\n)*?(?=})"),
     (4, BLOCK, "output_factor: float\n    ", r"^class LayerOptions\b(?:.*\n)*?    (?=memory: Memory)"),
 ]
+FORM = [(1, "src/mingru/check/forms.py", "expands to ", r'^_CELL = .*?"h": "')]
+# Of a cell, by a plan or not, in training, and scripted.
+EXPANDED = """
+import torch
+import mingru
+
+cell, x, h = mingru.MinGRUCell(3, 4), torch.randn(2, 3), torch.rand(4)
+for run in (cell, torch.no_grad()(cell)):
+    torch.testing.assert_close(run(x, h), run(x, h.expand(2, 4)))
+"""
+
+ROUTE = "src/mingru/ops/route.py"
+LOOP = "from ..backend import Backend\nfrom .sequential import scan\n\nBACKEND = Backend(scan=scan)\n"
+BACKEND = [
+    (1, "src/mingru/ops/backends/loop.py", LOOP, ""),
+    (2, ROUTE, "loop, ", r"^from \.backends import "),
+    (2, ROUTE, '"loop", ', r"^BackendName = Literal\["),
+    (2, ROUTE, '    "loop": loop.BACKEND,\n', r"^BACKENDS\b(?:.*\n)*?(?=})"),
+]
+
+CALL, NATIVE = "src/mingru/ops/call.py", "src/mingru/ops/backends/native.py"
+FLAG = [
+    (1, CALL, "    refused: bool\n", r"^class Spec\b(?:.*\n)*?(?=\n\n)"),
+    (1, CALL, ", bool", r"^SpecTuple = .*(?=\])"),
+    (1, CALL, ", False", r"^def spec_of\b(?:.*\n)*?    return .*(?=\))"),
+    (2, "csrc/call.h", " FLAG(refused)", r"FLAG\(keep_states\)"),
+    (2, "csrc/call.h", '    STD_TORCH_CHECK(!has(Flag::refused), name, ": refused");\n', r'": unknown flags"\);\n'),
+    (3, NATIVE, ', "refused"', r'^_ORDER .*"keep_states"'),
+    (3, NATIVE, ", spec.refused", r"^    more = .*"),
+]
+REFUSED = """
+import torch
+from mingru import ops
+from mingru.ops.call import Start, spec_of
+
+x, start, spec = torch.rand(2, 5, 3), Start(*torch.zeros(2, 2, 1, 3), None), spec_of("mingru", "linear", False, 0.0)
+ops.recurrence(spec, [x, x], start)
+try:
+    ops.recurrence(spec._replace(refused=True), [x, x], start)
+except RuntimeError as error:
+    assert "recurrence_forward: refused" in str(error)
+else:
+    raise AssertionError("the kernel ignores the flag")
+"""
+
 # Compares the layer with one without the factor: by a plan or not, in training, scripted, in a block, and loaded.
 HALVED = """
 import torch
@@ -138,7 +183,7 @@ def added(root, *steps, of=STEPS):
     """Add what these steps add."""
     for step, file, text, where in of:
         if step in steps or not steps:
-            before = (root / file).read_text(encoding="utf-8")
+            before = (root / file).read_text(encoding="utf-8") if where else ""
             at = re.search(where, before, re.MULTILINE).end()
             (root / file).write_text(before[:at] + text + before[at:], encoding="utf-8")
 
@@ -181,23 +226,31 @@ def root(tmp_path_factory):
 
 def test_the_steps_name_these_files():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for heading, of in (("cell type", STEPS), ("option of a layer", OPTION)):
-        _, steps = text.split(f"## Add a{'n' * (of is OPTION)} {heading}\n")
+    recipes = {"a cell type": STEPS, "an option of a layer": OPTION, "a form": FORM, "a backend": BACKEND}
+    for heading, of in {**recipes, "a flag of a kernel": FLAG}.items():
+        _, steps = text.split(f"## Add {heading}\n")
         numbered = dict(
             re.findall(r"^(\d)\. (.*?)(?=^\d\. |^## |\Z)", steps.split("\n## ")[0], re.MULTILINE | re.DOTALL)
         )
         for step, file, *_ in of:
-            assert Path(file).name in numbered[str(step)]
+            assert Path(file).name.replace("loop", "NAME") in numbered[str(step)]
 
 
-def test_an_option_of_a_layer(tmp_path):
+@pytest.mark.parametrize(
+    ("steps", "backend", "code", "files", "lines"),
+    [(OPTION, "native", HALVED, 4, 12), (FORM, "native", EXPANDED, 1, 1), (BACKEND, "loop", PLAIN, 2, 7)],
+    ids=["option of a layer", "form", "backend"],
+)
+def test_what_is_added_in_python(steps, backend, code, files, lines, tmp_path):
     root = copied(tmp_path)
     for library in Path(mingru.__file__).parent.glob("_kernels.*"):
         shutil.copy(library, root / "src" / "mingru")
-    added(root, of=OPTION)
-    check(root, "native", HALVED)
-    lines = [line for _, _, text, _ in OPTION for line in text.strip().splitlines()]
-    assert len({file for _, file, *_ in OPTION}) <= 4 and len(lines) <= 12
+    with pytest.raises(subprocess.CalledProcessError):
+        check(root, backend, code)
+    added(root, of=steps)
+    check(root, backend, code)
+    added_lines = [line for _, _, text, _ in steps for line in text.strip().splitlines()]
+    assert len({file for _, file, *_ in steps}) <= files and len(added_lines) <= lines
 
 
 @needs_kernels
@@ -229,8 +282,10 @@ def test_a_cell_of_python_then_cpp(root):
     for backend in ("torch", "sequential"):
         check(root, backend)
     added(root, 2)
+    added(root, of=FLAG)
     build(root)
     check(root, "native")
+    check(root, "native", REFUSED)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.cells import BLOCKS
+from ..ops.cells import BLOCKGRU
 from ..ops.shape import is_expandable
 from .values import written
 
@@ -151,7 +151,7 @@ def _of_pair(layer: Any, form: Any, h: Any) -> str:
     name, end = ("minLSTM", ", without a cell state") if cell.startswith("minlstm") else ("minGRU", "")
     if isinstance(h, list) and form.parts[:1] == ["L*D"]:
         end += "; torch.cat joins a list with a state of each layer"
-    return f"a {'BlockGRU' if cell == BLOCKS else name}'s state is one tensor h, {written(form.parts)}{end}"
+    return f"a {'BlockGRU' if cell == BLOCKGRU else name}'s state is one tensor h, {written(form.parts)}{end}"
 
 
 def _of_x(layer: Any, x: Tensor) -> str:

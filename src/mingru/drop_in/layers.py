@@ -16,7 +16,7 @@ from ..modules import scripted
 from ..modules.blockgru import BlockGRU
 from ..modules.layer import Steps, take_weights
 from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate, Residual, arguments_of
-from ..ops.cells import BLOCKS
+from ..ops.cells import BLOCKGRU
 from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, copied, without_dims
 from .interface import ONE_BLOCK, DropIn, Pair, as_pair, states_of
@@ -259,7 +259,7 @@ class GRU(DropInLayer, role="torch", planned=True):
             ValueError: `cell` is not "blockgru", or an option is set that `torch.nn.GRU` has not.
         """
         name, got = f"{self.name}.to_torch", repr(self.cell.partition("_")[0])
-        require(name, "cell", self.cell == BLOCKS, f"{BLOCKS!r}, because a minGRU has other equations", got)
+        require(name, "cell", self.cell == BLOCKGRU, f"{BLOCKGRU!r}, because a minGRU has other equations", got)
         require(name, "proj_size", self.proj_size == 0, "0 because torch.nn.GRU has none", str(self.proj_size))
         names, weight = inspect.signature(BlockGRU).parameters, next(self.parameters())
         rnn = BlockGRU(**{name: getattr(self, name) for name in names if name in vars(self)})

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops import autograd, route
 from ..ops.backends.native import is_slower
 from ..ops.call import Call, Layout, Start, spec_of
-from ..ops.cells import BLOCKS
+from ..ops.cells import BLOCKGRU
 from ..ops.graph import is_captured
 from ..ops.linear_map import are_recomputed
 from ..ops.names_of_torch import len_torch_dispatch_stack, outside_of_graphs
@@ -102,7 +102,7 @@ def _recurrence(x: Tensor, before: Tensor, weights: list[Any], reverse: bool, la
         of_input = of_input if keep or x.requires_grad else of_input.clone()
     tensors: list[Any] = [x, of_input, bias]
     call = Call(
-        spec_of(BLOCKS, "tanh", reverse, 0.0),
+        spec_of(BLOCKGRU, "tanh", reverse, 0.0),
         tensors,
         Start(before, before, None, None, of_state, of_candidate),
         layout,

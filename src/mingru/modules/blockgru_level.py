@@ -62,4 +62,4 @@ class BlockGRULevel(RecurrentLevel):
 
     def _with_recurrent(self, start: Start, reverse: bool) -> Start:
         weight, bias = self.recurrent_weights(reverse)
-        return Start(start.h, start.initial_state, start.reset, start.dt, weight, bias)
+        return Start(*start[:4], weight, bias)

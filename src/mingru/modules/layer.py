@@ -261,6 +261,20 @@ class Composite(Layer):
         def __call__(self) -> Any: ...
 
 
+def data_of(x: Tensor) -> Tensor:
+    """Return a tensor unchanged, or the data of a PackedSequence, whose branch TorchScript leaves out."""
+    if isinstance(x, PackedSequence):
+        return x.data
+    return x
+
+
+def with_data(x: Tensor, data: Tensor) -> Tensor:
+    """Return data, packed like x if x is a PackedSequence."""
+    if isinstance(x, PackedSequence):
+        return PackedSequence(data, *x[1:])
+    return data
+
+
 def with_named(
     layer: Layer, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
 ) -> Outputs:

@@ -101,7 +101,7 @@ class Level(Saved):
             sizes = list(inputs[0].shape)
             sizes = [sizes[1 if layout.time_first else 0], 1, self.hidden_dims] + sizes[3:]  # noqa: RUF005 (not in TorchScript)
             own = start.h.expand(sizes), start.initial_state.expand(sizes)
-            start = Start(own[0], own[1], start.reset, start.dt, start.recurrent, start.recurrent_bias)
+            start = Start(own[0], own[1], *start[2:])
         out, last = self._recurrence(self.spec(reverse), inputs, start, layout)
         if found is not None:
             found.append(out)

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from ..check.forms import PER_STEP, check_call
 from ..ops import layout
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
-from .layer import Composite
-from .scripted import data_of, with_data
+from .layer import Composite, data_of, with_data
 
 # No number changes by the value of another.
 _OF_NUMBERS = (

@@ -15,7 +15,7 @@ from ..check.calls import explained
 from ..check.values import check_min_decay, name_of
 from ..ops import plan
 from ..ops.call import Layout, Start
-from ..ops.cells import BLOCKS, CELLS
+from ..ops.cells import BLOCKGRU, CELLS
 from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.names_of_torch import is_symbolic
@@ -48,7 +48,7 @@ class RecurrentLevels(Levels, role="sequence"):
 
     def __init__(self, **arguments: Any) -> None:
         kind, layer_kind = RecurrentOptions, RecurrentLevel
-        if arguments.get("cell", self.cell) == BLOCKS:
+        if arguments.get("cell", self.cell) == BLOCKGRU:
             kind, layer_kind = BlockGRUOptions, BlockGRULevel
         options = kind(name_of(type(self)), **{"cell": self.cell, **arguments})
         bounds = check_min_decay(options.name, options.min_decay, options.gates)

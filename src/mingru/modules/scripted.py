@@ -1,12 +1,6 @@
-"""Functions that TorchScript compiles: checks of shapes in place of the checks of arguments, and packed sequences.
-
-TorchScript knows that a tensor is no PackedSequence, and omits the branch.
-"""
+"""What scripted modules check: shapes, in place of all that `check` does. Eager code calls none of it."""
 
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
-
-from ..ops.graph import untraced
 
 
 def check_x(name: str, x: Tensor, leading: list[int], letters: str, input_dims: int, num_space_dims: int) -> None:
@@ -26,35 +20,3 @@ def check_steps(name: str, shape: list[int], reset: Tensor | None, dt: Tensor | 
     check_shape(name, "dt", dt, shape)
     if dt is not None and not is_timed:
         raise ValueError(f"{name}: dt must be None because this cell takes no elapsed times")
-
-
-def data_of(x: Tensor) -> Tensor:
-    """Return a tensor unchanged, or the data of a PackedSequence."""
-    if isinstance(x, PackedSequence):
-        return x.data
-    return x
-
-
-def with_data(x: Tensor, data: Tensor) -> Tensor:
-    """Return data, packed like x if x is a PackedSequence."""
-    if isinstance(x, PackedSequence):
-        return PackedSequence(data, *x[1:])
-    return data
-
-
-@untraced
-def check_returned(name: str, index: int, states: list[Tensor], num_states: int) -> None:
-    """Raise an error if a layer of a stack returns other states than it says, which the next call could not take."""
-    layer = f"{name}: layers[{index}]"
-    if not isinstance(states, (list, tuple)):
-        raise TypeError(f"{layer} must return its states in a list, got something else; return (out, [state])")
-    if len(states) != num_states:
-        raise ValueError(f"{layer} must return num_states = {num_states} states, got {len(states)}; set num_states")
-
-
-@untraced
-def check_same_shape(name: str, index: int, added: Tensor, data: Tensor) -> None:
-    """Raise an error if a layer of a stack with a residual changes the shape of its input."""
-    if added.shape != data.shape:
-        got = f"from {list(added.shape)} to {list(data.shape)}; pass residual=True to the layer instead"
-        raise ValueError(f"{name}: layers[{index}] must keep the shape of x because residual is True, got {got}")

@@ -12,13 +12,13 @@ from ..check.calls import arguments_checked
 from ..check.forms import LAYER, Form, Shape, check_list
 from ..check.values import check_dropout, check_type, expectation, require
 from ..ops import layout
+from ..ops.graph import untraced
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
-from .layer import Composite, Layer, Steps
+from .layer import Composite, Layer, Steps, data_of, with_data
 from .levels import Levels
 from .options import not_default
 from .per_step import OF_TORCH, PerStep
 from .saved import add_marks
-from .scripted import check_returned, check_same_shape, data_of, with_data
 
 PASS_A_LIST = "pass the layers in one list"
 USE_OURS = "use mingru.MinGRU or mingru.MinLSTM in its place"
@@ -196,7 +196,7 @@ class Stack(Composite, role="sequence", planned=True):
         for index, (layer, align) in enumerate(zip(self.layers, self.aligns)):  # noqa: B905 (not in TorchScript)
             before = None if h is None else h[self._ends[index] : self._ends[index + 1]]
             out, after = layer._with_states(x, before, reset, lengths, dt)  # type: ignore[operator]
-            check_returned(self.name, index, after, self._ends[index + 1] - self._ends[index])
+            _check_returned(self.name, index, after, self._ends[index + 1] - self._ends[index])
             states += after
             data = data_of(out)
             if self.residual and not self._of_torch[index]:
@@ -205,7 +205,7 @@ class Stack(Composite, role="sequence", planned=True):
                     # The output must stay 0 in the padding.
                     residual_input = layout.without_padding(residual_input, lengths, not self.batch_first)
                 added = align(residual_input)
-                check_same_shape(self.name, index, added, data)
+                _check_same_shape(self.name, index, added, data)
                 data = data + added
             if index < len(self.layers) - 1 and self.dropout > 0 and not self._of_torch[index]:
                 data = F.dropout(data, self.dropout, self.training)
@@ -243,3 +243,21 @@ class Stack(Composite, role="sequence", planned=True):
 
     def extra_repr(self) -> str:
         return not_default(self).removeprefix(", ")
+
+
+@untraced
+def _check_returned(name: str, index: int, states: list[Tensor], num_states: int) -> None:
+    """Raise an error if a layer of a stack returns other states than it says, which the next call could not take."""
+    layer = f"{name}: layers[{index}]"
+    if not isinstance(states, (list, tuple)):
+        raise TypeError(f"{layer} must return its states in a list, got something else; return (out, [state])")
+    if len(states) != num_states:
+        raise ValueError(f"{layer} must return num_states = {num_states} states, got {len(states)}; set num_states")
+
+
+@untraced
+def _check_same_shape(name: str, index: int, added: Tensor, data: Tensor) -> None:
+    """Raise an error if a layer of a stack with a residual changes the shape of its input."""
+    if added.shape != data.shape:
+        got = f"from {list(added.shape)} to {list(data.shape)}; pass residual=True to the layer instead"
+        raise ValueError(f"{name}: layers[{index}] must keep the shape of x because residual is True, got {got}")

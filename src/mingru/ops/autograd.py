@@ -10,7 +10,7 @@ pre-activations unless backward recomputes them. For all other derivatives it ca
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from . import block_recurrence
 from .backend import Kernel, scan_backward_by, scan_by
 from .backends import torch_in_graphs
 from .call import FIRST_INPUT, Call, Spec, flattened, from_flat
-from .cells import BLOCKS, CELLS
+from .cells import BLOCKGRU, CELLS
 from .graph import are_batched, is_compiling, without_autocast
 from .layout import as_linear_scan, divided, in_layout, is_transposed, joined, padded_call, without_padding
 from .linear_map import gated, normalized
@@ -33,7 +33,7 @@ from .shape import States, as_dtype, conjugate, times
 def composed(backend: str, call: Call) -> States:
     """Compute a recurrence by differentiable operations and the linear scan of a backend."""
     padded = padded_call(call)
-    if call.spec.cell == BLOCKS:
+    if call.spec.cell == BLOCKGRU:
         with without_autocast(call.tensors[0]):
             return in_layout(block_recurrence.composed(padded), call)
     own = backend_of(backend).recurrence
@@ -159,29 +159,38 @@ def run_kernel(name: str, backend: str, call: Call, keep: bool) -> States:
             given[1] = None  # the initial state, which nothing reads
         # A flat list, because autograd ignores tensors inside tuples.
         run: Callable[..., States] = Recurrence.apply if is_compiling() else apply
-        return run((name, backend, spec, layout.time_first, keep), *given)
+        return run(KernelCall(name, backend, spec, layout.time_first, keep), *given)
     out, last, *_ = kernel.forward(spec, given, layout.time_first, None)
     return out, last
 
 
-How = tuple[str, str, Spec, bool, bool]
+class KernelCall(NamedTuple):
+    """What a kernel is called with beside its tensors."""
+
+    kernel: str
+    """The field of the backend that has the kernel: "kernel" or "linear_kernel"."""
+    backend: str
+    spec: Spec
+    time_first: bool
+    keep: bool
+    """Whether the pre-activations are kept for the backward pass."""
 
 
 class Recurrence(torch.autograd.Function):
     """Compute a recurrence by the kernels of a backend. Second derivatives are computed by `composed`."""
 
     @staticmethod
-    def forward(ctx: Any, how: How, *tensors: Any) -> States:
-        name, backend, spec, time_first, keep = how
+    def forward(ctx: Any, call: KernelCall, *tensors: Any) -> States:
+        name, backend, spec, time_first, keep = call
         kernel: Kernel = getattr(backend_of(backend), name)
         out, last, kept, *states = kernel.forward(spec, tensors, time_first, keep)
-        ctx.how, ctx.is_transposed = how, kept is not None and is_transposed(tensors[FIRST_INPUT])
+        ctx.call, ctx.is_transposed = call, kept is not None and is_transposed(tensors[FIRST_INPUT])
         ctx.save_for_backward(*(states or [out]), kept, *tensors)
         return out, last
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
-        (name, backend, spec, time_first, _), (states, kept, *tensors) = ctx.how, ctx.saved_tensors
+        (name, backend, spec, time_first, _), (states, kept, *tensors) = ctx.call, ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or are_batched(*grad):
             again = partial(_again, name, backend, spec, time_first)

@@ -73,7 +73,7 @@ def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
     if call.a.is_complex():
         cell, tensors = "complex_linear_scan", [torch.view_as_real(x.resolve_conj()) for x in tensors]
     # Made here, because a graph of any sizes makes a symbol of each number that it finds in a table: see `Spec`.
-    return Spec(cell, "linear", call.reverse, 0.0, "", 0.0, False), tensors
+    return spec_of(cell, "linear", call.reverse, 0.0), tensors
 
 
 def grads_of_start(tensors: Sequence[Any], of_states: Sequence[Any], grad_dt: Tensor | None) -> Sequence[Any]:

@@ -85,12 +85,7 @@ LayoutTuple = tuple[bool, Tensor | None, Tensor | None]
 
 def call_of(spec: SpecTuple, tensors: list[Tensor], start: StartTuple, layout: LayoutTuple) -> Call:
     """Return the call of these tuples."""
-    cell, activation, reverse, min_decay, norm, eps, output_gate = spec
-    h, initial_state, reset, dt, recurrent, bias = start
-    time_first, batch_sizes, lengths = layout
-    named = Spec(cell, activation, reverse, min_decay, norm, eps, output_gate)
-    own = Start(h, initial_state, reset, dt, recurrent, bias)
-    return Call(named, tensors, own, Layout(time_first, batch_sizes, lengths))
+    return Call(Spec(*spec), tensors, Start(*start), Layout(*layout))
 
 
 def spec_of(cell: str, activation: str, reverse: bool, min_decay: float) -> Spec:
@@ -100,7 +95,7 @@ def spec_of(cell: str, activation: str, reverse: bool, min_decay: float) -> Spec
 
 def with_steps(start: Start, reset: Tensor | None, dt: Tensor | None) -> Start:
     """Return a start with other resets and elapsed times, the values that belong to steps."""
-    return Start(start.h, start.initial_state, reset, dt, start.recurrent, start.recurrent_bias)
+    return Start(start.h, start.initial_state, reset, dt, *start[4:])
 
 
 def flattened(start: Start, layout: Layout) -> list[Any]:

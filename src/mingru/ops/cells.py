@@ -65,7 +65,7 @@ def zero_state(cell: str, activation: str) -> float:
 def gate_biases(cell: str, memory: Tensor) -> list[Tensor]:
     """Return the biases of the first inputs with which a state lasts 1 / (1 - |a|) = memory steps."""
     odds = (2 * memory - 1 if cell == "mingru_signed" else memory - 1).log()
-    signs = {"minlstm": (1, -1), "minlstm_unnormalized": (1,), BLOCKS: (0, 1)}
+    signs = {"minlstm": (1, -1), "minlstm_unnormalized": (1,), BLOCKGRU: (0, 1)}
     return [sign * odds for sign in signs.get(cell, (-1,))]
 
 
@@ -89,9 +89,9 @@ def multiple_of(cell: str) -> int:
 
 MIXTURES = tuple(name for name in CELLS if len(cells_of(name)) > 1)
 # A GRU whose recurrent weights are blocks, which is no linear recurrence; see `ops.block_recurrence`.
-BLOCKS = "blockgru"
+BLOCKGRU = "blockgru"
 # Not those of mixtures, which are computed cell by cell.
-NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if name not in (*MIXTURES, BLOCKS)}
+NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if name not in (*MIXTURES, BLOCKGRU)}
 
 
 def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
@@ -123,17 +123,16 @@ def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor
     return keep, update * activate(candidate, spec.activation)
 
 
-def log_coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
-    """Return log a and log b for the activation "positive"."""
+def log_coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return log a and log b for the activation "positive", without elapsed times."""
     if spec.cell == "minlstm_unnormalized":
         forget, input, candidate = _wide(inputs)
         return F.logsigmoid(forget), F.logsigmoid(input) + log_g(candidate)
     gate, candidate = _gate_and_candidate(spec, inputs)
-    dt = start.dt
-    if spec.min_decay == 0 and dt is None:
+    if spec.min_decay == 0:
         return F.logsigmoid(-gate), F.logsigmoid(gate) + log_g(candidate)
-    log_keep = _log_decay(gate, spec.min_decay) if dt is None else _log_decay_in(gate, spec.min_decay, dt)
-    # Not 0, because the logarithm of 0 has no derivative. The derivative of b is then right also for dt = 0.
+    log_keep = _log_decay(gate, spec.min_decay)
+    # Not 0, because the logarithm of 0 has no derivative.
     least = torch.finfo(gate.dtype).tiny ** 0.5
     return log_keep, (least - log_keep.expm1()).log() + log_g(candidate)
 

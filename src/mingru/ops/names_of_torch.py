@@ -33,6 +33,11 @@ def _copied(x: Tensor, shape: list[int]) -> Tensor:
     return x.reshape(shape).clone()
 
 
+class _Missing:
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(f"mingru: torch {torch.__version__} has no torch.utils._pytree, which this function needs")
+
+
 # Every call takes the dispatcher, and no module runs as one operator.
 len_torch_dispatch_stack = _of_torch("_C._len_torch_dispatch_stack", _yes)
 # No module runs as one operator.
@@ -57,7 +62,7 @@ unsafe_view = _of_torch("ops.aten._unsafe_view", _copied)
 # A program of `torch.export` of a `BlockGRU` has the steps of its example.
 loop = _of_torch("ops.higher_order.scan", None)
 # `mingru.export.onnx` raises an error.
-pytree = _of_torch("utils._pytree", None)
+pytree = _of_torch("utils._pytree", _Missing())
 # Layers cannot be captured by `make_fx` if a check depends on values.
 _get_dispatch_mode = _of_torch("_C._get_dispatch_mode", _none)
 _is_key_included = _of_torch("_C._dispatch_tls_is_dispatch_key_included", _none)

@@ -43,8 +43,8 @@ class Direction(NamedTuple):
     map: list[int]
     recurrent: list[int]
     recompute: bool | None
-    how: dict[Any, Any]
-    """How a backend computes it, by backend, dtype and order."""
+    calls: dict[Any, Any]
+    """The call of a kernel, by backend, dtype and order."""
 
 
 class Recording:
@@ -57,8 +57,6 @@ class Recording:
         """A name, what it computes with, and its weights, as indices into `used`."""
         self.used: list[int] = []
         """The parameters of the module that are weights of the instructions."""
-        self.fits = True
-        """Whether biases and norms have the sizes of their linear maps. Of others, the modules raise the errors."""
         self.is_open = False
         """Whether the outputs of two directions are not one yet."""
         self._indices = indices
@@ -216,7 +214,7 @@ class Traced:
             bias = norm.bias if kind == "layer" else None
             of_norm = recording.norm(kind, norm.normalized_shape, norm.weight, bias, norm.eps)
         for each, dim in ((linear.bias, 0), *((getattr(norm, name, None), 1) for name in ("weight", "bias"))):
-            recording.fits &= each is None or each.shape == linear.weight.shape[dim : dim + 1]
+            recording.require(each is None or each.shape == linear.weight.shape[dim : dim + 1])
         own, recurrent = recording.weights(linear.weight, linear.bias), [-1, -1]
         if start.recurrent is not None:
             recurrent = recording.weights(start.recurrent, start.recurrent_bias)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..backend import Backend
 from ..call import Call, Spec
-from ..cells import BLOCKS, CELLS, log_coefficients
+from ..cells import BLOCKGRU, CELLS, log_coefficients
 from ..layout import padding_of
 from ..shape import States, along
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
-    if spec.cell == BLOCKS:
+    if spec.cell == BLOCKGRU:
         return "its cell is no linear recurrence"
     if spec.cell not in CELLS or not CELLS[spec.cell].has_logarithms:
         return f"it takes the logarithm of a and b, which may be negative in {spec.cell}"
@@ -39,7 +39,7 @@ def _recurrence(call: Call) -> States:
         if given is not None:
             why = "a decay may then be 0, which has no logarithm"
             raise ValueError(f"{spec.cell}: the backend 'log' takes no {name}, because {why}; use 'auto'")
-    log_a, log_b = log_coefficients(spec, call.tensors, start)
+    log_a, log_b = log_coefficients(spec, call.tensors)
     if lengths is not None:
         padding = along(padding_of(lengths, log_a), log_a)
         # Finite, because the gradient of `logcumsumexp` is NaN if all its terms are 0.
