@@ -36,7 +36,7 @@ class Spec(NamedTuple):
 
 
 class Start(NamedTuple):
-    """State before the first step, resets, the state after a reset, elapsed times, and recurrent weights."""
+    """What a recurrence has beside its inputs: states, resets, elapsed times, and recurrent weights."""
 
     h: Tensor
     """State before the first step, (B, 1, *)."""
