@@ -148,16 +148,6 @@ def test_functions():
     assert_equal(traced(t), functional.elapsed_times(t, 1.5), rtol=0, atol=0)
 
 
-class Untyped(Doubled, role="sequence"):
-    def forward(self, x, h=None):
-        return super().forward(x, h)
-
-
-def test_a_layer_of_ones_own_needs_types():
-    message = "^Untyped: to be scripted in a Stack, forward must have all arguments and their types, forward"
-    refuses(TypeError, message, torch.jit.script, nn.Sequential(mingru.Stack([mingru.MinGRU(4, 4), Untyped(4)])))
-
-
 @pytest.mark.slow
 def test_a_layer_of_ones_own():
     stack, x = mingru.Stack([mingru.MinGRU(4, 4), Doubled(4), mingru.MinLSTM(8, 5)]), torch.randn(3, 7, 4)
