@@ -63,7 +63,7 @@ class InferencePass : Arguments {
     require(resets.empty() || (resets.size() == 2 && initial_states.size() == states.size()));
   }
 
-  std::tuple<Tensor, Tensors> run() {
+  std::tuple<Tensor, Tensors> operator()() {
     const auto* row = data_of<const int64_t>(code);
     int64_t output = code.size(0) - 1;
     while (output >= 0 && !makes_x(static_cast<Instruction>(row[4 * output]))) --output;
@@ -207,32 +207,18 @@ class InferencePass : Arguments {
 
   // gelu(W x + b). Not by aten::gelu: the stable ABI never frees the string that it takes.
   void map_and_gelu(bool has_bias) {
-    const Tensor x = as_contiguous(x_);
-    const int64_t rows = num_rows();
+    x_ = mapped(as_contiguous(x_), has_bias);
+    const int64_t rows = num_rows(), columns = num_features();
     if (rows <= most_few_rows) {
-      x_ = mapped(x, has_bias);
       return with_type([&](auto type) { gelu_in_place(data_of<decltype(type)>(x_), x_.numel()); });
     }
-    if (x.scalar_type() == ScalarType::Float && multiplies_in_tiles()) {
-      // Torch's operator then adds a product without depth.
-      const Tensor product = mapped(x, has_bias);
-      const int64_t columns = product.size(2);
-      void* data = product.data_ptr();
-      const Tensor added = matrix(data, rows, columns, x);
-      return set_gelu(added, true, matrix(data, rows, 0, x), matrix(data, 0, columns, x));
-    }
-    const Tensor& weight = next_weight(2, x.size(2));
-    // Without a bias, any number times has_bias.
-    const Tensor added = has_bias ? next_weight(1, weight.size(0)) : matrix(weight.data_ptr(), 1, 1, x);
-    set_gelu(added, has_bias, matrix(x.data_ptr(), rows, x.size(2), x), transposed(weight));
-  }
-
-  // x = gelu(added + left right).
-  void set_gelu(const Tensor& added, bool has_added, const Tensor& left, const Tensor& right) {
+    // This operator adds a product, which has no depth.
+    void* data = x_.data_ptr();
     AtenTensorHandle out;
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__addmm_activation(
-        added.get(), left.get(), right.get(), has_added, 1, /*use_gelu=*/1, &out));
-    x_ = torch::stable::view(Tensor(out), {x_.size(0), x_.size(1), right.size(1)});
+        matrix(data, rows, columns, x_).get(), matrix(data, rows, 0, x_).get(), matrix(data, 0, columns, x_).get(), 1, 1,
+        /*use_gelu=*/1, &out));
+    x_ = torch::stable::view(Tensor(out), {x_.size(0), x_.size(1), columns});
   }
 
   template <class T>
@@ -345,7 +331,7 @@ std::tuple<Tensor, Tensors> inference(
     const Tensor& x, const Tensors& weights, const Tensors& states, const Tensors& initial_states,
     const Tensors& resets, const Tensors& times, const Tensor& code, const Tensor& numbers, bool time_first) {
   try {
-    return InferencePass({x, weights, states, initial_states, resets, times, code, numbers, time_first}).run();
+    return InferencePass({x, weights, states, initial_states, resets, times, code, numbers, time_first})();
   } catch (const DoesNotFit&) {
     return {empty({0}, x), {}};
   }

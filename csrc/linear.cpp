@@ -10,7 +10,7 @@ using namespace mingru;
 
 // out = left right + added, where `added` may be `out`, or a vector that is added to each row. The one place that
 // multiplies more than a few rows: in tiles of its own, or by torch, whatever is faster on this processor.
-void multiply(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& added = {}) {
+void set_product(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& added = {}) {
   if (out.scalar_type() == ScalarType::Float) {
     const auto matrix_of = [](const Tensor& x) { return Matrix{data_of<const float>(x), x.stride(0), x.stride(1)}; };
     MatrixProduct product{matrix_of(left), matrix_of(right), nullptr, data_of<float>(out)};
@@ -36,9 +36,9 @@ class SumOfSlices {
         sum_(torch::stable::new_zeros(like, {rows, columns}, is_narrow_ ? ScalarType::Float : dtype_)) {}
 
   void add_product(const Tensor& left, const Tensor& right) {
-    if (!is_narrow_) return multiply(sum_, left, right, sum_);
+    if (!is_narrow_) return set_product(sum_, left, right, sum_);
     if (!part_) part_ = empty(sizes_of(sum_), left);
-    multiply(*part_, left, right);
+    set_product(*part_, left, right);
     AtenTensorHandle sum;
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_add_Tensor(sum_.get(), part_->get(), 1, &sum));
     sum_ = Tensor(sum);
@@ -71,7 +71,7 @@ void mingru::map_rows(
     return multiply_few_rows({storage_of(like), x, weight.data_ptr(), added, out, rows, columns, features});
   }
   const Tensor right = view_of(weight.data_ptr(), {features, columns}, {1, features}, like);
-  multiply(matrix(out, rows, columns, like), matrix(x, rows, features, like), right, bias);
+  set_product(matrix(out, rows, columns, like), matrix(x, rows, features, like), right, bias);
 }
 
 Outputs mingru::linear_recurrence(
@@ -99,7 +99,7 @@ Outputs mingru::linear_recurrence(
       operands.set_sequences(scan.inputs, pre_activations, slice, operands.num_columns);
       operands.set_sums(kept, slice);
     }
-    operands.run(slice.part, false);
+    operands.run_part(slice.part, false);
   }
   return outputs;
 }
@@ -126,7 +126,7 @@ Tensor multiply_matrices(const Tensor& left, const Tensor& right, const MaybeTen
                       sizes_of(*added) == std::vector<int64_t>{right.size(1)})),
       "multiply: left and right must be matrices that fit, not empty, with contiguous rows or columns, and added a vector");
   const Tensor out = empty({left.size(0), right.size(1)}, left);
-  multiply(out, left, right, added);
+  set_product(out, left, right, added);
   return out;
 }
 
@@ -158,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     operands.enter(slice);
     const int64_t count = slice.num_rows;
     if (count == 0) {
-      operands.run(slice.part, true);
+      operands.run_part(slice.part, true);
       continue;
     }
     const void* rows = !kept || needs_weight || operands.has_norm ? operands.rows_of(slice) : nullptr;
@@ -168,12 +168,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     operands.set_sequences(scan.inputs, pre, slice, columns);
     operands.set_sequences(scan.grad_inputs, to, slice, columns);
     operands.set_sums(kept, slice);
-    operands.run(slice.part, true);
+    operands.run_part(slice.part, true);
 
     const Tensor grads = matrix(to, count, columns, x);
     if (needs_x) {
       operands.set_grad_rows(slice, grad_x, [&](void* grad_rows) {
-        multiply(matrix(grad_rows, count, features, x), grads, operands.weight);
+        set_product(matrix(grad_rows, count, features, x), grads, operands.weight);
         operands.undo_norm(slice, grad_rows);
       });
     }

@@ -64,8 +64,8 @@ class LinearOperands : public Operands {
     }
   }
 
-  void run(const Part& part, bool is_backward) {
-    recurrent_ ? recurrent_->run(scan, part, is_backward) : Operands::run(part, is_backward);
+  void run_part(const Part& part, bool is_backward) {
+    recurrent_ ? recurrent_->run_blocks(scan, part, is_backward) : Operands::run_part(part, is_backward);
   }
 
   // The gradients of the recurrent weights and their bias; empty without them.

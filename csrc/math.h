@@ -45,7 +45,6 @@ struct Format {
   using UInt = std::conditional_t<is_double, uint64_t, uint32_t>;
   static constexpr int mantissa_bits = Limits::digits - 1, bias = Limits::max_exponent - 1;
   static constexpr UInt sign = UInt(1) << (sizeof(A) * 8 - 1);
-  static constexpr UInt upper_half = ~UInt(0) << (mantissa_bits / 2 + 1);  // of the mantissa
   static constexpr A rounder = A(UInt(3) << (mantissa_bits - 1));  // 1.5 * 2^mantissa_bits; adding it rounds
   static constexpr A ln2_high = is_double ? A(6.93147180369123816490e-01) : A(0.693359375f);
   static constexpr A ln2_low = is_double ? A(1.90821492927058770002e-10) : A(-2.12194440e-4f);
@@ -211,23 +210,10 @@ MINGRU_INLINE A remainder(A x, A unit) {
 MINGRU_INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // x y - product, where `product` is x y, rounded.
-#if defined(MINGRU_AVX512) || defined(MINGRU_AVX2) || defined(__aarch64__)
-MINGRU_INLINE float error_of_product(float x, float y, float product) { return __builtin_fmaf(x, y, -product); }
-MINGRU_INLINE double error_of_product(double x, double y, double product) { return __builtin_fma(x, y, -product); }
-#else
-template <class A>
-MINGRU_INLINE A upper_half(A x) {
-  return bit_cast<A>(bit_cast<typename Format<A>::UInt>(x) & Format<A>::upper_half);
-}
-
-// The products of the halves are exact.
 template <class A>
 MINGRU_INLINE A error_of_product(A x, A y, A product) {
-  const A x_high = upper_half(x), y_high = upper_half(y);
-  const A x_low = x - x_high, y_low = y - y_high;
-  return ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low;
+  return std::fma(x, y, -product);
 }
-#endif
 
 // cos(pi x) and sin(pi x). An angle in half turns is reduced to a quarter of a turn without rounding, for |x| < 2^21
 // (float32) or 2^50 (float64).

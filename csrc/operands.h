@@ -127,7 +127,7 @@ class Operands {
   Operands(const Operands&) = delete;  // `scan` points into this object
 
   // Runs the recurrence, of a mixture that of each half of the features.
-  void run(const Part& part, bool is_backward) const {
+  void run_part(const Part& part, bool is_backward) const {
     if (!call_.is_mixture()) return run_scan(scan, part, is_backward);
     const int64_t half = scan.num_features / 2;
     for (int i = 0; i < 2; ++i) {

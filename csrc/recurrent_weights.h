@@ -41,7 +41,7 @@ class RecurrentWeights {
     blocks_.biases = biases;
   }
 
-  void run(const Scan& scan, const Part& part, bool is_backward) {
+  void run_blocks(const Scan& scan, const Part& part, bool is_backward) {
     // To copy the weights takes longer than a product of one step.
     const bool is_step = scan.num_steps == 1 && blocks_.padded == blocks_.size;
     // Backward, kept values are in place of the products.
@@ -65,18 +65,16 @@ class RecurrentWeights {
     Tensor first = torch::stable::select(sum, 0, 0), of_weight = torch::stable::narrow(first, 0, 0, rows - 1);
     const Tensor of_bias = empty({num_features_}, h_);
     if (num_features_ > own || padded > size) of_weight = empty({num_gates * num_features_, own}, h_);
-    const auto copy = [&](const Tensor& to, int64_t row, int64_t block, int64_t from, int64_t first, int64_t count) {
+    const auto copy = [&](const Tensor& to, int64_t index, int64_t from, int64_t count) {
       const int64_t bytes = h_.element_size();
-      const char* data = data_of<char>(sum) + ((block * rows + from) * padded + first) * bytes;
-      std::memcpy(data_of<char>(to) + row * bytes, data, count * bytes);
+      std::memcpy(data_of<char>(to) + index * bytes, data_of<char>(sum) + from * bytes, count * bytes);
     };
-    for (int64_t block = 0; block < blocks_.count; ++block) {
-      copy(of_bias, block * size, block, rows - 1, 0, size);
+    for (int64_t i = 0; i < blocks_.count * num_gates * size; ++i) {
+      const int64_t block = i / (num_gates * size), gate = i / size % num_gates, row = i % size;
+      const int64_t first = block * rows * padded, of_gate = first + (gate * padded + row) * padded;
+      if (row == 0) copy(of_bias, block * size, first + (rows - 1) * padded, size);
       if (of_weight.data_ptr() == sum.data_ptr()) continue;
-      for (int64_t i = 0; i < num_gates * size; ++i) {
-        const int64_t gate = i / size, row = gate * num_features_ + block * size + i % size;
-        copy(of_weight, row * own, block, gate * padded + i % size, i % size / own * own, own);
-      }
+      copy(of_weight, (gate * num_features_ + block * size + row) * own, of_gate + row / own * own, own);
     }
     return {of_weight, of_bias};
   }

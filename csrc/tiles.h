@@ -99,19 +99,14 @@ static void multiply_tile(const MatrixProduct& tile, __mmask16 last) {
   // Unrolled, so that the sums stay in registers.
 #pragma GCC unroll 6
   for (int i = 0; i < rows; ++i) {
-    if (!tile.added) break;
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
-      const float* added = tile.added + i * tile.added_stride + j * lanes;
-      sums[i][j] = _mm512_add_ps(sums[i][j], _mm512_maskz_loadu_ps(j == vectors - 1 ? last : 0xffff, added));
-    }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j) {
-      float* out = tile.out + i * tile.out_stride + j * lanes;
-      _mm512_mask_storeu_ps(out, j == vectors - 1 ? last : 0xffff, sums[i][j]);
+      const __mmask16 mask = j == vectors - 1 ? last : 0xffff;
+      if (tile.added) {
+        const float* added = tile.added + i * tile.added_stride + j * lanes;
+        sums[i][j] = _mm512_add_ps(sums[i][j], _mm512_maskz_loadu_ps(mask, added));
+      }
+      _mm512_mask_storeu_ps(tile.out + i * tile.out_stride + j * lanes, mask, sums[i][j]);
     }
   }
 }

@@ -145,11 +145,11 @@ def is_slower(features: int, steps: int, dtype: torch.dtype, with_gradients: boo
     """Return whether a GRU of one block takes longer than `torch.gru`: for few steps.
 
     What comes before the steps, such as copies of large matrices, takes longer than the steps save. Without AVX-512,
-    products take the larger part of the time, and torch's are as fast. The numbers are from 700 random sizes with one
+    products take the larger part of the time, and torch's are as fast. The numbers are from 1,100 random sizes with one
     thread, on an AMD and, by MKL's choice of kernels, as on an Intel.
     """
-    least = 5 if with_gradients and HAS_AVX512 and dtype == torch.float32 else 10
-    return steps < (2 * least if features >= 192 else least)
+    least = 10 if not with_gradients else 15 if dtype == torch.float64 else 6 if HAS_AVX512 else 10
+    return steps < (2 * least if features >= 128 else least)
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
