@@ -148,7 +148,7 @@ def is_slower(features: int, steps: int, dtype: torch.dtype, with_gradients: boo
     products take the larger part of the time, and torch's are as fast. The numbers are from 1,100 random sizes with one
     thread, on an AMD and, by MKL's choice of kernels, as on an Intel.
     """
-    least = 10 if not with_gradients else 15 if dtype == torch.float64 else 6 if HAS_AVX512 else 10
+    least = 15 if dtype == torch.float64 else 6 if with_gradients and HAS_AVX512 else 10
     return steps < (2 * least if features >= 128 else least)
 
 
