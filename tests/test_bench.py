@@ -33,7 +33,9 @@ def test_it_runs_and_prints_numbers():
                 assert ms / longer == pytest.approx(numbers[0][way], rel=0.02)
 
 
-def test_the_middle_half_of_rounds():
+def test_the_middle_half_of_rounds_and_three_digits():
+    figures = {0.001234: "0.00123", 1.0: "1.00", 9.5: "9.50", 123.4: "123", 4321.0: "4321"}
+    assert [bench._figure(number) for number in figures] == list(figures.values())
     assert bench._spread([1.0, 2.0, 3.0, 4.0, 5.0], [2.0] * 5) == "1.50 (0.750-2.25)"
     # A slow round is slow for both, and does not widen their ratio.
     assert bench._spread([2.0, 2.0, 20.0], [1.0, 1.0, 10.0]) == "2.00 (2.00-2.00)"
@@ -69,10 +71,3 @@ def test_what_is_timed():
     bench.forward(function)()
     bench.forward_backward(function, [x])()
     assert seen == [(True, False), (False, True), (False, True)] and x.grad is None
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(0.001234, "0.00123"), (1.0, "1.00"), (9.5, "9.50"), (123.4, "123"), (4321.0, "4321")]
-)
-def test_figures_have_three_digits(number, text):
-    assert bench._figure(number) == text

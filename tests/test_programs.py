@@ -250,8 +250,7 @@ def test_speakers_utterances_are_read(tmp_path):
     programs.speakers(tmp_path)
     x, lengths, found = speakers.read(tmp_path / "JapaneseVowels_TRAIN.ts")
     assert x.shape == (9, 11, 12) and lengths.tolist() == list(range(3, 12))
-    assert found.tolist() == list(range(9)) and x[1, 2, 5].item() == pytest.approx(-1.052)
-    assert not x[0, 3:].any()
+    assert found.tolist() == list(range(9)) and x[1, 2, 5].item() == pytest.approx(-1.052) and not x[0, 3:].any()
     path = tmp_path / "other.ts"
     path.write_text("@data\n1.0,2.0:3.0:1\n", encoding="utf-8")
     expected = f"{path} must be a .ts file with 12 coefficients of 9 speakers, got "
@@ -283,8 +282,7 @@ def test_denoise_speakers_and_music_are_split(data, tmp_path):
     (speech, music), (of_test, music_of_test) = data
     assert [len(part) for part in (speech, music, of_test, music_of_test)] == [1] * 4
     # Files of silence, which are 0.5 here, are left out.
-    assert len(speech[0]) == 9 * denoise.RATE and (speech[0] < 0.5).all()
-    assert not torch.equal(speech[0], of_test[0])
+    assert len(speech[0]) == 9 * denoise.RATE and (speech[0] < 0.5).all() and not torch.equal(speech[0], of_test[0])
     with wave.open(str(tmp_path / "moh" / "tune.wav"), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
     assert "tune.wav must be a wav file of 8,000 Hz, one channel" in refusal(denoise.read_folder, tmp_path, [], 8)
@@ -575,8 +573,7 @@ def test_seconds_go_on():
     run, _ = main("--models", "first", "--num-steps", 1)
     start = {"step": 5, "seconds": (100.0, 50.0), "random": [torch.get_rng_state()], "objects": []}
     run.unfinished["next"], run.name = start, "next"
-    assert list(run.steps(7)) == [5, 6] and 100 <= run.seconds < 160
-    assert 50 <= run.processor_seconds < 110
+    assert list(run.steps(7)) == [5, 6] and 100 <= run.seconds < 160 and 50 <= run.processor_seconds < 110
 
 
 def test_the_last_checkpoint_is_kept(checkpoint, monkeypatch):

@@ -89,9 +89,8 @@ def test_the_wrapper(options):
 
 def test_the_wrapper_initializes_the_policy():
     policy = make().policy
-    assert not policy.encoder.bias.any()
     assert_close(policy.encoder.weight @ policy.encoder.weight.T, torch.eye(IN))
-    assert (policy.layer_norm.weight == 0.5).all()
+    assert not policy.encoder.bias.any() and (policy.layer_norm.weight == 0.5).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"learn_initial_state": True, "residual": False}])

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cases import in_a_process
+from cases import in_a_process, refuses
 from torch.testing import assert_close
 
 pytest.importorskip("rsl_rl", reason="pip install rsl-rl-lib")
@@ -97,5 +97,5 @@ def test_saving_loading_and_exports(index, tmp_path):
 
 
 def test_a_learned_state_is_refused():
-    with pytest.raises(ValueError, match="learn_initial_state must be False because rsl_rl begins episodes with 0"):
-        make(rnn_options={"learn_initial_state": True})
+    message = "learn_initial_state must be False because rsl_rl begins episodes with 0"
+    refuses(ValueError, message, make, rnn_options={"learn_initial_state": True})

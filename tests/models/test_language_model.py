@@ -206,6 +206,8 @@ def test_groups_of_an_optimizer(options):
 
 
 def test_each_block_has_its_bound():
-    lm = LanguageModel(7, 4, 2, min_decay=[0.0, 0.75])
-    assert [block.rnn.min_decay for block in lm.blocks.layers] == [0.0, 0.75]
+    bounds = [0.0, 0.75]
+    lm = LanguageModel(7, 4, 2, min_decay=bounds)
+    bounds[1] = 0.5
+    assert [block.rnn.min_decay for block in lm.blocks.layers] == lm.config["min_decay"] == [0.0, 0.75]
     assert [block.rnn.min_decay for block in LanguageModel(7, 4, 2, min_decay=0.5).blocks.layers] == [0.5, 0.5]
