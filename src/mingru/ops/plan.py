@@ -10,6 +10,7 @@ refused module or unusual arguments. If an argument is wrong, that ordinary call
 """
 
 import functools
+import inspect
 import itertools
 import operator
 import weakref
@@ -49,6 +50,18 @@ def plannable(cls: type[nn.Module]) -> type[nn.Module]:
 def _methods(cls: Any) -> frozenset[str]:
     """Return the names for which an attribute of an instance would stand in for a method of its class."""
     return frozenset(name for name in dir(cls) if callable(getattr(cls, name, None)))
+
+
+@functools.cache
+def _names(cls: Any) -> frozenset[str]:
+    """Return all names in the code of a class. An attribute of another name was set by the program, for itself."""
+    found = {*dir(cls)}
+    values = [getattr(value, "fget", value) for each in cls.__mro__ for value in vars(each).values()]
+    codes = [inspect.unwrap(each).__code__ for each in values if hasattr(each, "__code__")]
+    for code in codes:
+        found |= {*code.co_names, *code.co_varnames, *(each for each in code.co_consts if isinstance(each, str))}
+        codes += [each for each in code.co_consts if inspect.iscode(each)]
+    return frozenset(found)
 
 
 def _record(module: Any, modules: list[Any], recorded: Recording) -> tuple[list[Any], list[float]]:
@@ -103,7 +116,7 @@ class LayerPlan:
         self.is_for_gpu = all(spec.cell in KEEPING and not spec.output_gate for spec in specs)
         # The attributes of each module, and copies of them.
         watched = [each for each in modules if type(each) is not nn.ModuleList]
-        self._now = list(map(vars, watched))
+        self._now, self._types_now = list(map(vars, watched)), list(map(type, watched))
         self._then = list(map(dict, self._now))
         self.hooks = list(itertools.chain(*(map(each.get, HOOKS, repeat({})) for each in self._now)))
         # No other module gets more modules and keeps its attributes.
@@ -130,18 +143,28 @@ class LayerPlan:
     def forget(self) -> None:
         """Forget all modules, after which the plan is made again."""
         self._type, self._places, self.hooks, self._lists = None, (), [], []
-        self._now, self._then = [], []
+        self._now, self._then, self._types_now = [], [], []
 
     def weights_now(self, module: nn.Module) -> list[Tensor] | None:
         """Return the weights of the instructions, or None if something has changed."""
         try:
-            if self._now == self._then and type(module) is self._type:
+            if (self._now == self._then or self._has_notes()) and type(module) is self._type:
                 values: list[Any] = list(map(operator.getitem, *self._places))
                 if list(map(id, values)) == self._ids and list(map(type, values)) == self._types:
                     return values[: self._num_weights] if list(map(len, self._lists)) == self._lengths else None
         except Exception:
             pass  # values that cannot be compared, such as tensors, are new, or a parameter was deleted
         return None
+
+    def _has_notes(self) -> bool:
+        """Return whether only attributes have changed that the program has set for itself."""
+        for now, then, cls in zip(self._now, self._then, self._types_now, strict=True):
+            changed = {key for key in now.keys() | then.keys() if now.get(key, self) is not then.get(key, self)}
+            if not changed.isdisjoint(_names(cls)):
+                return False
+            then.clear()
+            then.update(now)
+        return True
 
     def is_open(self) -> bool:
         """Return whether the instructions compute what the modules would compute if they were called now."""
