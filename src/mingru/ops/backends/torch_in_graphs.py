@@ -34,7 +34,12 @@ def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -
 
 def _of_cell(call: Call) -> States:
     if call.tensors[0].numel() == 0:
-        return empty_states(torch.stack(call.tensors).sum(0), call.start.h)
+        out = torch.stack(call.tensors).sum(0)
+        # So that their gradients are 0, as torch.nn.GRU's are, and not None.
+        for weight in [call.start.recurrent, call.start.recurrent_bias]:
+            if weight is not None:
+                out = out + weight[:0].sum().to(out.dtype)
+        return empty_states(out, call.start.h)
     if call.spec.cell == "blockgru":
         return in_layout(block_recurrence.composed(padded_call(call)), call)
     return in_layout(scan(as_linear_scan(padded_call(call))), call)
