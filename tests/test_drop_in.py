@@ -279,12 +279,12 @@ def test_apply_takes_a_layer_for_one_module():
         model, seen = nn.Sequential(nn.ModuleList([rnn]), nn.Linear(H, 1)), []
         before = [weight.clone() for weight in rnn.parameters()]
         assert model.apply(seen.append) is model and seen == [rnn, model[0], model[1], model]
-        model.apply(init)
-        assert not model[1].weight.any()
+        assert not model.apply(init)[1].weight.any()
         assert_close(list(rnn.parameters()), before, rtol=0, atol=0)
-        head, seen = nn.Linear(H, 1), []
-        rnn.head = head  # as the constructor of a subclass does
-        assert rnn.apply(seen.append) is rnn and seen == [head, rnn]
+        rnn.head, seen = nn.Linear(H, 1), []  # as the constructor of a subclass does
+        assert rnn.apply(seen.append) is rnn and seen == [rnn.head, rnn]
+    rnn.layers[0].observer = nn.Identity()
+    assert rnn.apply(seen.append) is rnn and seen[2:] == [rnn.layers[0].observer, rnn.head, rnn]
 
 
 def test_a_subclass_has_its_own_name():

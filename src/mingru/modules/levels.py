@@ -1,7 +1,7 @@
 """Stacked layers of one cell type: what MinGRU, MinLSTM and the convolutional layers have in common."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -167,11 +167,12 @@ class Levels(Layer):
     def apply(self: Self, fn: Callable[[nn.Module], None]) -> Self:
         """Apply `fn` to this layer as one module, as to a `torch.nn.GRU`, and not to its linear maps and norms.
 
-        A function that initializes each module with a weight therefore does not change the layer.
+        A function that initializes each module with a weight therefore does not change the layer. `fn` is also applied
+        to modules that a program has put into the layer, such as observers for quantization.
         """
         for name, child in self.named_children():
-            if name != "layers":
-                child.apply(fn)
+            for module in _modules_put_into(child) if name == "layers" else [child]:
+                module.apply(fn)
         fn(self)
         return self
 
@@ -181,6 +182,15 @@ class Levels(Layer):
     def extra_repr(self) -> str:
         required = [name for name, default in defaults_of(self).items() if default is inspect.Parameter.empty]
         return ", ".join(str(getattr(self, name)) for name in required) + not_default(self)
+
+
+def _modules_put_into(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules inside that the constructors did not create."""
+    for child in module.children():
+        if INITIALIZED in vars(child):
+            yield from _modules_put_into(child)
+        else:
+            yield child
 
 
 def as_sequence(
