@@ -356,9 +356,8 @@ def test_other_groups_never_load_silently():
     refuses(RuntimeError, f"Missing {missing}", layer.load_state_dict, plain.state_dict())
     plain.layers[0].norm = nn.GroupNorm(2, 32, dtype=torch.double)
     refuses(RuntimeError, f"Unexpected {missing}", plain.load_state_dict, layer.state_dict())
-    state_dict = layer.state_dict() | {"layers.0.norm.groups": torch.tensor(5)}
     with pytest.raises(ValueError, match="num_groups must be a divisor of the number of channels, 32, got 5"):
-        layer.load_state_dict(state_dict)
+        layer.load_state_dict(layer.state_dict() | {"layers.0.norm.groups": torch.tensor(5)})
 
 
 @pytest.mark.parametrize(("num_groups", "expected"), [(4, [4, 4]), (1, [1, 1]), ([16, 2], [16, 2])])

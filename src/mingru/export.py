@@ -4,6 +4,7 @@ import importlib
 import inspect
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -85,8 +86,8 @@ def onnx(
         ModuleNotFoundError: onnx or onnxscript is missing; run `pip install ".[onnx]"` in a clone of the repository.
         TypeError: An argument has the wrong type.
         ValueError: The kind is unknown, the folder does not exist, x has more than one step or the model is
-            bidirectional for "step", the example of your own model has no state for "step", or `max_steps` is below 2.
-            Errors of the model's `forward` pass through.
+            bidirectional for "step", the example of your own model has no state for "step", or `max_steps` is below 2
+            or the length of the example, or is given for "step". Errors of the model's `forward` pass through.
         torch.onnx.errors.OnnxExporterError: PyTorch cannot export the model.
 
     Numerics:
@@ -113,7 +114,7 @@ def onnx(
         if kind == "step" or (len(args) > 1 and args[1] is not None):
             args = _with_state(model, args, outputs)
         if _is_ours(model) and dynamic_shapes is None:
-            args, dynamic_shapes = _with_dynamic_shapes(model, args, kind)
+            args, dynamic_shapes = _with_dynamic_shapes(model, args, kind, max_steps)
         named = inspect.signature(model.forward).bind(*args).arguments
         given = {name: arg for name, arg in named.items() if arg is not None}
         if isinstance(dynamic_shapes, (tuple, list)):
@@ -140,7 +141,11 @@ def onnx(
         # PyTorch records the source line of each operation: a quarter of the file, with paths of this machine.
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()
-        program.save(target, external_data=False)
+        # There may be two files. A failure while they are written must leave existing files unchanged.
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            program.save(Path(folder) / target.name, external_data=False)
+            for written in sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name):
+                written.replace(target.parent / written.name)
 
 
 def _is_ours(model: nn.Module) -> TypeGuard[Layer]:
@@ -161,7 +166,9 @@ def _with_state(model: nn.Module, args: tuple[Any, ...], outputs: Any) -> tuple[
     return (args[0], state if h is None else pytree.tree_map(Tensor.expand_as, h, state), *args[2:])
 
 
-def _with_dynamic_shapes(model: Layer, args: tuple[Any, ...], kind: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _with_dynamic_shapes(
+    model: Layer, args: tuple[Any, ...], kind: str, max_steps: int | None
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Return the inputs, large enough to keep their sizes dynamic, and their dynamic dimensions."""
     from torch.export import Dim
 
@@ -171,9 +178,14 @@ def _with_dynamic_shapes(model: Layer, args: tuple[Any, ...], kind: str) -> tupl
     of_state = 0 if model.num_space_dims > 0 else forms["h"].dim("B")
     # Only x names its dimensions, because the exporter warns about a name that is used twice.
     of_x: dict[int, Any] = {} if batch is None else {batch: Dim("batch")}
-    if time is not None and kind == "sequence":
+    if time is None:
+        require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
+    elif kind == "sequence":
+        num_steps = x.shape[time]
+        is_enough = max_steps is None or num_steps <= max_steps
+        require(_NAME, "max_steps", is_enough, f"at least the {num_steps} steps of the example", str(max_steps))
         of_x[time] = Dim("time")
-    elif time is not None:
+    else:
         expected = f"of one step in dimension {time} because kind is 'step'"
         remedy = f"use x.narrow({time}, 0, 1)"
         require(_NAME, "x", x.shape[time] == 1, expected, dims(x.shape), remedy)
@@ -242,6 +254,7 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
     args = _checked_example(example_inputs)
     if max_steps is not None:
         check_int(_NAME, "max_steps", max_steps, least=2)
+        require(_NAME, "max_steps", kind != "step", "None because kind is 'step'", repr(max_steps))
     target = Path(path)
     remedy = "create the folder first"
     require(_NAME, "path", target.parent.is_dir(), "in an existing folder", repr(str(target)), remedy)

@@ -54,8 +54,7 @@ def test_autocast_casts_weights_once_for_all_steps():
             for t in range(5):
                 _, h = rnn(x[:, t : t + 1], h)
         assert sum(shape in weights for shape in casts.shapes) == len(weights)
-        for last in (h, rnn(x)[1]):
-            grads.append(torch.autograd.grad(last.square().sum(), rnn.parameters()))
+        grads += [torch.autograd.grad(last.square().sum(), rnn.parameters()) for last in (h, rnn(x)[1])]
     assert_close(*grads, rtol=2e-2, atol=2e-2)
     assert all(grad.dtype == torch.float32 for grad in grads[0])
 
