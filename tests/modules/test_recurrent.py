@@ -63,10 +63,14 @@ def test_autocast_casts_weights_once_for_all_steps():
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("recompute", [None, False, True])
 @pytest.mark.parametrize("hidden", [32, 64])
-@pytest.mark.parametrize("backend", [name for name in ("native", "torch") if name in ALL_BACKENDS])
-def test_what_is_kept_for_the_backward_pass(backend, hidden, recompute, num_layers, batch_first):
+@pytest.mark.parametrize(
+    ("layer", "backend"),
+    [("MinGRU", name) for name in ("native", "torch") if name in ALL_BACKENDS]
+    + [("BlockGRU", "native")] * ("native" in ALL_BACKENDS),
+)
+def test_what_is_kept_for_the_backward_pass(layer, backend, hidden, recompute, num_layers, batch_first):
     batch, steps = 4, 256
-    rnn = mingru.MinGRU(hidden, hidden, num_layers, batch_first=batch_first, recompute=recompute)
+    rnn = getattr(mingru, layer)(hidden, hidden, num_layers, batch_first=batch_first, recompute=recompute)
     x = torch.randn(batch, steps, hidden)
     known = {tensor.untyped_storage().data_ptr() for tensor in (x, *rnn.parameters())}
     kept = {}
@@ -79,8 +83,10 @@ def test_what_is_kept_for_the_backward_pass(backend, hidden, recompute, num_laye
 
     with mingru.use_backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out, _ = rnn(x if batch_first else x.view(steps, batch, hidden))
-    # Per layer the states and, unless they are quicker computed again, the two pre-activations.
-    values = 1 if backend == "native" and (hidden < 64 if recompute is None else recompute) else 3
+    # Per layer the states and, unless they are quicker computed again, two pre-activations, or of a BlockGRU four values.
+    is_block = layer == "BlockGRU"
+    is_recomputed = hidden < 64 and not is_block if recompute is None else recompute
+    values = 1 if backend == "native" and is_recomputed else 3 + 2 * is_block
     assert out.requires_grad and values <= sum(kept.values()) / (num_layers * batch * steps * hidden) <= values + 0.1
 
 

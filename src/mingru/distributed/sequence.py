@@ -251,7 +251,7 @@ class _LinearLayer(_Layer, RecurrentLevel):
         linear = self.maps()[reverse]
         is_plain = type(linear) in LINEAR_MAPS and not route.is_hooked(linear) and not is_autocast(y)
         is_plain = is_plain and self.cell not in MIXTURES and not self.has_output_gate
-        if not (is_plain and are_recomputed(y, self.recompute)):
+        if not (is_plain and are_recomputed(self.cell, y, self.recompute)):
             return super()._direction(y, start, layout, reverse, found)
         with torch.no_grad():
             inputs = self._inputs(y, reverse)

@@ -15,7 +15,6 @@ from ..ops.backends.native import is_slower
 from ..ops.call import Call, Layout, Start, spec_of
 from ..ops.cells import BLOCKGRU
 from ..ops.graph import is_captured
-from ..ops.linear_map import are_recomputed
 from ..ops.names_of_torch import len_torch_dispatch_stack, outside_of_graphs
 
 # What is added to the gates i, f, g, o of an LSTM where a sequence has ended: i is 0, and f is 1, so c stays.
@@ -93,13 +92,13 @@ def _gru(x: Tensor, batch_sizes: Any, hx: Tensor, flat: list[Any], _: bool, *opt
 def _recurrence(x: Tensor, before: Tensor, weights: list[Any], reverse: bool, layout: Layout) -> tuple[Tensor, Tensor]:
     """Compute a layer in one direction from a state (B, 1, H). Return its outputs and last state, (1, B, H)."""
     of_input, of_state, *biases = weights
-    keep, bias, of_candidate, size = not are_recomputed(x, None), None, None, of_state.size(-1)
+    bias, of_candidate, size = None, None, of_state.size(-1)
     if biases:
         of_gates, of_candidate = biases[1].split([2 * size, size])
         bias = biases[0] + F.pad(of_gates, (0, size))
     if torch.is_grad_enabled():
         of_candidate = None if of_candidate is None else of_candidate.clone()
-        of_input = of_input if keep or x.requires_grad else of_input.clone()
+        of_input = of_input if x.requires_grad else of_input.clone()
     tensors: list[Any] = [x, of_input, bias]
     call = Call(
         spec_of(BLOCKGRU, "tanh", reverse, 0.0),
@@ -107,7 +106,7 @@ def _recurrence(x: Tensor, before: Tensor, weights: list[Any], reverse: bool, la
         Start(before, before, None, None, of_state, of_candidate),
         layout,
     )
-    out, last = autograd.run_kernel("linear_kernel", "native", call, keep)
+    out, last = autograd.run_kernel("linear_kernel", "native", call, True)
     return out, last.transpose(0, 1)
 
 

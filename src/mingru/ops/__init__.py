@@ -91,7 +91,7 @@ def linear_recurrence(
         inputs = list(linear(x).chunk(CELLS[spec.cell].num_inputs + output_gate, -1))
         gate = inputs.pop() if output_gate else None
         return gated(_run(backend, Call(spec, inputs, start, layout)), gate)
-    return autograd.run_kernel("linear_kernel", backend, call, not are_recomputed(x, recompute))
+    return autograd.run_kernel("linear_kernel", backend, call, not are_recomputed(spec.cell, x, recompute))
 
 
 def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layout) -> States:

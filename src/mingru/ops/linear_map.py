@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .call import Spec
+from .cells import BLOCKGRU
 from .shape import States, accumulate_dtype
 
 
@@ -56,7 +57,8 @@ NORMS: dict[type[nn.Module], str] = {nn.RMSNorm: "rms", nn.LayerNorm: "layer"}
 FORWARDS: dict[Any, Any] = {cls: vars(cls)["forward"] for cls in (*LINEAR_MAPS, *NORMS)}
 # Attributes of a module: what sees its inputs and outputs, and may change them.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# With fewer input features, it takes less time on the CPU to compute pre-activations again than to store them.
+# With fewer input features, it takes less time on the CPU to compute pre-activations again than to store them. With those
+# of a BlockGRU, the products of its states would be computed again.
 _WIDE = 64
 
 
@@ -87,6 +89,6 @@ def gated(states: States, gate: Tensor | None) -> States:
     return states if gate is None else (states[0] * F.silu(gate), states[1])
 
 
-def are_recomputed(x: Tensor, recompute: bool | None) -> bool:
+def are_recomputed(cell: str, x: Tensor, recompute: bool | None) -> bool:
     """Return whether backward computes the linear map of x again. `recompute` is the option of a layer."""
-    return x.is_cpu and x.shape[-1] < _WIDE if recompute is None else recompute
+    return x.is_cpu and x.shape[-1] < _WIDE and cell != BLOCKGRU if recompute is None else recompute

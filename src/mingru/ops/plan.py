@@ -351,7 +351,7 @@ def _recurrence(own: Direction, x: Tensor, w: list[Any], states: Any, backend: s
         is_native, spec = backend == "native", own.spec
         if own.norm is not None and is_native:
             spec = linear_map.with_norm(spec, own.norm.kind, own.norm.eps, x.dtype)
-        keep = not (linear_map.are_recomputed(x, own.recompute) if is_native else own.recompute)
+        keep = not (linear_map.are_recomputed(spec.cell, x, own.recompute) if is_native else own.recompute)
         call = autograd.KernelCall("linear_kernel", backend, spec, time_first, keep)
         own.calls[backend, x.dtype, time_first] = call
     if own.norm is None and weight is not None and 3 * weight.shape[1] == len(weight):

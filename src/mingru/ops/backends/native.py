@@ -145,10 +145,10 @@ def is_slower(features: int, steps: int, dtype: torch.dtype, with_gradients: boo
     """Return whether a GRU of one block takes longer than `torch.gru`: for few steps.
 
     What comes before the steps, such as copies of large matrices, takes longer than the steps save. Without AVX-512,
-    products take the larger part of the time, and torch's are as fast. The numbers are from 1,100 random sizes with one
+    products take the larger part of the time, and torch's are as fast. The numbers are from 1,900 random sizes with one
     thread, on an AMD and, by MKL's choice of kernels, as on an Intel.
     """
-    least = 15 if dtype == torch.float64 else 6 if with_gradients and HAS_AVX512 else 10
+    least = 20 if dtype == torch.float64 else 6 if with_gradients and HAS_AVX512 else 10
     return steps < (2 * least if features >= 128 else least)
 
 
