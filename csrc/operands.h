@@ -4,7 +4,6 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -30,13 +29,12 @@ Storage storage_of(const Tensor& x) {
   }
 }
 
-// Asks for large pages for memory so large that glibc's malloc takes it from the system each time: small new pages may take
-// longer than what is computed in them.
+// Advises large pages for memory so large that glibc's malloc takes it from the system each time: small new pages may take
+// longer than what is computed in them. Nothing depends on whether the system follows.
 void use_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
   constexpr int64_t least_bytes = 1 << 25, page = 1 << 21;
   const int64_t skipped = -reinterpret_cast<intptr_t>(data) & (page - 1);
-  // Only advice: nothing depends on its success.
   if (bytes >= least_bytes) madvise(static_cast<char*>(data) + skipped, (bytes - skipped) & -page, MADV_HUGEPAGE);
 #endif
 }

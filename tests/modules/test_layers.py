@@ -94,13 +94,7 @@ def calls(case):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@parametrized(
-    [
-        case("MinGRU, wide", mingru.MinGRU, 64, 4),
-        BLOCKS[0],
-        *some(ROWS, 3),
-    ]
-)
+@parametrized([case("MinGRU, wide", mingru.MinGRU, 64, 4), BLOCKS[0], *some(ROWS, 3)])
 def test_no_output_is_a_view(case, backend):
     module = case.make()
     for args, grad in itertools.product(calls(case), (True, False)):

@@ -5,10 +5,4 @@ from .language_model import language_model_from_lucidrains
 from .projected import from_lucidrains, from_minrnns
 from .pufferlib import from_pufferlib
 
-__all__ = [
-    "from_cheind",
-    "from_lucidrains",
-    "from_minrnns",
-    "from_pufferlib",
-    "language_model_from_lucidrains",
-]
+__all__ = ["from_cheind", "from_lucidrains", "from_minrnns", "from_pufferlib", "language_model_from_lucidrains"]

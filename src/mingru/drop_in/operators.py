@@ -92,20 +92,14 @@ def _gru(x: Tensor, batch_sizes: Any, hx: Tensor, flat: list[Any], _: bool, *opt
 def _recurrence(x: Tensor, before: Tensor, weights: list[Any], reverse: bool, layout: Layout) -> tuple[Tensor, Tensor]:
     """Compute a layer in one direction from a state (B, 1, H). Return its outputs and last state, (1, B, H)."""
     of_input, of_state, *biases = weights
-    bias, of_candidate, size = None, None, of_state.size(-1)
-    if biases:
-        of_gates, of_candidate = biases[1].split([2 * size, size])
-        bias = biases[0] + F.pad(of_gates, (0, size))
+    size = of_state.size(-1)
+    bias: Any = biases[0] + F.pad(biases[1][: 2 * size], (0, size)) if biases else None
+    of_candidate = biases[1][2 * size :] if biases else None
     if torch.is_grad_enabled():
         of_candidate = None if of_candidate is None else of_candidate.clone()
         of_input = of_input if x.requires_grad else of_input.clone()
-    tensors: list[Any] = [x, of_input, bias]
-    call = Call(
-        spec_of(BLOCKGRU, "tanh", reverse, 0.0),
-        tensors,
-        Start(before, before, None, None, of_state, of_candidate),
-        layout,
-    )
+    start = Start(before, before, None, None, of_state, of_candidate)
+    call = Call(spec_of(BLOCKGRU, "tanh", reverse, 0.0), [x, of_input, bias], start, layout)
     out, last = autograd.run_kernel("linear_kernel", "native", call, True)
     return out, last.transpose(0, 1)
 

@@ -137,19 +137,13 @@ FLAGS = {name: 1 << _FIRST_FLAG + number for name, number in _flags.items()}
 NUMBERS = {(cell, name): n | m << 8 for cell, n in CELL_NUMBERS.items() for name, m in _activations.items()}
 
 
-# Of float32. The kernels for float64 have registers of 256 bits.
-HAS_AVX512 = "avx512" in (os.environ.get("MINGRU_ISA") or ("" if _WHY_NOT else torch.ops.mingru.instruction_sets()))
-
-
 def is_slower(features: int, steps: int, dtype: torch.dtype, with_gradients: bool) -> bool:
     """Return whether a GRU of one block takes longer than `torch.gru`: for few steps.
 
-    What comes before the steps, such as copies of large matrices, takes longer than the steps save. Without AVX-512,
-    products take the larger part of the time, and torch's are as fast. The numbers are from 1,900 random sizes with one
-    thread, on an AMD and, by MKL's choice of kernels, as on an Intel.
+    What comes before the steps, such as copies of large matrices, takes longer than the steps save. From 2,500 random
+    sizes with one thread and AVX-512 or AVX2, on an AMD and, by MKL's choice of kernels, as on an Intel.
     """
-    least = 20 if dtype == torch.float64 else 6 if with_gradients and HAS_AVX512 else 10
-    return steps < (2 * least if features >= 128 else least)
+    return steps < (20 if dtype == torch.float64 else 6 if with_gradients else 10) * (2 if features >= 128 else 1)
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
