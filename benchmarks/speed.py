@@ -5,8 +5,8 @@
     python benchmarks/speed.py steps family                # other groups of tables, which --help lists
     python benchmarks/speed.py --gru 32 64 128 256 512     # nn.GRU as it is, and accelerated, by shape
     python benchmarks/speed.py --sweep --plot speed.png    # time by sequence length, and the README's picture
-    python benchmarks/speed.py --page                      # time relative to MinGRU by shape and threads; writes them
-                                                           # into docs/speed.md and docs/speed.json, 6 minutes or more
+    python benchmarks/speed.py --page                      # time relative to MinGRU by shape and threads, in 8
+                                                           # minutes; writes docs/speed.md and docs/speed.json
 
 Times are medians of interleaved runs in one process, in milliseconds. Forward is timed in inference mode. Forward +
 backward includes the gradients of all inputs and parameters. The dtype is float32 unless a name says bf16.

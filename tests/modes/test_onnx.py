@@ -377,17 +377,17 @@ def test_without_onnx(package, path, monkeypatch):
 
 
 # Those that are refused before the packages are imported: data/refusals.txt.
+STEP, MOST = {"kind": "step"}, {"max_steps": 4}
 BAD_CALLS = {
-    r"x must be of one step .*, got \(2, 5, 3\); use x.narrow\(1, 0, 1\)": (RNN, X, "step"),
-    "max_steps must be at least the 5 steps of the example, got 4": (RNN, X, "sequence", 4),
-    "max_steps must be None because x has no time": (mingru.MinGRUCell(3, 4), X[0], "sequence", 4),
-    r"must be \(x, h, ...\) because kind is 'step' and the model is not a class of .*, got only x": (Echo(), X, "step"),
+    r"x must be of one step .*, got \(2, 5, 3\); use x.narrow\(1, 0, 1\)": (RNN, X, STEP),
+    "max_steps must be at least the 5 steps of the example, got 4": (RNN, X, MOST),
+    "max_steps must be None because x has no time": (mingru.MinGRUCell(3, 4), X[0], MOST),
+    r"must be \(x, h, ...\) because kind is 'step' and the model is not a class of .*, got only x": (Echo(), X, STEP),
 }
 
 
 def test_bad_calls(path):
-    for message, (model, example, kind, *most) in BAD_CALLS.items():
-        options = {"kind": kind, "max_steps": max(most, default=None)}
+    for message, (model, example, options) in BAD_CALLS.items():
         refuses(ValueError, f"^export.onnx: .*{message}", export, model, example, path, **options)
     refuses(ValueError, r"MinGRU: x must be \(B, S, 3\)", export, RNN, torch.zeros(2, 5, 4), path)
     assert not path.exists()

@@ -50,7 +50,7 @@ class BlockGRU(RecurrentLevels, planned=True):
             `hidden_dims`, it is `torch.nn.GRU`.
         learn_initial_state: If True, the initial state is a parameter, which begins at 0.
         memory: Number of time steps that a state lasts at first, see `mingru.MinGRU`. It shifts b_z.
-        recompute: If True, backward recomputes pre-activations.
+        recompute: If True, backward recomputes the gates, which saves four fifths of the memory and takes longer.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
 

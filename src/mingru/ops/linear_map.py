@@ -57,8 +57,8 @@ NORMS: dict[type[nn.Module], str] = {nn.RMSNorm: "rms", nn.LayerNorm: "layer"}
 FORWARDS: dict[Any, Any] = {cls: vars(cls)["forward"] for cls in (*LINEAR_MAPS, *NORMS)}
 # Attributes of a module: what sees its inputs and outputs, and may change them.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# With fewer input features, it takes less time on the CPU to compute pre-activations again than to store them. With
-# those of a BlockGRU, the products of its states would be computed again.
+# With fewer input features, it takes less time on the CPU to compute pre-activations again than to store them. A
+# BlockGRU would also compute the products of its states again, which takes longer.
 _WIDE = 64
 
 
