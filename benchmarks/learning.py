@@ -51,25 +51,25 @@ def blocks(count, **options):
 
 def on_blocks(**options):
     above = DEEP | options
-    return lambda: mingru.Stack([mingru.BlockGRU(FEATURES, DIMS), mingru.MinGRU(DIMS, DIMS, **above)])
+    return lambda: mingru.Stack([mingru.GRU(FEATURES, DIMS), mingru.MinGRU(DIMS, DIMS, **above)])
 
 
 GRU, GRU_OF_ONE, MIXED = "nn.GRU, 2 layers", "nn.GRU, 1 layer", 'MinGRU, gate="mixed"'
 # By name. MinGRU and MinLSTM have two layers, norm and residual, where the name does not say otherwise.
 MODELS = {
     GRU: of(nn.GRU, 2, deep=False),
-    "BlockGRU, 2 layers": of(mingru.BlockGRU, 2, deep=False),
-    "BlockGRU, 2 layers, norm, residual": of(mingru.BlockGRU, 2),
+    "mingru.GRU, 2 layers": of(mingru.GRU, 2, deep=False),
+    "mingru.GRU, 2 layers, norm, residual": of(mingru.GRU, 2),
     MIXED: of(mingru.MinGRU, 2, gate="mixed"),
     "MinGRU": of(mingru.MinGRU, 2),
     "nn.LSTM, 2 layers": of(nn.LSTM, 2, deep=False),
     'Blocks, conv=4, mlp=1, gate="mixed"': blocks(2, conv=4, mlp=1, gate="mixed"),
-    "BlockGRU, 2 layers, blocks of 32": of(mingru.BlockGRU, 2, deep=False, block_size=32),
+    "mingru.GRU, 2 layers, blocks of 32": of(mingru.GRU, 2, deep=False, block_size=32),
     GRU_OF_ONE: of(nn.GRU, 1, deep=False),
-    "BlockGRU, 1 layer": of(mingru.BlockGRU, 1, deep=False),
+    "mingru.GRU, 1 layer": of(mingru.GRU, 1, deep=False),
     'MinGRU, candidate="tanh"': of(mingru.MinGRU, 2, candidate="tanh"),
     "MinLSTM": of(mingru.MinLSTM, 2),
-    "BlockGRU, 3 layers, norm, residual": of(mingru.BlockGRU, 3),
+    "mingru.GRU, 3 layers, norm, residual": of(mingru.GRU, 3),
     "nn.LSTM, 1 layer": of(nn.LSTM, 1, deep=False),
 }
 # What a MinGRU with gate="mixed" may learn more with.
@@ -78,7 +78,7 @@ MORE = {
     "memory=(2, 30)": of(mingru.MinGRU, 2, gate="mixed", memory=(2, 30)),
     "3 layers": of(mingru.MinGRU, 3, gate="mixed"),
     'output_gate="silu"': of(mingru.MinGRU, 2, gate="mixed", output_gate="silu"),
-    "BlockGRU below": on_blocks(gate="mixed"),
+    "mingru.GRU below": on_blocks(gate="mixed"),
 }
 # The columns of the tables of the page.
 TABLES = {

@@ -59,7 +59,7 @@ BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is Tr
 LENGTHS = [2**power for power in range(4, 17)]
 BATCH, FEATURES, SLOW_MS = 8, 256, 3000.0
 ACCELERATED = "nn.GRU, accelerated"
-PEER, START, MIXED = "minGRU-pytorch", "BlockGRU", 'MinGRU, gate="mixed"'
+PEER, START, MIXED = "minGRU-pytorch", "mingru.GRU", 'MinGRU, gate="mixed"'
 # Left out where models have two layers, and what these are compared with.
 OF_ONE, OTHERS = (PEER, "mingru", LINEAR), (GRU, "nn.LSTM", MIXED)
 
@@ -161,7 +161,7 @@ def family(args):
     for batch, steps, *dims in args.shape or [(8, 512, 256, 256), (32, 64, 64, 64), (1, 1, 256, 256)]:
         x, modules = torch.randn(batch, steps, dims[0], requires_grad=True), plain_layers(*dims)
         modules |= {"MinLSTM": mingru.MinLSTM(*dims), "drop_in.GRU": drop_in.GRU(*dims, batch_first=True)}
-        modules |= {f"BlockGRU, {size}": mingru.BlockGRU(*dims, block_size=size) for size in (16, 32, dims[1])}
+        modules |= {f"mingru.GRU, {size}": mingru.GRU(*dims, block_size=size) for size in (16, 32, dims[1])}
         yield of_modules(f"One layer, (B, S, I, H) = {(batch, steps, *dims)}", x, modules, "mingru", GRU)
     x = torch.randn(4, 16, 32, 64, 64, requires_grad=True)
     modules = {"nn.Conv2d": nn.Conv2d(32, 64, 3, padding=1), "MinConv2dGRU": mingru.MinConv2dGRU(32, 32, 3, padding=1)}
@@ -284,7 +284,7 @@ def deploy(args):
         options = {"num_layers": 2, "norm": "rms", "residual": True}
         modules = {GRU: nn.GRU(*shape[2:], 2, batch_first=True), "MinGRU": mingru.MinGRU(*shape[2:], **options)}
         modules |= {"MinGRU, mixed": mingru.MinGRU(*shape[2:], **options, gate="mixed")}
-        modules |= {"BlockGRU": mingru.BlockGRU(*shape[2:], num_layers=2)}
+        modules |= {"mingru.GRU": mingru.GRU(*shape[2:], num_layers=2)}
         with tempfile.TemporaryDirectory() as folder:
             paths = {name: Path(folder, f"{name}.onnx") for name in modules}
             rows, methods = [], {}
@@ -362,19 +362,19 @@ def export(name, module, shape, path):
 
 
 def against_gru(args, timer):
-    """Print times of nn.GRU / those of its weights in a BlockGRU and of the layer accelerated: inference ; training."""
+    """Print times of nn.GRU / those of its weights in mingru.GRU and of the layer accelerated: inference ; training."""
     shapes, found = [(batch, steps) for steps in (1, 20, 200) for batch in (1, 8, 32, 64)], {}
     for dims in args.gru:
         modules = {GRU: nn.GRU(dims, dims, batch_first=True)}
         modules |= {
-            "BlockGRU": mingru.BlockGRU.from_torch(modules[GRU], block_size=dims),
+            "mingru.GRU": mingru.GRU.from_torch(modules[GRU], block_size=dims),
             ACCELERATED: deepcopy(modules[GRU]),
         }
         drop_in.accelerate(modules[ACCELERATED])
         for shape in shapes:
             table = of_modules("", torch.randn(*shape, dims, requires_grad=True), modules)
             found[dims, shape] = time_both(timer, table)
-    for name in ("BlockGRU", ACCELERATED):
+    for name in ("mingru.GRU", ACCELERATED):
         rows = [[str(dims), *(ratios(found[dims, shape], name) for shape in shapes)] for dims in args.gru]
         print_table(f"nn.GRU / {name}, threads: {args.threads}", ["H", *map(str, shapes)], rows)
     return {f"{dims}, {shape}": each for (dims, shape), each in found.items()}
@@ -391,7 +391,7 @@ def starts(*sizes):
     """Return the model that docs/choosing.md begins with, and others of two layers."""
     mixed = mingru.MinGRU(*sizes, 2, norm="rms", residual=True, gate="mixed")
     of_torch = {f"nn.{kind.__name__}": kind(*sizes, 2, batch_first=True) for kind in (nn.GRU, nn.LSTM)}
-    return {START: mingru.BlockGRU(*sizes, 2), MIXED: mixed, **of_torch}
+    return {START: mingru.GRU(*sizes, 2), MIXED: mixed, **of_torch}
 
 
 def whole_layers(timer, shape, others=None, skipped=()):
@@ -486,7 +486,7 @@ def page(args, timer):
             found = whole_layers(timer, shape, starts(*shape[2:]), OF_ONE)
             of_equal.setdefault(str(threads), {})[str(shape)] = found
         for shape in [tuple(shape) for shape in args.shape or PAGE_SHAPES]:
-            others = {"BlockGRU": mingru.BlockGRU(*shape[2:])}
+            others = {"mingru.GRU": mingru.GRU(*shape[2:])}
             others |= {SCANS: scanned.MinGRU(*shape[2:])} if scanned else {}
             times.setdefault(str(threads), {})[str(shape)] = whole_layers(timer, shape, others)
     path = args.json or PAGE.with_suffix(".json")

@@ -285,13 +285,13 @@ class InferencePass : Arguments {
       if (!times.empty()) tensors.push_back(times[direction]);
       const Tensor& weight = next_weight(2, x.size(2));
       const MaybeTensor bias = next_bias(has_bias, weight.size(0));
-      const bool is_blockgru = (bits & 0xff) == static_cast<int64_t>(Cell::blockgru);
-      if (is_blockgru) {
+      const bool is_gru = (bits & 0xff) == static_cast<int64_t>(Cell::gru);
+      if (is_gru) {
         require(next_weight_ < weights.size());
         tensors.push_back(next_weight(2, weights[next_weight_].size(-1)));
         if (has_bias) tensors.push_back(next_weight(1, features));
       }
-      const int64_t flags = bit(Flag::has_recurrent, is_blockgru) | bit(Flag::has_recurrent_bias, is_blockgru && has_bias) |
+      const int64_t flags = bit(Flag::has_recurrent, is_gru) | bit(Flag::has_recurrent_bias, is_gru && has_bias) |
                             bit(Flag::has_reset, !resets.empty()) | bit(Flag::has_dt, !times.empty()) |
                             bit(Flag::reverse, direction == 1) | bit(Flag::time_first, time_first);
       const Tensor part = both ? torch::stable::narrow(out, 2, direction * features, features) : out;

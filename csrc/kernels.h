@@ -1,7 +1,7 @@
 // The loops over the steps, compiled once for each instruction set (kernels_*.cpp).
 #pragma once
 
-#include "blockgru.h"
+#include "gru.h"
 #include "convert.h"
 #include "convolution.h"
 #include "lanes.h"

@@ -52,8 +52,8 @@ class LinearOperands : public Operands {
         is_centered_(call.has(Flag::layer_norm)),
         eps_(eps),
         x_(in_memory_order(x)) {
-    if (call.cell() == Cell::blockgru) recurrent_.emplace(call, h, scan.num_features);
-    // The scan adds a bias of float32 or float64, unless the cell is timed or a BlockGRU, or the product adds it at no cost.
+    if (call.cell() == Cell::gru) recurrent_.emplace(call, h, scan.num_features);
+    // The scan adds a bias of float32 or float64, unless the cell is timed or a GRU, or the product adds it at no cost.
     if (bias && (weight.element_size() < 4 || recurrent_ || scan.dt.data || scan.log_bound < 0 || is_in_tiles())) {
       STD_TORCH_CHECK(
           bias->is_cpu() && bias->numel() == num_columns && bias->scalar_type() == weight.scalar_type(), call.name,
@@ -77,7 +77,7 @@ class LinearOperands : public Operands {
   int64_t bytes_of_columns(int64_t rows) const { return rows * num_columns * x_.element_size(); }
 
   // The slices in the order of the scan. A slice has all batch elements of some steps, all steps of some batch elements, or a
-  // part of one step or batch element. Of a BlockGRU, whose batch elements are computed together, it may have some steps of
+  // part of one step or batch element. Of a GRU, whose batch elements are computed together, it may have some steps of
   // some batch elements, whose rows it copies.
   std::vector<Slice> slices(bool backward) const {
     const int64_t least = is_in_tiles() ? least_rows_in_tiles : least_slice_rows;
@@ -136,7 +136,7 @@ class LinearOperands : public Operands {
     map_rows(out, rows, slice.num_rows, x_, weight, bias_);
   }
 
-  // What a forward pass keeps of each row: its pre-activations, or of a BlockGRU what its steps replace them by, and a sum.
+  // What a forward pass keeps of each row: its pre-activations, or of a GRU what its steps replace them by, and a sum.
   int64_t num_kept() const { return num_columns + (recurrent_ ? scan.num_features : 0); }
 
   // Sets the sums that are kept after all else.

@@ -1,4 +1,4 @@
-// The recurrent weights of a BlockGRU, as the kernels in blockgru.h read them. The weight is (3 N, K): each row has the
+// The recurrent weights of a GRU, as the kernels in gru.h read them. The weight is (3 N, K): each row has the
 // weights of its own diagonal block of K features, and the rows are in the order of torch.nn.GRU: reset gate, update gate,
 // candidate. The bias, that of the candidate, is (N).
 #pragma once

@@ -25,7 +25,7 @@ enum class Storage { float32, float64, bfloat16, float16 };
   CELL(mingru_quaternion, 2, true, QuaternionMinGRU)           \
   CELL(minlstm, 3, true, MinLSTM)                              \
   CELL(minlstm_unnormalized, 3, false, UnnormalizedMinLSTM)    \
-  CELL(blockgru, 3, false, WithoutLanes)
+  CELL(gru, 3, false, WithoutLanes)
 
 // Of an entry of such a list, for an enum.
 #define MINGRU_NAME(name, ...) name,
@@ -84,7 +84,7 @@ struct Scan {
   // (N), in the accumulation dtype. All are null if there is no bias.
   const void* biases[most_parts];
   Sequence out;  // the states
-  // Of a BlockGRU whose forward pass keeps what backward needs: the sums of its candidates. The inputs become gates and
+  // Of a GRU whose forward pass keeps what backward needs: the sums of its candidates. The inputs become gates and
   // candidates. Null otherwise.
   Sequence sums;
   // Forward, with an output gate: the states times silu(gate). It may be `out`. Null without an output gate.
@@ -183,7 +183,7 @@ struct Convolution {
   int64_t num_tasks() const { return ceil_div(num_rows(), task_rows); }
 };
 
-// The recurrent weights U of a BlockGRU: `count` diagonal blocks of `size`, or in whole groups of `padded`, as
+// The recurrent weights U of a GRU: `count` diagonal blocks of `size`, or in whole groups of `padded`, as
 // recurrent_weights.h packs them: r = sigma(x_r + U_r h), z = sigma(x_z + U_z h) and
 // h_t = (1 - z) tanh(x_c + r (U_c h + bias)) + z h, with h = h_{t-1}. All are in the accumulation dtype.
 struct DiagonalBlocks {

@@ -7,8 +7,8 @@
 
 A model gets the last pixels in each time step, four by default, by a convolution, and its output at the last time step
 is mapped to ten classes. All models have at most 11,000 parameters, and the same training steps and optimizer; "mixed"
-is minGRU with gate="mixed", and BlockGRU has blocks of 16 features. Baselines are logistic regressions on all pixels at
-once, and on a histogram of their values, which loses the order.
+is minGRU with gate="mixed", and mingru.GRU has blocks of 16 features. Baselines are logistic regressions on all pixels
+at once, and on a histogram of their values, which loses the order.
 
 - mnist1d: 4,000 sequences for training and 1,000 for the test, made by the PyPI package mnist1d (Apache 2.0; Greydanus
   and Kobak 2024) with its seed.
@@ -23,11 +23,11 @@ of their range, and processor seconds of one training:
     minGRU                    98.2 ± 0.2%     10 s      68.0 ± 1.9%     10 s
     mixed                     96.8 ± 0.5%     14 s      24.9 ± 9.4%     13 s
     minLSTM                   97.6 ± 0.1%      9 s      43.9 ± 2.2%      7 s
-    BlockGRU                  97.2 ± 0.4%      6 s      44.5 ± 0.8%      7 s
+    mingru.GRU                  97.2 ± 0.4%      6 s      44.5 ± 0.8%      7 s
     nn.GRU                    98.0 ± 0.4%     15 s      48.2 ± 2.8%     40 s
 
 On 40 time steps, all are nearly equal, and minGRU takes two thirds of the time of nn.GRU. With --kernel 1, a time step
-gets one pixel, and nn.GRU is better (94.7%, BlockGRU 93.0%, minLSTM 90.5%, minGRU 88.5%, mixed 81.1%): its gates see
+gets one pixel, and nn.GRU is better (94.7%, mingru.GRU 93.0%, minLSTM 90.5%, minGRU 88.5%, mixed 81.1%): its gates see
 the state, those of minGRU only one noisy number. On 784, minGRU is best after so few training steps, but all are behind
 logistic regression. With --num-steps 3000, which take 128 s, minGRU has 92.4 ± 1.1%.
 """
@@ -45,7 +45,7 @@ from torch import Tensor, nn
 import mingru
 
 DATA = ("mnist1d", "digits")
-MODELS = ("minGRU", "mixed", "minLSTM", "BlockGRU", "nn.GRU")
+MODELS = ("minGRU", "mixed", "minLSTM", "mingru.GRU", "nn.GRU")
 BASELINES = {"logistic, pixels": "--", "logistic, bag of values": ":"}
 NUM_CLASSES = 10
 NUM_STEPS = {"mnist1d": 2000, "digits": 300}
@@ -84,8 +84,8 @@ class Model(nn.Module):
         options: dict[str, Any] = {"norm": "rms", "residual": True, "candidate": "tanh"}
         if name == "nn.GRU":
             self.rnn: nn.Module = nn.GRU(dims, dims, batch_first=True)
-        elif name == "BlockGRU":
-            self.rnn = mingru.BlockGRU(dims, dims, block_size=16)
+        elif name == "mingru.GRU":
+            self.rnn = mingru.GRU(dims, dims, block_size=16)
         elif name == "minLSTM":
             self.rnn = mingru.MinLSTM(dims, dims, 3, forget_bias=2.0, **options)
         else:
@@ -112,7 +112,7 @@ def train(run: Run, name: str, num_steps: int, rate: float, data: tuple[Tensor, 
     torch.manual_seed(seed)
     x, classes, test_x, test_classes = run.fabric.to_device(data)
     # The mixture needs a multiple of 8, blocks one of 16.
-    step = 16 if name == "BlockGRU" else 8
+    step = 16 if name == "mingru.GRU" else 8
     model = widest(lambda width: Model(name, width, x.shape[1], run.args.kernel), run.args.num_parameters, step, step)
 
     def loss_of(model: nn.Module, step: int) -> Tensor:

@@ -59,7 +59,7 @@ QUICK = {"dims": 48, "num_layers": 2, "batch": 8, "length": 64, "steps": 100, "e
 QUICK_LENGTH = 100_000
 # Options of blocks by their cell, and torch's layers.
 CELLS = {"mingru": {"gate": "mixed", "output_gate": "silu"}, "minlstm": {"output_gate": "silu"}}
-CELLS["blockgru"] = {"block_size": 24}
+CELLS["gru"] = {"block_size": 24}
 PEERS = {"gru": nn.GRU, "lstm": nn.LSTM}
 ALL_BYTES = "".join(map(chr, range(256)))
 MAX_SEED = 2**32 - 1

@@ -113,7 +113,7 @@ class Case:
     @cached_property
     def unrolls(self) -> bool:
         """Whether a graph of `torch.compile` has each step of its example, and takes no other length."""
-        return any(getattr(each, "cell", None) == "blockgru" for each in self.module.modules())
+        return any(getattr(each, "cell", None) == "gru" for each in self.module.modules())
 
     @cached_property
     def steps(self) -> int:
@@ -335,7 +335,7 @@ CASES = [
     case("MinGRU (quaternion)", mingru.MinGRU, INPUT, HIDDEN, gate="quaternion", min_decay=0.3),
     *(conv(f"MinConv{dims}dGRU", dims, num_layers=2, stride=[1, 2], norm="group") for dims in (1, 2, 3)),
     stack("Stack", *SEVERAL),
-    case("BlockGRU", mingru.BlockGRU, INPUT, HIDDEN, 2, block_size=2),
+    case("GRU", mingru.GRU, INPUT, HIDDEN, 2, block_size=2),
     case("MinGRUCell", mingru.MinGRUCell, INPUT, HIDDEN),
     case("MinLSTMCell", mingru.MinLSTMCell, INPUT, HIDDEN, candidate="tanh", normalize=False),
     *(conv(f"MinConv{dims}dGRUCell", dims) for dims in (1, 2, 3)),
@@ -400,8 +400,8 @@ CONV = {
 
 def is_possible(row: dict[str, Any]) -> bool:
     """Whether the options of a layer of features go together."""
-    without_bound = row["cell"] in ("mingru_signed", "blockgru") or row["cell"].startswith("minlstm")
-    if row["cell"] == "blockgru" and (row.get("residual") == "highway" or row.get("output_gate")):
+    without_bound = row["cell"] in ("mingru_signed", "gru") or row["cell"].startswith("minlstm")
+    if row["cell"] == "gru" and (row.get("residual") == "highway" or row.get("output_gate")):
         return False
     excludes_others = row.get("residual") == "highway" and (row["bidirectional"] or row["output_gate"])
     return not (without_bound and row["min_decay"] > 0) and not excludes_others
@@ -415,10 +415,10 @@ def gate_of(cell: str) -> str:
 def of_features(home: Any, end: str, row: dict[str, Any]) -> Case:
     """The case of a row of options: a layer or a cell of mingru or drop_in."""
     options = dict(row)
-    if row["cell"] == "blockgru":
+    if row["cell"] == "gru":
         for name in ("candidate", "min_decay", "output_gate", *([] if home is drop_in else ["cell"])):
             options.pop(name, None)
-        kind = ("" if home is drop_in else "Block") + f"GRU{end}"
+        kind = f"GRU{end}"
         return case(f"{kind} {named(options)}", getattr(home, kind), INPUT, 6, block_size=2, **options)
     cell, bound, is_like_torch = options.pop("cell"), options.pop("min_decay"), home is drop_in
     kind = "LSTM" if cell.startswith("minlstm") else "GRU"
@@ -533,7 +533,7 @@ BLOCK = {
 }
 BLOCKS = [
     block(gate="rotation", expansion=1.2, min_decay=0.3),
-    block(cell="blockgru", expansion=1.2, block_size=2, conv=2),
+    block(cell="gru", expansion=1.2, block_size=2, conv=2),
     *(block(**row) for row in cover(BLOCK)),
 ]
 SEVERAL_GATES = {"gate": ["sigmoid", "quaternion", "rotation"], "min_decay": [0.0, 0.25, 0.5], "bidirectional": True}

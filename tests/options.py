@@ -11,7 +11,7 @@ import torch
 
 # The cells of a gate, and all.
 GATED = ["mingru", "mingru_signed", "mingru_rotation", "mingru_quaternion", "mingru_mixed"]
-CELLS = [*GATED, "minlstm", "minlstm_unnormalized", "blockgru"]
+CELLS = [*GATED, "minlstm", "minlstm_unnormalized", "gru"]
 CANDIDATES = ["positive", "linear", "tanh"]
 DOUBLE, TIGHT, EXACT = {"dtype": torch.double}, {"rtol": 1e-9, "atol": 1e-9}, {"rtol": 0, "atol": 0}
 # A layer of these options, or a recurrence, may be called in these ways.

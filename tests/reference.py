@@ -146,7 +146,7 @@ def mingru_mixed(gates, candidate, h=None, reset=None, activation="positive", in
     return torch.cat([cell(*own, first, reset, activation, then, **options) for cell, (*own, first, then) in cells], 2)
 
 
-def blockgru(r, z, c, weight, bias, h, reset, initial, reverse):
+def gru(r, z, c, weight, bias, h, reset, initial, reverse):
     """`weight` has the rows of torch.nn.GRU, each with the features of its block."""
     size = weight.shape[1]
     u_r, u_z, u_c = (torch.block_diag(*gate.split(size)) for gate in weight.chunk(3))
@@ -210,10 +210,10 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None, start=None):
             if dt is not None:
                 # The reverse direction crosses the time before a step on its way to the step before it.
                 options["dt"] = torch.cat([dt[:, 1:], dt[:, :1]], 1) if direction else dt
-            if layer.cell == "blockgru":
+            if layer.cell == "gru":
                 own = prefix + "recurrent" + "_reverse" * direction
                 recurrent = weights[f"{own}.weight"], weights.get(f"{own}.bias", 0.0)
-                out = blockgru(*inputs, *recurrent, h[state], resets, initial[state], direction == 1)
+                out = gru(*inputs, *recurrent, h[state], resets, initial[state], direction == 1)
             else:
                 out = CELLS[layer.cell](
                     *inputs, h[state], resets, layer.candidate, initial[state], reverse=direction == 1, **options

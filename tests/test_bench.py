@@ -23,7 +23,7 @@ def test_it_runs_and_prints_numbers():
     for shape, table in zip([(2, 7, 3, 8), (1, 1, 4, 16)], tables, strict=True):
         title, _, *rows = table.splitlines()
         assert title == f"(B, S, I, H) = {shape}: medians (middle half of the rounds)"
-        assert [row.split()[0] for row in rows] == ["BlockGRU", "MinGRU", "nn.GRU", "nn.LSTM"]
+        assert [row.split()[0] for row in rows] == ["mingru.GRU", "MinGRU", "nn.GRU", "nn.LSTM"]
         numbers = [[float(number) for number in re.findall(r"(?<=[ (-])[\d.]+", row)] for row in rows]
         for figures in numbers:
             # Of both passes: a time and a ratio, each before the ends of its middle half. All have three digits.

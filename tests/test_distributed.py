@@ -169,7 +169,7 @@ def features_refused(four, pairs):
         ({"module": mingru.MinGRU(3, 4, gate="rotation")}, ValueError, f"{wrong} has 2 numbers ...(hidden_dims 4)"),
         ({"module": mingru.drop_in.GRU(3, 8, proj_size=4)}, ValueError, f"{wrong} has proj_size"),
         ({"module": mingru.MinGRU(4, 32, gate="mixed")}, ValueError, f"{wrong} has features of two kinds"),
-        ({"module": mingru.BlockGRU(3, 8)}, ValueError, f"{wrong} has recurrent weights"),
+        ({"module": mingru.GRU(3, 8)}, ValueError, f"{wrong} has recurrent weights"),
         ({"module": parallel}, ValueError, f"{wrong} is already parallel"),
         ({"module": mingru.MinGRU(3, 4, bidirectional=True), **shard}, ValueError, layouts),
         ({"module": mingru.MinGRU(3, 4, residual=True), **shard}, ValueError, layouts),
@@ -238,7 +238,7 @@ def refusals(four, pairs):
         ({"module": torch.nn.Linear(3, 4)}, error, "... or a module that contains one, got Linear"),
         ({"module": mingru.MinGRUCell(3, 4)}, error, f"{wrong} MinGRUCell; "),
         ({"module": mingru.drop_in.GRU(3, 4)}, error, f"{wrong} mingru.drop_in.GRU; "),
-        ({"module": mingru.BlockGRU(3, 4)}, error, f"{wrong} BlockGRU; "),
+        ({"module": mingru.GRU(3, 4)}, error, f"{wrong} GRU; "),
         ({"module": parallel}, error, f"{wrong} MinGRU that is already parallel"),
     ]
     assert_refused(lambda module=rnn, mesh=four: parallelize_module(module, mesh, SequenceParallel()), cases)

@@ -14,7 +14,7 @@ LAYERS = {
     "bidirectional": lambda: mingru.MinGRU(3, 8, bidirectional=True),
     "rotation": lambda: mingru.MinGRU(3, 8, gate="rotation", candidate="tanh"),
     "MinLSTM": lambda: mingru.MinLSTM(3, 8),
-    "BlockGRU": lambda: mingru.BlockGRU(3, 8, num_layers=2, block_size=4, norm="rms"),
+    "GRU": lambda: mingru.GRU(3, 8, num_layers=2, block_size=4, norm="rms"),
 }
 
 

@@ -80,7 +80,7 @@ def test_the_default_is_torchs_gru():
     with patch() as report:
         model = nn.ModuleDict({"gru": nn.GRU(IN, H, 2, bidirectional=True), "cell": nn.GRUCell(IN, H)})
         lstm = nn.LSTM(IN, H)
-    assert "loop" not in str(report) and lstm.cell == "blockgru" and lstm.block_size == H
+    assert "loop" not in str(report) and lstm.cell == "gru" and lstm.block_size is None
     model.load_state_dict(nn.ModuleDict({"gru": gru, "cell": cell}).state_dict())
     torch.testing.assert_close((model["gru"](x), model["cell"](x[0])), (gru(x), cell(x[0])))
     ours = drop_in.GRU.from_torch(gru)
@@ -91,7 +91,7 @@ def test_the_default_is_torchs_gru():
                 torch.testing.assert_close(getattr(each, name), weight, rtol=0, atol=0)
         both = ours.bias_ih_l1_reverse + ours.bias_hh_l1_reverse
         torch.testing.assert_close(both, gru.bias_ih_l1_reverse + gru.bias_hh_l1_reverse)
-    torch.testing.assert_close(mingru.BlockGRUCell.from_torch(cell)(x[0]), cell(x[0]))
+    torch.testing.assert_close(mingru.GRUCell.from_torch(cell)(x[0]), cell(x[0]))
     assert not hasattr(lstm, "weight_ih_l0") and not hasattr(ours, "weight_ih_l2")
     refuses(RuntimeError, "Missing key", ours.load_state_dict, {"weight_ih_l0": gru.weight_ih_l0})
 
@@ -139,7 +139,7 @@ def test_numbers_that_torch_takes():
     drop_in.replace(model)
     with patch():
         for rnn in (model["rnn"], nn.GRU(IN, H, **given), nn.GRU(IN, H, np.int64(2), True)):
-            assert repr(rnn) == "GRU(3, 4, num_layers=2, block_size=4, cell='blockgru')"
+            assert repr(rnn) == "GRU(3, 4, num_layers=2, cell='gru')"
             assert rnn(torch.randn(2, 5, IN))[1].shape == (2, 5, H)
         for wrong in ((1.5,), (1, 0.5)):
             refuses(TypeError, "", nn.GRU, IN, H, *wrong)

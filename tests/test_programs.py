@@ -80,7 +80,7 @@ PROGRAMS = {
     ),
     "pixels": Program(
         "--data digits --num-steps 3 --num-parameters 1000 --batch-size 4 --seeds 0 3",
-        "digits: logistic, logistic, minGRU mixed minLSTM BlockGRU nn.GRU",
+        "digits: logistic, logistic, minGRU mixed minLSTM GRU nn.GRU",
         smaller={"read": as_images},
     ),
     "speakers": Program(

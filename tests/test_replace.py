@@ -61,7 +61,7 @@ def test_replace():
         "encoder.b.0": "GRU(3, 4, batch_first=True)",
         "layers.0": "GRU(3, 4, num_layers=2, bias=False, dropout=0.25, bidirectional=True)",
     }
-    ours = {key: f"mingru.drop_in.{name[:-1]}, block_size=4, cell='blockgru')" for key, name in replaced.items()}
+    ours = {key: f"mingru.drop_in.{name[:-1]}, cell='gru')" for key, name in replaced.items()}
     assert report.replaced == [(key, f"torch.nn.{name}", ours[key]) for key, name in replaced.items()]
     left = {
         ("lstm", "torch.nn.LSTM(3, 4)"): "lstm is False",

@@ -6,7 +6,7 @@
 
 The inputs are elements of a group, and the target of each time step is the product of those so far: sums of bits modulo
 2 ("parity"), sums modulo 3, 5 or 7, permutations of 3 objects ("S3"), even permutations of 5 objects ("A5"). As in that
-table: 64 features, one layer in a residual block with an MLP (nn.GRU and BlockGRU have neither), Adam with a learning
+table: 64 features, one layer in a residual block with an MLP (nn.GRU and GRU have neither), Adam with a learning
 rate of 3e-3, at most 1,600 steps. The model with the best accuracy at 128 time steps is tested; training stops when
 that accuracy is 1, as nothing is better.
 
@@ -15,7 +15,7 @@ In tasks with "all steps", training does not stop before, and of the best models
 is right. A batch has as many time steps as before, the learning rate falls to 0, and the last model is tested.
 
 Models with "learned start" learn their initial state. It is drawn from N(0, 1), or begins with 2 in "learned from 2",
-and with 0 in BlockGRU.
+and with 0 in GRU.
 """
 
 import copy
@@ -33,7 +33,7 @@ from ..measure import scans
 from .common import LAYERS, accuracy, build, start, training
 
 FREE = "tanh, own input gate"
-BLOCKGRUS = {"BlockGRU": {}, "BlockGRU, learned start": {"learn_initial_state": True}}
+GRUS = {"GRU": {}, "GRU, learned start": {"learn_initial_state": True}}
 # Options of a block with one layer.
 BLOCKS: dict[str, dict[str, Any]] = {"minGRU": {}, "signed": {"gate": "signed"}, "mixed": {"gate": "mixed"}}
 for gate in ("rotation", "quaternion"):
@@ -48,7 +48,7 @@ SHORT_FIRST, ALL_STEPS = "short first", "all steps"
 SHORT_FIRST_STEPS = {"S3": 2000, "A5": 4000}
 
 TASKS = [*MODULI, "S3", f"modulo 5, {ALL_STEPS}", *(f"{group}, {SHORT_FIRST}" for group in SHORT_FIRST_STEPS)]
-DEFAULTS: dict[str, Any] = {"models": [*BLOCKS, FREE, *BLOCKGRUS, "nn.GRU"], "tasks": TASKS, "seeds": [0, 1, 2]}
+DEFAULTS: dict[str, Any] = {"models": [*BLOCKS, FREE, *GRUS, "nn.GRU"], "tasks": TASKS, "seeds": [0, 1, 2]}
 DEFAULTS |= {"num_steps": 1600, "batch_size": 16, "peer": ""}
 TRAIN_LENGTH, CHOICE_LENGTH, LENGTHS, DIMS = 64, 128, (64, 256, 512, 1024), 64
 PEERS = {"mingru-scans log": "log", "mingru-scans signed": "signed", "mingru-scans rotation": "rotation"}
@@ -96,8 +96,8 @@ def layers(name: str, folder: str) -> nn.Module:
     """Return one layer, in a block with an MLP."""
     if name in PEERS:
         return scans(Path(folder)).MinGRUStack(DIMS, DIMS, n_layers=1, mixer=PEERS[name])
-    if name in BLOCKGRUS:
-        return mingru.BlockGRU(DIMS, DIMS, block_size=32, **BLOCKGRUS[name])
+    if name in GRUS:
+        return mingru.GRU(DIMS, DIMS, block_size=32, **GRUS[name])
     if name not in BLOCKS:
         return OwnInputGate(DIMS) if name == FREE else LAYERS[name](DIMS, DIMS)
     block = mingru.models.Block(DIMS, mlp=4, norm="layer", **BLOCKS[name])

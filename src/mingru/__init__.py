@@ -5,8 +5,8 @@ import typing
 from . import convert, drop_in, export, functional, models
 from ._version import __version__
 from .check import names as _names
-from .modules.blockgru import BlockGRU, BlockGRUCell
 from .modules.cells import MinGRUCell, MinLSTMCell
+from .modules.gru import GRU, GRUCell
 from .modules.minconvgru import (
     MinConv1dGRU,
     MinConv1dGRUCell,
@@ -22,8 +22,8 @@ from .ops.route import backends, use_backend
 from .serialization import safe_globals
 
 __all__ = [
-    "BlockGRU",
-    "BlockGRUCell",
+    "GRU",
+    "GRUCell",
     "MinConv1dGRU",
     "MinConv1dGRUCell",
     "MinConv2dGRU",

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
-from .modules.blockgru import BlockGRU
+from .modules.gru import GRU
 from .modules.mingru import MinGRU
 from .ops.call import spec_of
 from .ops.route import backends, choose
@@ -113,7 +113,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def models(input_dims: int, hidden_dims: int, device: str) -> dict[str, nn.Module]:
     """Return what is compared. The first model is the one that the README begins with."""
     return {
-        "BlockGRU": BlockGRU(input_dims, hidden_dims, 2, device=device),
+        "mingru.GRU": GRU(input_dims, hidden_dims, 2, device=device),
         "MinGRU": MinGRU(input_dims, hidden_dims, 2, **OPTIONS, device=device),
         "nn.GRU": nn.GRU(input_dims, hidden_dims, 2, batch_first=True, device=device),
         "nn.LSTM": nn.LSTM(input_dims, hidden_dims, 2, batch_first=True, device=device),
@@ -129,7 +129,7 @@ def compared(shape: Sequence[int], device: str, seconds: float) -> dict[str, lis
     inference = {name: forward(call) for name, call in calls.items()}
     training = {name: forward_backward(calls[name], [x, *module.parameters()]) for name, module in modules.items()}
     found = [rounds_ms(each, seconds, device=device) for each in (inference, training)]
-    ratios = {name: [_spread(times[name], times["BlockGRU"]) for times in found] for name in modules}
+    ratios = {name: [_spread(times[name], times["mingru.GRU"]) for times in found] for name in modules}
     return {name: [_spread(times[name]) for times in found] + ratios[name] for name in modules}
 
 
@@ -165,10 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     auto = choose(spec_of("mingru_mixed", "tanh", False, 0.0), torch.zeros(1, 1, 1, device=args.device))
     print(f"device {args.device}{_product(args.device)}: mingru uses the backend {auto!r}")
     options = ", ".join(f"{name}={value!r}" for name, value in OPTIONS.items())
-    print(f"BlockGRU: the README's model\nMinGRU: {options}\nall models: two layers")
+    print(f"mingru.GRU: the README's model\nMinGRU: {options}\nall models: two layers")
     for shape in args.shape or [SHAPE]:
         rows = compared(shape, args.device, args.seconds)
-        columns = ["", "forward, ms", "fwd + bwd, ms", *(f"{part} / BlockGRU" for part in ("forward", "fwd + bwd"))]
+        columns = ["", "forward, ms", "fwd + bwd, ms", *(f"{part} / mingru.GRU" for part in ("forward", "fwd + bwd"))]
         title = f"(B, S, I, H) = {tuple(shape)}: medians (middle half of the rounds)"
         print_table(title, columns, [[name, *cells] for name, cells in rows.items()])
 

@@ -47,7 +47,7 @@ def onnx(
     """Export a model to an ONNX file, for whole sequences or for one step.
 
     Of a class of this library, the batch size is dynamic, and so is the number of steps of a sequence. The file has no
-    custom operators, and runs without this library. It has no loops, except of a `BlockGRU`: one node, `GRU`, for each
+    custom operators, and runs without this library. It has no loops, except of a `GRU`: one node, `GRU`, for each
     layer and direction, or with resets `Scan`. The model is exported in eval mode; its training mode is restored
     afterwards.
 
@@ -67,7 +67,7 @@ def onnx(
         max_steps: Longest sequence that layers in the file support, at least 2; only for "sequence". A lower maximum
             makes the file smaller and faster: each doubling adds some seven operations for each layer and direction, of
             quaternions eleven. Longer sequences give NaN, except in the states of a chunk that follow a reset in it,
-            which are right. It does not matter for a `BlockGRU`, nor for a layer whose number of steps is fixed.
+            which are right. It does not matter for a `GRU`, nor for a layer whose number of steps is fixed.
             Default: 268 million.
         dynamic_shapes: Dynamic dimensions of all inputs, as `torch.export.export` takes them, including a state that is
             added for "step". Default for classes of this library: batch and time. Default for your own model: none, so

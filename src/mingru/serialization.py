@@ -7,9 +7,9 @@ from torch import nn
 from . import convert, drop_in, models
 from .drop_in.accelerating import AcceleratedGRU, AcceleratedLSTM
 from .models.causal_conv import CausalConv
-from .modules.blockgru_level import BlockGRULevel
 from .modules.conv_level import CONVOLUTIONS, ConvLevel, Geometry
 from .modules.group_norm import GroupNorm
+from .modules.gru_level import GRULevel
 from .modules.per_step import OF_TORCH, PerStep
 from .modules.recurrent_level import NORMS, RecurrentLevel
 from .ops.linear_map import RecurrentMap, WeightAndBias
@@ -47,6 +47,6 @@ def safe_globals() -> list[type]:
     public = [getattr(home, name) for home in homes for name in home.__all__]
     layers = [each for each in public if isinstance(each, type) and issubclass(each, nn.Module)]
     of_torch = [nn.Embedding, nn.ModuleList, nn.Sequential, *OF_TORCH, *CONVOLUTIONS.values(), *NORMS.values()]
-    inner = [BlockGRULevel, CausalConv, Geometry, GroupNorm, ConvLevel, PerStep, RecurrentLevel]
+    inner = [GRULevel, CausalConv, Geometry, GroupNorm, ConvLevel, PerStep, RecurrentLevel]
     inner += [RecurrentMap, WeightAndBias, AcceleratedGRU, AcceleratedLSTM]
     return [*layers, *inner, *of_torch]

@@ -50,7 +50,7 @@ def given():
     return drop_in.LSTM(6, 5, 3, batch_first=True, candidate="tanh", proj_size=0)
 
 
-OPTIONS = [{}, {"rnn_type": "LSTM", "use_crf": False}, {"rnn_type": "BlockGRU"}, {"rnn": given}, {"use_rnn": False}]
+OPTIONS = [{}, {"rnn_type": "LSTM", "use_crf": False}, {"rnn_type": "GRU"}, {"rnn": given}, {"use_rnn": False}]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -72,5 +72,5 @@ def test_training_saving_and_loading(options, corpus, tmp_path):
 
 
 def test_wrong_type(corpus):
-    with pytest.raises(ValueError, match=r"rnn_type must be one of \('GRU', 'LSTM', 'BlockGRU'\), got 'RNN'"):
+    with pytest.raises(ValueError, match=r"rnn_type must be one of \('GRU', 'LSTM', 'GRU'\), got 'RNN'"):
         make(corpus, rnn_type="RNN")

@@ -24,7 +24,7 @@ MODELS = {
     "DeepAR": {"cell_type": "LSTM", "rnn_layers": 2, "loss": NormalDistributionLoss()},
     "TemporalFusionTransformer": {"lstm_layers": 1},
 }
-OPTIONS = {"RecurrentNetwork": ("blockgru", False, "tanh"), "DeepAR": ("minlstm", True, "tanh")}
+OPTIONS = {"RecurrentNetwork": ("gru", False, "tanh"), "DeepAR": ("minlstm", True, "tanh")}
 
 
 @pytest.fixture(scope="module")

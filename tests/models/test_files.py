@@ -188,7 +188,7 @@ DAMAGES = {
     "the config of a block": (set_option(model="Block"), "(config.json is of something else"),
     "a missing option": (edited(lambda config: config.pop("dims")), "(LanguageModel: missing a required argument"),
     "an unknown option": (set_option(heads=2), "(LanguageModel: no argument 'heads'; "),
-    "an invalid option": (set_option(cell="gru"), "(LanguageModel: cell must be one of "),
+    "an invalid option": (set_option(cell="rnn"), "(LanguageModel: cell must be one of "),
     "NaN as an option": (set_option(dropout=math.nan), "(Block: dropout must be a number from 0 to 1"),
     "the gate of another save": (set_option(gate="signed"), f"{OF_MODEL}blocks.layers.0.rnn.layers.0: weights trained"),
     "many features": (set_option(dims=10**12), "("),

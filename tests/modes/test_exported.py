@@ -51,7 +51,7 @@ def test_export(case, exported):
     check(case, program.module(), module)
 
 
-@mode("torch.export, strict, with resets (BlockGRU: the length of the example)", [])
+@mode("torch.export, strict, with resets (GRU: the length of the example)", [])
 def test_export_strictly(case):
     module = case.make()
     program = export(case, module, True, strict=True).module()
@@ -63,7 +63,7 @@ def test_core_aten(case, exported):
     """No operator of ours is left, and none that a runtime for core ATen would not know."""
     module, program = exported(case)
     core = program.run_decompositions()
-    # The loop of a BlockGRU has a graph of its own.
+    # The loop of a GRU has a graph of its own.
     graphs = [each.graph for each in core.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
     operators = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
     operators -= {torch.ops.higher_order.scan}
@@ -117,7 +117,7 @@ def test_aot_inductor(case, exported, tmp_path):
 @pytest.mark.slow
 def test_a_sum_after_a_loop(tmp_path):
     """AOTInductor would write it into an output of the loop, and fail."""
-    module, x = mingru.BlockGRU(3, 3, residual=True).eval(), torch.randn(2, 7, 3)
+    module, x = mingru.GRU(3, 3, residual=True).eval(), torch.randn(2, 7, 3)
     program = torch.export.export(module, (x,), dynamic_shapes=({1: STEPS},))
     run = torch._inductor.aoti_load_package(aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2")))
     x = torch.randn(2, 20, 3)

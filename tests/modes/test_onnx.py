@@ -64,7 +64,7 @@ def test_any_batch_and_any_length(case, path):
 
 
 # Module, arguments beside x, options of the export, and batches and numbers of steps.
-MIXED, BLOCKS = {"gate": "mixed"}, partial(mingru.BlockGRU, 3, 4, 2, block_size=2, bidirectional=True)
+MIXED, BLOCKS = {"gate": "mixed"}, partial(mingru.GRU, 3, 4, 2, block_size=2, bidirectional=True)
 GRU, LSTM, TIMED, BOTH = mingru.MinGRU, mingru.MinLSTM, {"min_decay": 0.3}, {"bidirectional": True}
 CALLS = {
     "long": (partial(LSTM, 3, 4, **BOTH), "h", {"max_steps": 512}, [(3, 300), (1, 512)]),
@@ -135,7 +135,7 @@ def test_a_sequence_beyond_the_bound_does_not_pass_for_right(bidirectional, path
 LAYERS = [
     lambda: mingru.MinGRU(3, 4, 2, gate=["rotation", "quaternion"]),
     lambda: mingru.drop_in.GRU(3, 4, bidirectional=True),
-    lambda: mingru.BlockGRU(3, 4, 2, block_size=2, bidirectional=True),
+    lambda: mingru.GRU(3, 4, 2, block_size=2, bidirectional=True),
     lambda: mingru.MinConv2dGRU(3, 4, kernel_size=3),
 ]
 
@@ -161,7 +161,7 @@ def test_the_old_exporter_of_torch(make, steps, path):
 class WithResets(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.rnn = mingru.BlockGRU(3, 4, 2, block_size=2, bidirectional=True)
+        self.rnn = mingru.GRU(3, 4, 2, block_size=2, bidirectional=True)
 
     def forward(self, x, reset, lengths=None):
         return self.rnn(x, reset=reset, lengths=lengths)
@@ -169,7 +169,7 @@ class WithResets(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_old_exporter_refuses_resets_and_lengths():
-    """Of a BlockGRU; the error says what exports them."""
+    """Of a GRU; the error says what exports them."""
     for args in ((torch.rand(2, 5) < 0.3, None), (None, torch.tensor([1, 5]))):
         # After an error, this exporter leaves the cache of casts disabled, as it was for a moment.
         with torch.autocast("cpu", enabled=False), pytest.raises(ValueError, match="must be None in an export with"):

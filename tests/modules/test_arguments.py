@@ -98,7 +98,7 @@ SIGN = "norm='rms' leaves only the sign of one feature"
 OF_ONE = {  # What has a layer with one input feature, and the argument that is too small.
     "MinGRU: input_dims": lambda **norm: mingru.MinGRU(1, 4, **norm),
     "MinLSTM: hidden_dims": lambda **norm: mingru.MinLSTM(3, 1, 2, **norm),
-    "BlockGRUCell: input_dims": lambda **norm: mingru.BlockGRUCell(1, 4, **norm),
+    "mingru.GRUCell: input_dims": lambda **norm: mingru.GRUCell(1, 4, **norm),
     "mingru.drop_in.GRU: input_size": lambda **norm: drop_in.GRU(1, 4, **norm),
     "mingru.drop_in.LSTM: proj_size": lambda **norm: drop_in.LSTM(3, 4, 2, proj_size=1, **norm),
     "Block: dims": lambda **norm: mingru.models.Block(1, expansion=4.0, **norm),

@@ -102,7 +102,7 @@ MODULES = {
     "Stack of blocks": lambda: mingru.Stack([mingru.models.Block(DIMS, mlp=2, norm="layer") for _ in range(2)]),
     "drop_in.GRU": lambda: mingru.drop_in.GRU(DIMS, DIMS, 2, norm="rms", batch_first=True),
     "drop_in.GRUCell": lambda: mingru.drop_in.GRUCell(DIMS, DIMS),
-    "BlockGRU": lambda: mingru.BlockGRU(DIMS, DIMS, 2, block_size=2, norm="layer"),
+    "GRU": lambda: mingru.GRU(DIMS, DIMS, 2, block_size=2, norm="layer"),
     "signed": lambda: mingru.MinGRU(DIMS, DIMS, gate="signed", norm="rms"),
     "gated": lambda: mingru.MinGRU(DIMS, 8, 2, gate=["mixed", "sigmoid"], output_gate="silu", norm="rms"),
     "projected": lambda: mingru.drop_in.GRU(DIMS, DIMS, 2, batch_first=True, proj_size=2),
@@ -291,7 +291,7 @@ def replacements(old):
         others = [drawn, turned, drawn.double(), torch.ones(1), torch.cat([drawn, drawn], -1)]
         return [*((setattr, nn.Parameter(each)) for each in others), *itertools.product(WAYS, [None, drawn])]
     # Other cells have no recurrent weights.
-    texts = ["tanh", "linear", "minlstm", "sine"] if old != "blockgru" else []
+    texts = ["tanh", "linear", "minlstm", "sine"] if old != "gru" else []
     by_type = {bool: [not old], int: [2, 9], float: [1.0, None], str: texts, list: [[0, 1, 1]]}
     is_module = old is None or isinstance(old, nn.Module)
     return [(setattr, value) for value in (SETTABLE if is_module else by_type.get(type(old), []))]

@@ -123,7 +123,7 @@ def test_no_output_is_a_view(case, backend):
 @pytest.mark.parametrize("time_first", [False, True])
 def test_the_state_of_a_step_does_not_come_from_its_output(time_first):
     """Otherwise a hook of the output would see the gradient of the state too."""
-    out, h = mingru.BlockGRU(3, 4, batch_first=not time_first)(torch.randn(1, 1, 3))
+    out, h = mingru.GRU(3, 4, batch_first=not time_first)(torch.randn(1, 1, 3))
     assert torch.autograd.grad(h.sum(), out, allow_unused=True) == (None,)
 
 

@@ -1,4 +1,4 @@
-"""MinGRU, MinLSTM and BlockGRU: values by hand, memory, derivatives, weights, lengths. The rest: tests/properties."""
+"""MinGRU, MinLSTM and GRU: values by hand, memory, derivatives, weights, lengths. The rest: tests/properties."""
 
 import functools
 import math
@@ -63,7 +63,7 @@ def test_autocast_casts_weights_once_for_all_steps():
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("recompute", [None, False, True])
 @pytest.mark.parametrize("hidden", [32, 64])
-@pytest.mark.parametrize("case", ["MinGRU native", "MinGRU torch", "BlockGRU native"])
+@pytest.mark.parametrize("case", ["MinGRU native", "MinGRU torch", "GRU native"])
 def test_what_is_kept_for_the_backward_pass(case, hidden, recompute, num_layers, batch_first):
     batch, steps, (layer, backend) = 4, 256, case.split()
     if backend not in ALL_BACKENDS:
@@ -81,7 +81,7 @@ def test_what_is_kept_for_the_backward_pass(case, hidden, recompute, num_layers,
 
     with mingru.use_backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out, _ = rnn(x if batch_first else x.view(steps, batch, hidden))
-    # Per layer the states and, unless they are quicker computed again, two pre-activations, or of a BlockGRU 4 values.
+    # Per layer the states and, unless they are quicker computed again, two pre-activations, or of a GRU 4 values.
     kept = 3 if layer == "MinGRU" else 5
     values = 1 if backend == "native" and (hidden < 64 and kept == 3 if recompute is None else recompute) else kept
     assert out.requires_grad and values <= sum(found.values()) / (num_layers * batch * steps * hidden) <= values + 0.1
@@ -137,13 +137,13 @@ def test_weights_that_do_not_lie_dense_or_are_computed():
 @grid(bidirectional=[True, False], bias=[True, False])
 def test_exchange_with_torch(bias, bidirectional):
     gru = torch.nn.GRU(3, 12, 2, bias, True, 0.2, bidirectional).eval()
-    rnn = mingru.BlockGRU.from_torch(gru, block_size=12)
+    rnn = mingru.GRU.from_torch(gru, block_size=12)
     assert (rnn.dropout, rnn.training) == (0.2, False)
     x = torch.randn(4, 9, 3)
     assert_close((rnn(x)[0], rnn(x)[1].squeeze(2)), gru(x))
-    blocks = mingru.BlockGRU(3, 12, 2, bias, True, 0.2, bidirectional, block_size=4).eval()
+    blocks = mingru.GRU(3, 12, 2, bias, True, 0.2, bidirectional, block_size=4).eval()
     assert_close((blocks(x)[0], blocks(x)[1].squeeze(2)), blocks.to_torch()(x))
-    again = mingru.BlockGRU.from_torch(blocks.to_torch(), block_size=4)
+    again = mingru.GRU.from_torch(blocks.to_torch(), block_size=4)
     assert_close(list(again.state_dict().values()), list(blocks.state_dict().values()), rtol=0, atol=0)
 
 
@@ -152,12 +152,12 @@ def test_exchange_with_torch_keeps_what_is_trained_and_computed():
     for frozen in (gru.weight_hh_l0, gru.bias_ih_l1, gru.bias_hh_l1):
         frozen.requires_grad_(False)
     with torch.no_grad():
-        rnn = mingru.BlockGRU.from_torch(gru)
-        again = mingru.BlockGRU.from_torch(rnn.to_torch(), block_size=64)
+        rnn = mingru.GRU.from_torch(gru)
+        again = mingru.GRU.from_torch(rnn.to_torch(), block_size=64)
     names = [[name for name, each in model.named_parameters() if not each.requires_grad] for model in (rnn, again)]
     assert names == [["layers.0.recurrent.weight", "layers.1.linear.bias", "layers.1.recurrent.bias"]] * 2
-    assert (rnn.block_size, again.layers[0].recurrent.weight.shape) == (48, (144, 48))
-    on_meta = mingru.BlockGRU.from_torch(torch.nn.GRU(IN, 48, bias=False, device="meta"), block_size=16)
+    assert (rnn.block_size, again.layers[0].recurrent.weight.shape) == (None, (144, 48))
+    on_meta = mingru.GRU.from_torch(torch.nn.GRU(IN, 48, bias=False, device="meta"), block_size=16)
     assert {each.shape for each in on_meta.to_torch().parameters() if each.is_meta} == {(144, IN), (144, 48)}
     assert [each.shape for each in on_meta(torch.zeros(6, B, IN, device="meta"))] == [(6, B, 48), (1, B, 1, 48)]
     torch.nn.utils.parametrize.register_parametrization(rnn.layers[0].recurrent, "weight", Counted())

@@ -1,4 +1,4 @@
-"""BlockGRU with blocks and batches of every size: against the float64 reference, and `torch.nn.GRU`."""
+"""GRU with blocks and batches of every size: against the float64 reference, and `torch.nn.GRU`."""
 
 import pytest
 import reference
@@ -47,7 +47,7 @@ def test_equals_the_reference(row):
     batch, steps, dtype, batch_first = (row[name] for name in ("batch", "steps", "dtype", "batch_first"))
     options = {name: row[name] for name in ("block_size", "bias", "batch_first", "bidirectional", "recompute")}
     options["norm"] = "rms" if row["norm"] else None
-    rnn = mingru.BlockGRU(3, row["block_size"] * row["num_blocks"], **options, dtype=dtype)
+    rnn = mingru.GRU(3, row["block_size"] * row["num_blocks"], **options, dtype=dtype)
     # Few different ones, because the reference computes those of one length together.
     lengths = lengths_of(3, steps, 1)[torch.arange(batch) % 3]
     h = torch.randn(1 + rnn.bidirectional, batch, 1, rnn.hidden_dims).to(torch.promote_types(dtype, torch.float32))
@@ -88,8 +88,8 @@ def test_equals_the_reference(row):
 
 
 def test_long_sequences_are_accurate():
-    rnn = mingru.BlockGRU(4, 64, memory=(2, 1000))
-    wide = mingru.BlockGRU(4, 64, memory=(2, 1000), dtype=torch.double)
+    rnn = mingru.GRU(4, 64, memory=(2, 1000))
+    wide = mingru.GRU(4, 64, memory=(2, 1000), dtype=torch.double)
     wide.load_state_dict(rnn.state_dict())
     x = torch.randn(2, 4096, 4)
     assert (rnn(x)[0] - wide(x.double())[0]).abs().max() < 1e-5
@@ -97,7 +97,7 @@ def test_long_sequences_are_accurate():
 
 def test_threads_do_not_change_the_results():
     """With one input. The sums of torch's products, such as of the gradient of its weight, depend on the threads."""
-    rnn, x = mingru.BlockGRU(1, 64, block_size=16), torch.randn(9, 300, 1)
+    rnn, x = mingru.GRU(1, 64, block_size=16), torch.randn(9, 300, 1)
     weights = [weight for name, weight in rnn.named_parameters() if not name.endswith("linear.weight")]
 
     def results():
@@ -110,7 +110,7 @@ def test_threads_do_not_change_the_results():
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_frozen_recurrent_weights(recompute):
-    rnn, x = mingru.BlockGRU(3, 40, block_size=20, recompute=recompute), torch.randn(9, 300, 3, requires_grad=True)
+    rnn, x = mingru.GRU(3, 40, block_size=20, recompute=recompute), torch.randn(9, 300, 3, requires_grad=True)
     others = [x, *(each for name, each in rnn.named_parameters() if "recurrent" not in name)]
     before = torch.autograd.grad(rnn(x)[0].square().sum(), others)
     rnn.layers[0].recurrent.requires_grad_(False)

@@ -158,7 +158,7 @@ FILES = {case.name: case.make for case in cases.CASES if case.name.isidentifier(
     "Stack": lambda: mingru.Stack([mingru.MinGRU(3, 4), mingru.MinLSTM(4, 4)], residual=True),
     "modules of torch": lambda: mingru.Stack([mingru.MinGRU(3, 4), *(each() for each in OF_TORCH[:-3])]),
     "LanguageModel": lambda: models.LanguageModel(5, 4, 1, tied=False),
-    "BlockGRUCell": lambda: mingru.BlockGRUCell(3, 4),
+    "GRUCell": lambda: mingru.GRUCell(3, 4),
     "projections": lambda: drop_in.LSTM(3, 4, 2, proj_size=2, dropout=0.5),
     "accelerated": lambda: (rnn := nn.GRU(3, 4), drop_in.accelerate(rnn))[0],
     "accelerated LSTM": lambda: (rnn := nn.LSTM(3, 4), drop_in.accelerate(rnn))[0],

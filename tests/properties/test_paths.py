@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
 import mingru
-from mingru import BlockGRU, MinGRU, MinLSTM, drop_in
+from mingru import GRU, MinGRU, MinLSTM, drop_in
 
 PATHS = [
     case("map", MinGRU, 4, 8),
@@ -36,9 +36,9 @@ PATHS = [
     case("highway", MinGRU, 4, 4, residual="highway"),
     case("recomputed", MinGRU, 4, 8, norm="rms", recompute=True),
     case("kept", MinGRU, 4, 8, recompute=False),
-    case("blocks", BlockGRU, 4, 8, 2, block_size=4),
-    case("blocks with norm", BlockGRU, 4, 8, norm="rms", residual=True, bidirectional=True),
-    case("step of one block", BlockGRU, 4, 8),
+    case("blocks", GRU, 4, 8, 2, block_size=4),
+    case("blocks with norm", GRU, 4, 8, norm="rms", residual=True, bidirectional=True),
+    case("step of one block", GRU, 4, 8),
     case("step", MinGRU, 4, 8, 2, norm="rms", residual=True),
     case("projection", drop_in.LSTM, 4, 8, proj_size=2, batch_first=True),
     case("convolution", mingru.models.Block, 4, conv=3, mlp=2),

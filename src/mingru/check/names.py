@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.cells import BLOCKGRU
 from ..ops.shape import is_expandable
 from .values import written
 
@@ -149,9 +148,10 @@ def _of_pair(layer: Any, form: Any, h: Any) -> str:
     """Return the remedy for a list of states, or the pair (h, c) of an LSTM."""
     cell = getattr(layer, "cell", "mingru")
     name, end = ("minLSTM", ", without a cell state") if cell.startswith("minlstm") else ("minGRU", "")
+    name = "GRU" if cell == "gru" else name
     if isinstance(h, list) and form.parts[:1] == ["L*D"]:
         end += "; torch.cat joins a list with a state of each layer"
-    return f"a {'BlockGRU' if cell == BLOCKGRU else name}'s state is one tensor h, {written(form.parts)}{end}"
+    return f"a {name}'s state is one tensor h, {written(form.parts)}{end}"
 
 
 def _of_x(layer: Any, x: Tensor) -> str:

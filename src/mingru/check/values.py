@@ -17,9 +17,10 @@ from ..ops.cells import GATES, multiple_of
 
 
 def name_of(cls: type) -> str:
-    """Return the name of a class for errors; that of a class of `drop_in` is not the name of torch's class."""
+    """Return the name of a class for errors, with its package if that is a name of torch too."""
     package, is_drop_in, _ = cls.__module__.partition(".drop_in.")
-    return f"{package}.drop_in.{cls.__name__}" if is_drop_in else cls.__name__
+    package = f"{package}.drop_in" if is_drop_in else package.removesuffix(".modules.gru")
+    return f"{package}.{cls.__name__}" if package != cls.__module__ else cls.__name__
 
 
 def expectation(name: str, argument: str, expected: str, got: str, remedy: str = "") -> str:

@@ -41,7 +41,7 @@ from ..modules.stack import Stack
 from ..ops import route
 from ..ops.call import Call, Layout, Spec, Start, flattened, from_flat, with_steps
 from ..ops.causal_conv import past_and_segment, state_after
-from ..ops.cells import BLOCKGRU, MIXTURES, parts_of
+from ..ops.cells import MIXTURES, parts_of
 from ..ops.graph import is_autocast
 from ..ops.layout import divided, joined, of_next_step, padded_call, without_padding
 from ..ops.linear_map import LINEAR_MAPS, are_recomputed
@@ -141,7 +141,7 @@ def _check_supported(module: nn.Module) -> None:
     remedy = "nobody knows how the state of another layer continues over parts"
     is_layer = isinstance(module, (RecurrentLevels, ConvLevels)) and module.role == "sequence"
     # Its state is no linear function of the state before.
-    is_layer = is_layer and getattr(module, "cell", None) != BLOCKGRU
+    is_layer = is_layer and getattr(module, "cell", None) != "gru"
     is_known = is_layer or isinstance(module, (Stack, PerStep, Block, LanguageModel))
     got = module.name + (" that is already parallel" if hasattr(module, "mesh") else "")
     require(_NAME, "module", is_known and not hasattr(module, "mesh"), expected, got, remedy)

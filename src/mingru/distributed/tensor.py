@@ -18,7 +18,7 @@ from ..modules.levels import Level
 from ..modules.recurrent_level import RecurrentLevel
 from ..modules.recurrent_levels import RecurrentLevels
 from ..ops.call import Layout, Spec, Start
-from ..ops.cells import BLOCKGRU, MIXTURES, parts_of
+from ..ops.cells import MIXTURES, parts_of
 from ..ops.shape import States
 from .ranks import Part, derive, eager, outermost
 
@@ -109,7 +109,7 @@ def _check_divisible(layer: Any, size: int) -> None:
         why = "has proj_size, whose map needs the states of all ranks; apply a RowwiseParallel Linear to its output"
     elif layer.cell in MIXTURES:
         why = "has features of two kinds, in other places than those of a rank"
-    elif layer.cell == BLOCKGRU:
+    elif layer.cell == "gru":
         why = "has recurrent weights, which would be divided too"
     elif numbers % size:
         why = f"has {numbers} numbers as its state (hidden_dims {layer.hidden_dims}), no multiple of {size} ranks"

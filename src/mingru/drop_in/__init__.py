@@ -3,7 +3,7 @@
     from mingru.drop_in import GRU, LSTM      # was: from torch.nn import GRU, LSTM
 
 `replace` swaps the layers inside an existing model, `patch` those of a program that builds its own. By default, both
-build torch's GRU itself, as one block of `mingru.BlockGRU`, so that `replace` keeps the weights of a GRU. Other
+build torch's GRU itself, as one block of `mingru.GRU`, so that `replace` keeps the weights of a GRU. Other
 layers, and an LSTM, have other equations, and new weights.
 """
 

@@ -43,8 +43,8 @@ class GRUCell(DropInCell, role="step", planned=True):
         bias: If False, the linear map has no bias.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
-        cell: Not in torch. "mingru" or "blockgru", as in `GRU`.
-        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`: the largest divisor of
+        cell: Not in torch. "mingru" or "gru", as in `GRU`.
+        block_size: Not in torch. Number of features that see each other with `cell="gru"`: the largest divisor of
             H up to this number.
         norm: Not in torch. "layer", "rms" or None: norm of the input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
@@ -96,12 +96,12 @@ class GRUCell(DropInCell, role="step", planned=True):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        cell: Literal["mingru", "blockgru"] = "mingru",
+        cell: Literal["mingru", "gru"] = "mingru",
         norm: Norm | None = None,
         candidate: Candidate | None = None,
         gate: Gate = "sigmoid",
         min_decay: float = 0.0,
-        block_size: int = 64,
+        block_size: int | None = None,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
     ) -> None:
@@ -128,8 +128,8 @@ class LSTMCell(DropInCell, role="step", planned=True):
         bias: If False, the linear map has no bias.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
-        cell: Not in torch. "minlstm", "mingru", which has a third fewer weights, or "blockgru", as in `GRU`.
-        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`: the largest divisor of
+        cell: Not in torch. "minlstm", "mingru", which has a third fewer weights, or "gru", as in `GRU`.
+        block_size: Not in torch. Number of features that see each other with `cell="gru"`: the largest divisor of
             H up to this number.
         forget_bias: Not in torch. Number added to the forget gate's bias at initialization, as in `LSTM`.
         normalize: Not in torch. If False, the gates of a minLSTM are not divided by their sum.
@@ -178,14 +178,14 @@ class LSTMCell(DropInCell, role="step", planned=True):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        cell: Literal["minlstm", "mingru", "blockgru"] = "minlstm",
+        cell: Literal["minlstm", "mingru", "gru"] = "minlstm",
         forget_bias: float = 1.0,
         normalize: bool = True,
         norm: Norm | None = None,
         candidate: Candidate | None = None,
         gate: Gate = "sigmoid",
         min_decay: float = 0.0,
-        block_size: int = 64,
+        block_size: int | None = None,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
     ) -> None:

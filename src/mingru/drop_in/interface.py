@@ -17,7 +17,6 @@ from ..check.values import check_int, dims, expectation, is_number, name_of, req
 from ..modules.options import arguments_of_class, defaults_of, not_default
 from ..modules.recurrent_levels import RecurrentLevels
 from ..modules.saved import add_guards, rename_weights_of_torch
-from ..ops.cells import BLOCKGRU
 from ..ops.graph import scripted_as, untraced
 from ..ops.linear_map import WeightAndBias
 from ..ops.names_of_torch import is_any_autocast_enabled
@@ -32,7 +31,7 @@ OF_TORCH = re.compile(r"_(flat|all)_weights(_names)?|(weight|bias)_(ih|hh|hr)(_l
 
 
 # The options of `patch` and `replace` without `cell`: one block of any size, which is torch's GRU itself.
-ONE_BLOCK = {"cell": BLOCKGRU, "block_size": 2**20}
+ONE_BLOCK = {"cell": "gru"}
 # Torch's classes also take numbers as this flag, and integers of numpy.
 CONVERTED = {"bidirectional": bool, "num_layers": operator.index}
 
@@ -47,7 +46,7 @@ CELLS_WITH = {
     **dict.fromkeys(("normalize", "forget_bias"), ("minlstm",)),
     **dict.fromkeys(("gate", "min_decay"), ("mingru",)),
     "output_gate": ("mingru", "minlstm"),
-    "block_size": (BLOCKGRU,),
+    "block_size": ("gru",),
 }
 
 _raised_as = partial(reworded, names={"input_dims": "input_size", "hidden_dims": "hidden_size"})
@@ -96,7 +95,8 @@ class DropIn(RecurrentLevels):
             raise RuntimeError(expectation(name, "dtype", "a floating-point dtype", str(dtype)))
         require(name, "dropout", not isinstance(dropout, (bool, str)), "a number from 0 to 1", repr(dropout))
         cell, size, defaults = options["cell"], options["block_size"], arguments_of_class(type(self))
-        check_int(name, "block_size", size)
+        if size is not None:
+            check_int(name, "block_size", size)
         for option in [option for option in options if cell not in CELLS_WITH.get(option, (cell,))]:
             expected, remedy = f"left out because cell is {cell!r}", f"pass cell={CELLS_WITH[option][0]!r} to use it"
             require(name, option, options[option] == defaults[option], expected, repr(options[option]), remedy)
@@ -106,7 +106,7 @@ class DropIn(RecurrentLevels):
             is_possible = bias or given == defaults["forget_bias"]
             require(name, "forget_bias", is_possible, "left out because bias is False", repr(given))
             options["forget_bias"] = given if bias and cell == "minlstm" else 0.0
-        if cell == BLOCKGRU:
+        if cell == "gru" and size is not None:
             # `patch` has one option for layers of all sizes.
             sizes = range(1, min(size, hidden_size) + 1)
             options["block_size"] = max(count for count in sizes if hidden_size % count == 0)
@@ -147,7 +147,7 @@ class DropIn(RecurrentLevels):
 
         The bias of the state has here only the part of the candidate. The rest is in the other bias.
         """
-        if type(self).cell != "mingru" or self.cell != BLOCKGRU or self.block_size != self.hidden_size:
+        if type(self).cell != "mingru" or self.cell != "gru" or self.block_size not in (None, self.hidden_size):
             return {}
         end = "" if self.role == "step" else "_l{}"
         found = _OWN.findall(" ".join(name for name, _ in self.named_parameters()))

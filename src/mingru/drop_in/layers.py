@@ -12,11 +12,9 @@ from typing_extensions import Self
 from ..check.calls import arguments_checked
 from ..check.forms import LAYER_OF_TORCH, check_call
 from ..check.values import check_type, dims, expectation, name_of, require
-from ..modules import scripted
-from ..modules.blockgru import BlockGRU
+from ..modules import gru, scripted
 from ..modules.layer import Steps, take_weights
 from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate, Residual, arguments_of
-from ..ops.cells import BLOCKGRU
 from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, copied, without_dims
 from .interface import ONE_BLOCK, DropIn, Pair, as_pair, states_of
@@ -90,7 +88,7 @@ class DropInLayer(DropIn):
     def all_weights(self) -> list[list[nn.Parameter]]:
         """Return the weight, and the bias if there is one, of each layer and direction, in the order of `h_n`.
 
-        With `cell="blockgru"`, those of the recurrent weights follow.
+        With `cell="gru"`, those of the recurrent weights follow.
         """
         directions = [own for layer in self.layers for own in layer.maps_of_directions()]  # type: ignore[operator]
         return [[weight for each in own for weight in each.parameters()] for own in directions]
@@ -115,7 +113,7 @@ def check_mask(layer: Any, mask: Any, input: Any, lengths: Any, time_dim: int) -
 class GRU(DropInLayer, role="torch", planned=True):
     """Apply a stack of minGRU layers to a sequence, with the interface of `torch.nn.GRU`.
 
-    All time steps are computed in parallel, because no gate depends on the state, except with `cell="blockgru"`.
+    All time steps are computed in parallel, because no gate depends on the state, except with `cell="gru"`.
 
     Args:
         input_size: Number of input features, I; at least 1.
@@ -129,9 +127,9 @@ class GRU(DropInLayer, role="torch", planned=True):
             direction, below H. The state keeps H features. Default: 0, no map.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
-        cell: Not in torch. "mingru", or "blockgru" with `mingru.BlockGRU` inside, whose gates see the state. It has no
+        cell: Not in torch. "mingru", or "gru" with `mingru.GRU` inside, whose gates see the state. It has no
             `gate`, `candidate`, `min_decay`, `output_gate`, highway and `dt`, and computes one step after the other.
-        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`: the largest divisor of
+        block_size: Not in torch. Number of features that see each other with `cell="gru"`: the largest divisor of
             H up to this number.
         residual: Not in torch. If True, add each layer's input to its output. "highway" mixes both.
         output_gate: Not in torch. "silu" or None: gate of each layer's output; not with `proj_size`.
@@ -176,14 +174,14 @@ class GRU(DropInLayer, role="torch", planned=True):
         `load_in_mingru_drop_in_patch`, and `bias_hh_l0` or without bias `weight_hh_l0`; see `mingru.drop_in.patch`.
         `reset_parameters` initializes as `torch.nn.Linear` does.
         `all_weights` has a list [weight, bias] for each layer and direction, in the order of `h_n`; with
-        `cell="blockgru"`, the recurrent weight and bias follow.
+        `cell="gru"`, the recurrent weight and bias follow.
 
     All arguments except `device` and `dtype` are attributes, as in `torch.nn.GRU`; `mode` is "GRU".
 
     Differences from `torch.nn.GRU`:
 
     - The equations differ, so the weights of a GRU cannot be loaded. There are no attributes such as `weight_ih_l0` or
-      private lists of their names such as `_flat_weights_names`. With `cell="blockgru"` and `block_size=hidden_size`,
+      private lists of their names such as `_flat_weights_names`. With `cell="gru"` and `block_size=hidden_size`,
       the equations are the same: its state_dict loads, and `weight_ih_l0` and its like can be read.
     - The linear maps inside are no `torch.nn.Linear`, so that programs that initialize each of them leave these alone.
     - Under autocast, `output` has autocast's dtype and `h_n` is float32.
@@ -200,8 +198,8 @@ class GRU(DropInLayer, role="torch", planned=True):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
         >>> rnn
         GRU(10, 20, num_layers=2)
-        >>> mingru.drop_in.GRU(10, 100, cell="blockgru")
-        GRU(10, 100, block_size=50, cell='blockgru')
+        >>> mingru.drop_in.GRU(10, 100, cell="gru")
+        GRU(10, 100, cell='gru')
     """
 
     cell, mode = "mingru", "GRU"
@@ -220,14 +218,14 @@ class GRU(DropInLayer, role="torch", planned=True):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        cell: Literal["mingru", "blockgru"] = "mingru",
+        cell: Literal["mingru", "gru"] = "mingru",
         residual: Residual = False,
         norm: Norm | None = None,
         candidate: Candidate | None = None,
         gate: Gates = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         output_gate: OutputGate | None = None,
-        block_size: int = 64,
+        block_size: int | None = None,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
         recompute: bool | None = None,
@@ -238,14 +236,14 @@ class GRU(DropInLayer, role="torch", planned=True):
     def from_torch(cls, gru: nn.GRU) -> Self:
         """Return the layer that computes the same as a `torch.nn.GRU`, with its weights, trainable where those are.
 
-        It has one block of `cell="blockgru"`. The two biases of r become their sum, and so do those of z.
+        It has one block of `cell="gru"`. The two biases of r become their sum, and so do those of z.
 
         Raises:
             TypeError: `gru` is no `torch.nn.GRU`.
 
         Examples:
             >>> mingru.drop_in.GRU.from_torch(torch.nn.GRU(3, 48))
-            GRU(3, 48, block_size=48, cell='blockgru')
+            GRU(3, 48, cell='gru')
         """
         check_type(f"{name_of(cls)}.from_torch", "gru", gru, nn.modules.GRU, "a torch.nn.GRU", "")
         return cls._like(gru, ONE_BLOCK)  # type: ignore[no-any-return]
@@ -256,13 +254,13 @@ class GRU(DropInLayer, role="torch", planned=True):
         Of its two biases of r, and of z, the second is 0.
 
         Raises:
-            ValueError: `cell` is not "blockgru", or an option is set that `torch.nn.GRU` has not.
+            ValueError: `cell` is not "gru", or an option is set that `torch.nn.GRU` has not.
         """
         name, got = f"{self.name}.to_torch", repr(self.cell.partition("_")[0])
-        require(name, "cell", self.cell == BLOCKGRU, f"{BLOCKGRU!r}, because a minGRU has other equations", got)
+        require(name, "cell", self.cell == "gru", "'gru', because a minGRU has other equations", got)
         require(name, "proj_size", self.proj_size == 0, "0 because torch.nn.GRU has none", str(self.proj_size))
-        names, weight = inspect.signature(BlockGRU).parameters, next(self.parameters())
-        rnn = BlockGRU(**{name: getattr(self, name) for name in names if name in vars(self)})
+        names, weight = inspect.signature(gru.GRU).parameters, next(self.parameters())
+        rnn = gru.GRU(**{name: getattr(self, name) for name in names if name in vars(self)})
         return take_weights(rnn.to(weight.device, weight.dtype), self).to_torch()
 
     def forward(
@@ -293,7 +291,7 @@ class LSTM(DropInLayer, role="torch", planned=True):
     which is exactly the last state if a program passes the pair on, and 0 where it sets both to 0. A pair (h, zeros) or
     (zeros, c) starts from half of what it has. With `proj_size`, h_n is the projection of c_n, and s_0 = c_0.
 
-    All time steps are computed in parallel, because no gate depends on the state, except with `cell="blockgru"`.
+    All time steps are computed in parallel, because no gate depends on the state, except with `cell="gru"`.
 
     Args:
         input_size: Number of input features, I; at least 1.
@@ -307,9 +305,9 @@ class LSTM(DropInLayer, role="torch", planned=True):
             direction, below H. Default: 0, no map.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
-        cell: Not in torch. "minlstm", "mingru", which has a third fewer weights, or "blockgru", as in
+        cell: Not in torch. "minlstm", "mingru", which has a third fewer weights, or "gru", as in
             `mingru.drop_in.GRU`.
-        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`: the largest divisor of
+        block_size: Not in torch. Number of features that see each other with `cell="gru"`: the largest divisor of
             H up to this number.
         forget_bias: Not in torch. Number added to the forget gate's bias at initialization. A minGRU, and a layer
             without bias, have no such bias, and take no other value than the default.
@@ -379,7 +377,7 @@ class LSTM(DropInLayer, role="torch", planned=True):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        cell: Literal["minlstm", "mingru", "blockgru"] = "minlstm",
+        cell: Literal["minlstm", "mingru", "gru"] = "minlstm",
         forget_bias: float = 1.0,
         normalize: bool = True,
         residual: Residual = False,
@@ -388,7 +386,7 @@ class LSTM(DropInLayer, role="torch", planned=True):
         gate: Gates = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         output_gate: OutputGate | None = None,
-        block_size: int = 64,
+        block_size: int | None = None,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
         recompute: bool | None = None,

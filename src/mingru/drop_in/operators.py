@@ -13,7 +13,6 @@ from torch import Tensor
 from ..ops import autograd, route
 from ..ops.backends.native import is_slower
 from ..ops.call import Call, Layout, Start, spec_of
-from ..ops.cells import BLOCKGRU
 from ..ops.graph import is_captured
 from ..ops.names_of_torch import len_torch_dispatch_stack, outside_of_graphs
 
@@ -23,7 +22,7 @@ _ENDED = (-1e5, 1e5, 0.0, 0.0)
 
 @outside_of_graphs
 def gru(x: Tensor, *args: Any) -> Any:
-    """Compute `torch.gru` by the kernels of a BlockGRU where these take less time."""
+    """Compute `torch.gru` by the kernels of a GRU where these take less time."""
     found = None if is_captured() else _gru(x, *_with_batch_sizes(args))
     return torch.gru(x, *args) if found is None else found
 
@@ -99,7 +98,7 @@ def _recurrence(x: Tensor, before: Tensor, weights: list[Any], reverse: bool, la
         of_candidate = None if of_candidate is None else of_candidate.clone()
         of_input = of_input if x.requires_grad else of_input.clone()
     start = Start(before, before, None, None, of_state, of_candidate)
-    call = Call(spec_of(BLOCKGRU, "tanh", reverse, 0.0), [x, of_input, bias], start, layout)
+    call = Call(spec_of("gru", "tanh", reverse, 0.0), [x, of_input, bias], start, layout)
     out, last = autograd.run_kernel("linear_kernel", "native", call, True)
     return out, last.transpose(0, 1)
 

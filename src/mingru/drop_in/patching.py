@@ -38,7 +38,7 @@ class PatchReport(NamedTuple):
     def __str__(self) -> str:
         lines = [f"{place}: {layer}" for layer, place in self.built]
         lines += [f"{name} not replaced: {why}" for name, why in self.left]
-        lines += [_HINT] * any("cell='blockgru'" not in layer for layer, _ in self.built)
+        lines += [_HINT] * any("cell='gru'" not in layer for layer, _ in self.built)
         return "\n".join(lines) or "nothing built"
 
 
@@ -147,7 +147,7 @@ def patch(
         num_layers: Number of layers of each layer that is built, in place of the program's, for a program that neither
             passes states nor reads `h_n`. Default: the program's.
         options: Keyword options of the classes of `mingru.drop_in`, such as `norm="rms"` or `cell="minlstm"`, a minGRU
-            for a GRU and a minLSTM for an LSTM. A class gets those that it has. Default: `cell="blockgru"` with one
+            for a GRU and a minLSTM for an LSTM. A class gets those that it has. Default: `cell="gru"` with one
             block, which is `torch.nn.GRU` itself, also for an LSTM.
 
     Returns:

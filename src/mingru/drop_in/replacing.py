@@ -36,7 +36,7 @@ def replace(
     """Replace every `torch.nn.GRU` and `torch.nn.LSTM` inside a model, in place; cells too.
 
     The new layers keep options, device, dtype and training mode. A layer that is shared stays shared. Without options,
-    a GRU becomes one block of `mingru.BlockGRU`, which computes the same with the same weights, frozen where they
+    a GRU becomes one block of `mingru.GRU`, which computes the same with the same weights, frozen where they
     were; the two biases of r, and of z, become their sum. An LSTM becomes such a GRU too, whose weights are new, as
     they are with options. Train those, with an optimizer created after this call.
 
@@ -48,7 +48,7 @@ def replace(
         num_layers: Number of layers of each new layer, for a model that neither passes states nor reads `h_n`.
             Default: as many as the old one has.
         options: Keyword options of the classes of `mingru.drop_in`, such as `cell="minlstm"`, a minGRU for a GRU and a
-            minLSTM for an LSTM. A class gets those that it has. Default: one block, `cell="blockgru"`.
+            minLSTM for an LSTM. A class gets those that it has. Default: one block, `cell="gru"`.
 
     Returns:
         A `Report`, which can be printed. `replaced` has (qualified name, old layer, new layer) for each replaced layer.
@@ -64,7 +64,7 @@ def replace(
     Examples:
         >>> model = torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 4), "head": torch.nn.Linear(4, 1)})
         >>> print(mingru.drop_in.replace(model))
-        rnn: torch.nn.GRU(3, 4) -> mingru.drop_in.GRU(3, 4, block_size=4, cell='blockgru')
+        rnn: torch.nn.GRU(3, 4) -> mingru.drop_in.GRU(3, 4, cell='gru')
     """
     check_type("replace", "model", model, nn.Module, "a torch.nn.Module")
     wanted, of_torch = wanted_twins("replace", gru, lstm, cells, num_layers, **options), tuple(TWINS)

@@ -16,8 +16,8 @@ class MinGRUTagger(SequenceTagger):
     """Tag the words of sentences, as flair's `SequenceTagger` does.
 
     The arguments are those of `SequenceTagger`, with other defaults for two of them. `rnn_type` is "GRU" for
-    `mingru.drop_in.GRU` (the default), "LSTM" for `mingru.drop_in.LSTM`, or "BlockGRU" for `mingru.drop_in.GRU` with
-    `cell="blockgru"`. `rnn_layers` is 2. The layers have `norm="rms"` and `residual=True`. For other options, pass such
+    `mingru.drop_in.GRU` (the default), "LSTM" for `mingru.drop_in.LSTM`, or "GRU" for `mingru.drop_in.GRU` with
+    `cell="gru"`. `rnn_layers` is 2. The layers have `norm="rms"` and `residual=True`. For other options, pass such
     a layer with `batch_first=True` as `rnn`.
 
     `save`, `load` and flair's `ModelTrainer` work as usual. Load a file with `MinGRUTagger.load`.
@@ -39,10 +39,10 @@ class MinGRUTagger(SequenceTagger):
         rnn_type: str, rnn_layers: int, hidden_size: int, bidirectional: bool, rnn_input_dim: int
     ) -> Any:
         """Return the layers of a new tagger."""
-        check_choice("MinGRUTagger", "rnn_type", rnn_type, ("GRU", "LSTM", "BlockGRU"))
+        check_choice("MinGRUTagger", "rnn_type", rnn_type, ("GRU", "LSTM", "GRU"))
         dropout = 0.0 if rnn_layers == 1 else 0.5
         options = {"bidirectional": bidirectional, "dropout": dropout, "norm": "rms", "residual": True}
-        options |= {"cell": "blockgru"} if rnn_type == "BlockGRU" else {}
+        options |= {"cell": "gru"} if rnn_type == "GRU" else {}
         layer: Any = drop_in.LSTM if rnn_type == "LSTM" else drop_in.GRU
         return layer(rnn_input_dim, hidden_size, rnn_layers, batch_first=True, **options)
 

@@ -70,7 +70,7 @@ class RecurrentNetwork(_Replaced, models.RecurrentNetwork):
     default) for `mingru.drop_in.LSTM`. Choose `rnn_layers=2`. Checkpoints are saved and loaded as usual, with this
     class.
 
-    The layers have `cell="blockgru"`, because gates that see the state learn best here. For other options, such as
+    The layers have `cell="gru"`, because gates that see the state learn best here. For other options, such as
     {"residual": True, "candidate": "tanh"}, derive a class, and set its attribute `options`.
 
     Examples:
@@ -80,7 +80,7 @@ class RecurrentNetwork(_Replaced, models.RecurrentNetwork):
         pytorch-forecasting 1.8, `pytorch_forecasting/models/nn/rnn.py`.
     """
 
-    options: ClassVar[dict[str, Any]] = {"cell": "blockgru"}
+    options: ClassVar[dict[str, Any]] = {"cell": "gru"}
 
 
 class DeepAR(_Replaced, models.DeepAR):

@@ -14,8 +14,8 @@ from typing_extensions import Unpack
 from ..check.calls import arguments_checked
 from ..check.forms import BLOCK, Form, Shape, check_call, check_states
 from ..check.names import unknown_argument
-from ..check.values import check_choice, check_dropout, check_flag, check_int, check_number, reworded
-from ..modules.blockgru import BlockGRU
+from ..check.values import check_choice, check_dropout, check_flag, check_int, check_number, name_of, reworded
+from ..modules.gru import GRU
 from ..modules.layer import Composite, weight_of
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
@@ -26,7 +26,7 @@ from ..ops.graph import is_scripting
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .causal_conv import CausalConv, plus_convolved
 
-LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM, "blockgru": BlockGRU}
+LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM, "gru": GRU}
 # Arguments of a layer that a block sets.
 SET_BY_THE_BLOCK = ("input_dims", "hidden_dims", "num_layers", "batch_first", "residual")
 
@@ -45,7 +45,7 @@ class LayerOptions(TypedDict, total=False):
     recompute: bool | None
     forget_bias: float
     normalize: bool
-    block_size: int
+    block_size: int | None
     device: Any
     dtype: torch.dtype | None
 
@@ -53,7 +53,7 @@ class LayerOptions(TypedDict, total=False):
 class BlockOptions(LayerOptions, total=False):
     """Options of a block, for type checkers."""
 
-    cell: Literal["mingru", "minlstm", "blockgru"]
+    cell: Literal["mingru", "minlstm", "gru"]
     expansion: float
     conv: int | None
     mlp: float | None
@@ -73,7 +73,7 @@ class Block(Composite, role="sequence", planned=True):
 
     Args:
         dims: Number of features of input and output.
-        cell: "mingru", "minlstm" or "blockgru".
+        cell: "mingru", "minlstm" or "gru".
         expansion: The state has `round(expansion * dims)` features.
         conv: Kernel size of the convolution, at least 2, or None.
         mlp: The MLP has `round(mlp * dims)` hidden features and GELU; None for no MLP.
@@ -84,7 +84,7 @@ class Block(Composite, role="sequence", planned=True):
             is computed again with its own weights, as every module is in `torch.utils.checkpoint`.
         **layer_options: `bias`, `bidirectional`, `candidate`, `gate`, `min_decay`, `output_gate`,
             `learn_initial_state`, `memory`, `recompute`, `forget_bias`, `normalize`, `block_size`, `device` and `dtype`
-            of `mingru.MinGRU`, `mingru.MinLSTM` or `mingru.BlockGRU`. `bias`, `device` and `dtype` apply to the other
+            of `mingru.MinGRU`, `mingru.MinLSTM` or `mingru.GRU`. `bias`, `device` and `dtype` apply to the other
             parts too.
 
     Inputs:
@@ -129,7 +129,7 @@ class Block(Composite, role="sequence", planned=True):
         self,
         dims: int,
         *,
-        cell: Literal["mingru", "minlstm", "blockgru"] = "mingru",
+        cell: Literal["mingru", "minlstm", "gru"] = "mingru",
         expansion: float = 1.0,
         conv: int | None = None,
         mlp: float | None = None,
@@ -157,7 +157,7 @@ class Block(Composite, role="sequence", planned=True):
         self.checkpoint = checkpoint
         self.input_dims = self.output_dims = dims
         sizes = {"input_dims": "dims", "hidden_dims": "dims" if expansion == 1 else "round(expansion * dims)"}
-        names = {f"{LAYERS[cell].__name__}: {name}": f"{self.name}: {by}" for name, by in sizes.items()}
+        names = {f"{name_of(LAYERS[cell])}: {name}": f"{self.name}: {by}" for name, by in sizes.items()}
         with reworded({ValueError: ValueError}, names):
             self.rnn = LAYERS[cell](dims, round(expansion * dims), norm=norm, **options)
         self.out = nn.Linear(self.rnn.output_dims, dims, bias, **factory)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.cells import BLOCKGRU, CELLS, GATES, default_candidate, zero_state
+from ..ops.cells import CELLS, GATES, default_candidate, zero_state
 from .options import Options
 
 
@@ -30,7 +30,7 @@ def reset_initial_state(module: Any, layers: list[Any]) -> None:
     if module.initial_state is None:
         return
     for layer, rows in zip(layers, module.initial_state.chunk(len(layers)), strict=True):
-        if CELLS[layer.cell].has_logarithms or layer.cell == BLOCKGRU:
+        if CELLS[layer.cell].has_logarithms or layer.cell == "gru":
             nn.init.constant_(rows, module._zero_state)
         else:
             nn.init.normal_(rows)

@@ -133,9 +133,9 @@ class Layer(Saved):
         """Do nothing: programs for `torch.nn.GRU` call it."""
 
     def all_states(self, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Raise an error: only MinGRU, MinLSTM and BlockGRU return the states of all steps, of padded sequences."""
+        """Raise an error: only MinGRU, MinLSTM and GRU return the states of all steps, of padded sequences."""
         got = type(x if isinstance(x, PackedSequence) else self).__name__
-        expected = "called on a mingru.MinGRU, MinLSTM or BlockGRU, with a padded x"
+        expected = "called on a mingru.MinGRU, MinLSTM or GRU, with a padded x"
         raise TypeError(expectation(self.name, "all_states", expected, got))
 
     def _trace(self, x: Any, h: Any) -> Any:

@@ -14,8 +14,8 @@ class MinGRU(RecurrentLevels, planned=True):
     """Apply a stack of minimal gated recurrent unit (minGRU) layers to a sequence.
 
     All time steps are computed in parallel, because the gates do not see the state: it takes about half of the time of
-    `mingru.BlockGRU`, and learns less. With the default gate, no number of layers can count, and one layer cannot
-    compare its input with its state. Begin with `BlockGRU`, or with the options of the example: the guide "Choosing a
+    `mingru.GRU`, and learns less. With the default gate, no number of layers can count, and one layer cannot
+    compare its input with its state. Begin with `GRU`, or with the options of the example: the guide "Choosing a
     layer and its options" compares them. Each layer and direction computes
 
         z_t = sigma(W_z x_t + b_z)

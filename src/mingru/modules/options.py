@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..check.values import check_choice, check_dropout, check_int, check_number, per_layer, require
-from ..ops.cells import BLOCKGRU, CELLS, GATES, cells_of, default_candidate
+from ..ops.cells import CELLS, GATES, cells_of, default_candidate
 
 # The values of options; a constructor refuses others, see `annotations`.
 Candidate = Literal["positive", "linear", "tanh"]
@@ -96,7 +96,7 @@ def defaults_of(module: nn.Module) -> dict[str, Any]:
         gates = vars(module)["gate"]
         gates = [gates] if isinstance(gates, str) else gates
         of_gates = [default_candidate(GATES[gate]) for gate in gates]
-        defaults["candidate"] = "tanh" if vars(module).get("cell") == BLOCKGRU else one_or_all(of_gates)
+        defaults["candidate"] = "tanh" if vars(module).get("cell") == "gru" else one_or_all(of_gates)
     return defaults
 
 

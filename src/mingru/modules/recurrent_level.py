@@ -24,7 +24,7 @@ class RecurrentOptions(Options):
     """The options of MinGRU and MinLSTM."""
 
     # Of options that not all classes have.
-    gate, min_decay, normalize, forget_bias, block_size = "sigmoid", 0.0, True, 0.0, 64
+    gate, min_decay, normalize, forget_bias, block_size = "sigmoid", 0.0, True, 0.0, None
     candidate: Any = None
     output_gate: Any = None
     proj_size = 0

@@ -15,13 +15,13 @@ from ..check.calls import explained
 from ..check.values import check_min_decay, name_of
 from ..ops import plan
 from ..ops.call import Layout, Start
-from ..ops.cells import BLOCKGRU, CELLS
+from ..ops.cells import CELLS
 from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.names_of_torch import is_symbolic
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, as_dtype, reshaped
 from . import scripted
-from .blockgru_level import BlockGRULevel, BlockGRUOptions
+from .gru_level import GRULevel, GRUOptions
 from .initial_state import default_start, learned_state, reset_initial_state
 from .layer import Steps
 from .levels import Levels
@@ -31,10 +31,10 @@ from .saved import add_marks, note_values, refuse_weights_of_torch, renew_guards
 
 
 class RecurrentLevels(Levels, role="sequence"):
-    """Apply stacked layers of one cell type; the base class of `MinGRU`, `MinLSTM` and `BlockGRU`."""
+    """Apply stacked layers of one cell type; the base class of `MinGRU`, `MinLSTM` and `GRU`."""
 
     cell: str
-    """"mingru", "minlstm" or "blockgru"."""
+    """"mingru", "minlstm" or "gru"."""
     hidden_dims: int
     proj_size = 0
     _start: float | None = None
@@ -48,8 +48,8 @@ class RecurrentLevels(Levels, role="sequence"):
 
     def __init__(self, **arguments: Any) -> None:
         kind, layer_kind = RecurrentOptions, RecurrentLevel
-        if arguments.get("cell", self.cell) == BLOCKGRU:
-            kind, layer_kind = BlockGRUOptions, BlockGRULevel
+        if arguments.get("cell", self.cell) == "gru":
+            kind, layer_kind = GRUOptions, GRULevel
         options = kind(name_of(type(self)), **{"cell": self.cell, **arguments})
         bounds = check_min_decay(options.name, options.min_decay, options.gates)
         inner = options.num_directions * (options.proj_size or options.hidden_dims)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..check.values import expectation
 from ..ops.activation import ACTIVATIONS
-from ..ops.cells import BLOCKGRU, CELLS, GATES
+from ..ops.cells import CELLS, GATES
 
 GATE_OF = {cell: gate for gate, cell in GATES.items()}
 # The options of layers: their values in the order of their numbers. Files contain the numbers, so new values come last.
@@ -143,18 +143,18 @@ def note_values(module: Any, state_dict: dict[str, Any], prefix: str, metadata: 
 
 
 def refuse_other_cells(level: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
-    """Refuse weights of a BlockGRU or for one, because the linear map of a MinLSTM has the same shape."""
+    """Refuse weights of a GRU or for one, because the linear map of a MinLSTM has the same shape."""
     names = {name[len(prefix) :].partition(".")[0] for name in state_dict if name.startswith(prefix)}
-    is_other = "linear" in names and ("recurrent" in names) != (level.cell == BLOCKGRU)
+    is_other = "linear" in names and ("recurrent" in names) != (level.cell == "gru")
     if is_other:
         # The modules inside keep their weights.
         state_dict.update(level.state_dict(prefix=prefix, keep_vars=True))
-    return f"{prefix}linear: a BlockGRU, and no other, has recurrent weights; load a whole state_dict" * is_other
+    return f"{prefix}linear: a GRU, and no other, has recurrent weights; load a whole state_dict" * is_other
 
 
 def refuse_weights_of_torch(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
     key = next((key for key in state_dict if key.startswith(f"{prefix}weight_ih")), None)
-    expected = f"weights of {module.name}" + " because the equations differ" * (module.cell != BLOCKGRU)
+    expected = f"weights of {module.name}" + " because the equations differ" * (module.cell != "gru")
     got, remedy = f"{key} of torch.nn", module._remedy_for_weights
     return "" if key is None else expectation(module.name, "state_dict", expected, got, remedy)
 

@@ -16,7 +16,7 @@ from .backend import SCANS
 from .backends import torch_in_graphs
 from .call import BATCH_FIRST, Call, Layout, Spec, Start
 from .call import spec_of as spec_of
-from .cells import BLOCKGRU, CELLS, MIXTURES
+from .cells import CELLS, MIXTURES
 from .graph import scripted_as
 from .in_cache import Map
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
@@ -81,7 +81,7 @@ def linear_recurrence(
     if call is None and norm is not None:
         x = norm(x)
         call = route.fused_with(linear, backend, Call(spec, [x], start, layout), None, output_gate)
-    if spec.cell == BLOCKGRU and block_recurrence.is_one_node(x, start, layout):
+    if spec.cell == "gru" and block_recurrence.is_one_node(x, start, layout):
         own = [x, linear.weight, linear.bias]
         if type(linear) not in LINEAR_MAPS or route.is_hooked(linear):
             x = linear(x)

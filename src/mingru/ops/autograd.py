@@ -20,7 +20,7 @@ from . import block_recurrence
 from .backend import Kernel, scan_backward_by, scan_by
 from .backends import torch_in_graphs
 from .call import FIRST_INPUT, Call, Spec, flattened, from_flat
-from .cells import BLOCKGRU, CELLS
+from .cells import CELLS
 from .graph import are_batched, is_compiling, without_autocast
 from .layout import as_linear_scan, divided, in_layout, is_transposed, joined, padded_call, without_padding
 from .linear_map import gated, normalized
@@ -33,7 +33,7 @@ from .shape import States, as_dtype, conjugate, times
 def composed(backend: str, call: Call) -> States:
     """Compute a recurrence by differentiable operations and the linear scan of a backend."""
     padded = padded_call(call)
-    if call.spec.cell == BLOCKGRU:
+    if call.spec.cell == "gru":
         with without_autocast(call.tensors[0]):
             return in_layout(block_recurrence.composed(padded), call)
     own = backend_of(backend).recurrence

@@ -116,7 +116,7 @@ def is_one_node(x: Tensor, start: Start, layout: Layout) -> bool:
     if is_old_onnx():
         if start.reset is not None:
             raise ValueError(
-                "BlockGRU: reset must be None in an export with dynamo=False, which has no loop; use mingru.export.onnx"
+                "GRU: reset must be None in an export with dynamo=False, which has no loop; use mingru.export.onnx"
             )
         return layout.lengths is None
     return is_onnx() and start.reset is None and not is_true_for_all_sizes(x.size(0 if layout.time_first else 1) == 1)

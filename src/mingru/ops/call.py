@@ -47,7 +47,7 @@ class Start(NamedTuple):
     dt: Tensor | None = None
     """Time since the step before, with the leading dimensions of the sequences, accumulation dtype. None means 1."""
     recurrent: Tensor | None = None
-    """Recurrent weights of the cell "blockgru", (3 H, K); see `ops.block_recurrence`."""
+    """Recurrent weights of the cell "gru", (3 H, K); see `ops.block_recurrence`."""
     recurrent_bias: Tensor | None = None
     """Their bias, (H)."""
 

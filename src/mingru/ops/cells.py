@@ -19,11 +19,11 @@ from .shape import accumulate_dtype, along, as_dtype, to_parts
 
 
 class Cell(NamedTuple):
-    """What other files must know of a cell. All cells but "blockgru", which has no a, have |a| <= 1."""
+    """What other files must know of a cell. All cells but "gru", which has no a, have |a| <= 1."""
 
     num_inputs: int
     """Number of pre-activations, in the order of the rows of the weight: gate, candidate; forget, input, candidate; of
-    "blockgru" reset gate, update gate, candidate."""
+    "gru" reset gate, update gate, candidate."""
     has_logarithms: bool = True
     """Whether a and b are positive if the candidate is positive."""
     memory: tuple[float, float] | None = None
@@ -40,7 +40,7 @@ CELLS = {
     "minlstm_unnormalized": Cell(3, not_timed="normalize is False, so that the gates have no common decay"),
     "mingru_quaternion": Cell(2, False, (21.0, 21.0)),
     "mingru_mixed": Cell(2, False, (2.0, 60.0)),
-    "blockgru": Cell(3, False, None, "its gates see the state"),
+    "gru": Cell(3, False, None, "its gates see the state"),
 }
 # The cell of each gate of a minGRU.
 GATES = {
@@ -65,7 +65,7 @@ def zero_state(cell: str, activation: str) -> float:
 def gate_biases(cell: str, memory: Tensor) -> list[Tensor]:
     """Return the biases of the first inputs with which a state lasts 1 / (1 - |a|) = memory steps."""
     odds = (2 * memory - 1 if cell == "mingru_signed" else memory - 1).log()
-    signs = {"minlstm": (1, -1), "minlstm_unnormalized": (1,), BLOCKGRU: (0, 1)}
+    signs = {"minlstm": (1, -1), "minlstm_unnormalized": (1,), "gru": (0, 1)}
     return [sign * odds for sign in signs.get(cell, (-1,))]
 
 
@@ -89,9 +89,8 @@ def multiple_of(cell: str) -> int:
 
 MIXTURES = tuple(name for name in CELLS if len(cells_of(name)) > 1)
 # A GRU whose recurrent weights are blocks, which is no linear recurrence; see `ops.block_recurrence`.
-BLOCKGRU = "blockgru"
 # Not those of mixtures, which are computed cell by cell.
-NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if name not in (*MIXTURES, BLOCKGRU)}
+NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if name not in (*MIXTURES, "gru")}
 
 
 def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .call import Spec
-from .cells import BLOCKGRU
 from .shape import States, accumulate_dtype
 
 
@@ -58,7 +57,7 @@ FORWARDS: dict[Any, Any] = {cls: vars(cls)["forward"] for cls in (*LINEAR_MAPS, 
 # Attributes of a module: what sees its inputs and outputs, and may change them.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # With fewer input features, it takes less time on the CPU to compute pre-activations again than to store them. A
-# BlockGRU would also compute the products of its states again, which takes longer.
+# GRU would also compute the products of its states again, which takes longer.
 _WIDE = 64
 
 
@@ -91,4 +90,4 @@ def gated(states: States, gate: Tensor | None) -> States:
 
 def are_recomputed(cell: str, x: Tensor, recompute: bool | None) -> bool:
     """Return whether backward computes the linear map of x again. `recompute` is the option of a layer."""
-    return x.is_cpu and x.shape[-1] < _WIDE and cell != BLOCKGRU if recompute is None else recompute
+    return x.is_cpu and x.shape[-1] < _WIDE and cell != "gru" if recompute is None else recompute

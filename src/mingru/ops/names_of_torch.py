@@ -59,7 +59,7 @@ is_legacy_batchedtensor = _of_torch("_C._functorch.is_legacy_batchedtensor", _ye
 is_tracing = _of_torch("_C._get_tracing_state", torch.jit.is_tracing)  # type: ignore[attr-defined]
 # A result in another shape is a copy.
 unsafe_view = _of_torch("ops.aten._unsafe_view", _copied)
-# A program of `torch.export` of a `BlockGRU` has the steps of its example.
+# A program of `torch.export` of a `GRU` has the steps of its example.
 loop = _of_torch("ops.higher_order.scan", None)
 # `mingru.export.onnx` raises an error.
 pytree = _of_torch("utils._pytree", _Missing())

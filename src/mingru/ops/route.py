@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .backend import SCANS, Backend, Kernel, warn_once
 from .backends import in_log_space, native, sequential, torch_in_graphs, torch_in_place, triton
 from .call import Call, Spec
-from .cells import BLOCKGRU, CELLS, cells_of, parts_of
+from .cells import CELLS, cells_of, parts_of
 from .graph import are_eager, are_ordinary, is_autocast, is_compiling
 from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, map_with_norm, weights_of_norm, with_norm
 from .names_of_torch import has_any_global_hook, is_exporting, is_symbolic, is_tracing
@@ -199,7 +199,7 @@ def fused_with(
         return None
     if is_autocast(x):
         # For few rows, as in a step, `linear` is faster, because autocast casts its weights once for all calls.
-        is_small = spec.cell != BLOCKGRU and x.shape[:-1].numel() * _CASTS < weight.numel()
+        is_small = spec.cell != "gru" and x.shape[:-1].numel() * _CASTS < weight.numel()
         if not kernel.autocast or (is_small and not is_compiling()):
             return None
         tensors = _autocast(x, weight, bias)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..backend import Backend
 from ..call import Call, Spec
-from ..cells import BLOCKGRU, CELLS, log_coefficients
+from ..cells import CELLS, log_coefficients
 from ..layout import padding_of
 from ..shape import States, along
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
-    if spec.cell == BLOCKGRU:
+    if spec.cell == "gru":
         return "its cell is no linear recurrence"
     if spec.cell not in CELLS or not CELLS[spec.cell].has_logarithms:
         return f"it takes the logarithm of a and b, which may be negative in {spec.cell}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backend import Backend, Kernel, grads_of_start
 from ..call import FIRST_INPUT, Spec
-from ..cells import BLOCKGRU, MIXTURES
+from ..cells import MIXTURES
 from ..layout import is_transposed
 from ..shape import States, as_dtype
 from .sources import number_in, number_of_sources
@@ -219,7 +219,7 @@ def _linear_recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bo
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-_CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, BLOCKGRU)]
+_CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, "gru")]
 _ALL = dict.fromkeys(("packed", "lengths", "autocast", "whole"), True)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,

@@ -40,7 +40,7 @@ def _of_cell(call: Call) -> States:
             if weight is not None:
                 out = out + weight[:0].sum().to(out.dtype)
         return empty_states(out, call.start.h)
-    if call.spec.cell == "blockgru":
+    if call.spec.cell == "gru":
         return in_layout(block_recurrence.composed(padded_call(call)), call)
     return in_layout(scan(as_linear_scan(padded_call(call))), call)
 

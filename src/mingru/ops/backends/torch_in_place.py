@@ -21,7 +21,7 @@ from torch import Tensor
 from ..backend import Backend, Kernel
 from ..block_recurrence import by_torch
 from ..call import Spec, from_flat
-from ..cells import BLOCKGRU, NUM_INPUTS, parts_of
+from ..cells import NUM_INPUTS, parts_of
 from ..layout import as_linear_scan, in_layout, padded_call
 from ..scan import LinearScan, adjoint, grad_of_h, previous_states
 from ..shape import States, along
@@ -149,5 +149,5 @@ def _chunks_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reve
 # Numbers with several parts need a scan of their own.
 _CELLS = [cell for cell in NUM_INPUTS if parts_of(cell) == 1]
 _KERNEL = Kernel(_recurrence, _recurrence_backward, packed=False, cells=_CELLS)
-_OF_BLOCKGRU = Kernel(by_torch, None, packed=True, lengths=True, autocast=True, cells=[BLOCKGRU])
-BACKEND = Backend(scan=scan, kernel=_KERNEL, linear_kernel=_OF_BLOCKGRU)
+_OF_GRU = Kernel(by_torch, None, packed=True, lengths=True, autocast=True, cells=["gru"])
+BACKEND = Backend(scan=scan, kernel=_KERNEL, linear_kernel=_OF_GRU)

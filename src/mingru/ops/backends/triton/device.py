@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ...call import Spec
-from ...cells import BLOCKGRU
 from ...names_of_torch import MARKED_CONSTANT
 
 # Types of devices; ROCm calls itself "cuda".
@@ -70,7 +69,7 @@ def unsupported(sequence: torch.Tensor, spec: Spec) -> str | None:
         return f"it only runs on CUDA, ROCm and XPU devices, and the tensors are on {sequence.device}"
     if sequence.dtype not in _DTYPES:
         return f"it does not support {sequence.dtype}"
-    if spec.cell == BLOCKGRU:
+    if spec.cell == "gru":
         return f"it has no kernel for the cell {spec.cell!r}"
     return _why_too_old(sequence.device, sequence.dtype) if kind == "cuda" else None
 

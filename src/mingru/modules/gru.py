@@ -1,4 +1,4 @@
-"""A GRU whose features see each other in blocks."""
+"""The GRU of torch.nn, whose features see each other, or in blocks."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..check.calls import arguments_checked
-from ..check.values import check_type, require, reworded
+from ..check.values import check_type, name_of, require, reworded
 from ..ops.block_recurrence import blocks_of, dense
 from ..ops.route import is_hooked
 from .cells import RecurrentCell
@@ -18,8 +18,8 @@ from .options import Memory, Norm, arguments_of
 from .recurrent_levels import RecurrentLevels
 
 
-class BlockGRU(RecurrentLevels, planned=True):
-    """Apply a stack of GRU layers whose features see each other in blocks of K to a sequence.
+class GRU(RecurrentLevels, planned=True):
+    """Apply a stack of GRU layers, as `torch.nn.GRU`, to a sequence.
 
     Each layer and direction computes
 
@@ -28,7 +28,8 @@ class BlockGRU(RecurrentLevels, planned=True):
         n_t = tanh(W_n x_t + b_n + r_t (U_n h_{t-1} + c_n))
         h_t = (1 - z_t) n_t + z_t h_{t-1}
 
-    which is `torch.nn.GRU` with block-diagonal U_r, U_z and U_n: H / K blocks of K x K weights. Its gates see the
+    which is `torch.nn.GRU`: the same function, with the same initialization. With `block_size=K`, the features see each
+    other only in blocks: U_r, U_z and U_n are block-diagonal, with H / K blocks of K x K weights. Its gates see the
     state, so the steps are computed one after the other: on CPUs by kernels, elsewhere and where these were not built
     by `torch.gru` with the dense weights. In an ONNX file, each layer and direction is one node, `GRU`, of any length.
     Where these kernels cannot run, `torch.compile` makes a graph for each length.
@@ -37,7 +38,7 @@ class BlockGRU(RecurrentLevels, planned=True):
 
     Args:
         input_dims: Number of input features, I.
-        hidden_dims: Number of state features, H, divisible by `block_size`, or below it.
+        hidden_dims: Number of state features, H.
         num_layers: Number of stacked layers, L.
         bias: If False, the maps have no bias.
         batch_first: If False, x is (S, B, I).
@@ -46,8 +47,8 @@ class BlockGRU(RecurrentLevels, planned=True):
         residual: If True, add each layer's input to its output.
         norm: "layer", "rms" or None: norm of each layer's input. For a single feature, use None: "layer"
             raises an error, and "rms" leaves only the sign, with a warning.
-        block_size: Number of features that see each other, K. Larger blocks learn more and take longer. With
-            `hidden_dims`, it is `torch.nn.GRU`.
+        block_size: Number of features that see each other, K, a divisor of `hidden_dims`, or above it. Smaller blocks
+            take less time, and learn less. Default: all of them, one block, which is `torch.nn.GRU`.
         learn_initial_state: If True, the initial state is a parameter, which begins at 0.
         memory: Number of time steps that a state lasts at first, see `mingru.MinGRU`. It shifts b_z.
         recompute: If True, backward recomputes the gates, which saves four fifths of the memory and takes longer.
@@ -83,7 +84,7 @@ class BlockGRU(RecurrentLevels, planned=True):
     state; the default of `batch_first`.
 
     Examples:
-        >>> rnn = mingru.BlockGRU(input_dims=3, hidden_dims=64, num_layers=2)
+        >>> rnn = mingru.GRU(input_dims=3, hidden_dims=64, num_layers=2)
         >>> out, h = rnn(torch.randn(10, 128, 3))
         >>> out.shape, h.shape
         (torch.Size([10, 128, 64]), torch.Size([2, 10, 1, 64]))
@@ -93,8 +94,8 @@ class BlockGRU(RecurrentLevels, planned=True):
         (arXiv 2412.07752), for blocks.
     """
 
-    cell = "blockgru"
-    _remedy_for_weights = "use mingru.BlockGRU.from_torch"
+    cell = "gru"
+    _remedy_for_weights = "use mingru.GRU.from_torch"
 
     @arguments_checked()
     def __init__(
@@ -109,7 +110,7 @@ class BlockGRU(RecurrentLevels, planned=True):
         *,
         residual: bool = False,
         norm: Norm | None = None,
-        block_size: int = 64,
+        block_size: int | None = None,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
         recompute: bool | None = None,
@@ -130,7 +131,7 @@ class BlockGRU(RecurrentLevels, planned=True):
                 module in it has hooks or another `forward`. Only `recurrent` may have them.
 
         Examples:
-            >>> rnn, x = mingru.BlockGRU(3, 64), torch.randn(10, 128, 3)
+            >>> rnn, x = mingru.GRU(3, 64), torch.randn(10, 128, 3)
             >>> bool(torch.allclose(rnn.to_torch()(x)[0], rnn(x)[0], atol=1e-5))
             True
         """
@@ -170,10 +171,10 @@ class BlockGRU(RecurrentLevels, planned=True):
             ValueError: `block_size` is no divisor, or a weight outside of the blocks is not 0.
 
         Examples:
-            >>> mingru.BlockGRU.from_torch(torch.nn.GRU(3, 48)).block_size
+            >>> mingru.GRU.from_torch(torch.nn.GRU(3, 48)).hidden_dims
             48
         """
-        name, of_torch = f"{cls.__name__}.from_torch", nn.modules.GRU
+        name, of_torch = f"{name_of(cls)}.from_torch", nn.modules.GRU
         remedy = "pass one that is not quantized, replaced or wrapped"
         check_type(name, "gru", gru, of_torch, "a torch.nn.GRU", remedy)
         got, remedy = f"{type(gru).__name__} with hooks or a forward of its own", "copy its weights to a torch.nn.GRU"
@@ -181,9 +182,8 @@ class BlockGRU(RecurrentLevels, planned=True):
         require(name, "gru", is_gru, "a torch.nn.GRU without hooks", got, remedy, TypeError)
         (weight, *_), hidden = gru.all_weights[0], gru.hidden_size
         sizes = gru.input_size, hidden, gru.num_layers, gru.bias, gru.batch_first, gru.dropout, gru.bidirectional
-        size = hidden if block_size is None else block_size
-        with reworded({ValueError: ValueError}, {f"{cls.__name__}: hidden_dims": f"{name}: hidden_size"}):
-            rnn = cls(*sizes, block_size=size, device=weight.device, dtype=weight.dtype)
+        with reworded({ValueError: ValueError}, {f"{name_of(cls)}: hidden_dims": f"{name}: hidden_size"}):
+            rnn = cls(*sizes, block_size=block_size, device=weight.device, dtype=weight.dtype)
         for ours, theirs in zip(rnn._directions(), gru.all_weights, strict=True):
             (_, _, linear, recurrent), (of_input, of_state, *biases) = ours, theirs
             width = recurrent.weight.shape[1]
@@ -208,15 +208,15 @@ def _assign(parameters: Iterable[Any], *values: Tensor | None) -> None:
         parameter.detach().copy_(torch.zeros_like(parameter) if value is None else value.detach())
 
 
-class BlockGRUCell(RecurrentCell, planned=True):
-    """Compute one step of a one-layer `mingru.BlockGRU`.
+class GRUCell(RecurrentCell, planned=True):
+    """Compute one step of a one-layer `mingru.GRU`, as `torch.nn.GRUCell`.
 
     Args:
         input_dims: Number of input features, I.
-        hidden_dims: Number of state features, H, divisible by `block_size`, or below it.
+        hidden_dims: Number of state features, H.
         bias: If False, the maps have no bias.
         norm: "layer", "rms" or None: norm of the input.
-        block_size: Number of features that see each other.
+        block_size: Number of features that see each other, as in `mingru.GRU`. Default: all of them.
         learn_initial_state: If True, the initial state is a parameter.
         memory: Number of time steps that a state lasts at first, see `mingru.MinGRU`.
         device: Device of the parameters.
@@ -236,16 +236,16 @@ class BlockGRUCell(RecurrentCell, planned=True):
         ValueError: A size, shape, device or norm is invalid.
 
     State dict:
-        As in a one-layer `BlockGRU` without `residual`: the state_dict of one loads into the other.
+        As in a one-layer `GRU` without `residual`: the state_dict of one loads into the other.
 
     Examples:
-        >>> cell = mingru.BlockGRUCell(input_dims=3, hidden_dims=64)
+        >>> cell = mingru.GRUCell(input_dims=3, hidden_dims=64)
         >>> h = cell(torch.randn(10, 3))
         >>> cell(torch.randn(10, 3), h).shape
         torch.Size([10, 64])
     """
 
-    cell = "blockgru"
+    cell = "gru"
 
     @arguments_checked()
     def __init__(
@@ -255,7 +255,7 @@ class BlockGRUCell(RecurrentCell, planned=True):
         bias: bool = True,
         *,
         norm: Norm | None = None,
-        block_size: int = 64,
+        block_size: int | None = None,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
         device: Any = None,
@@ -277,11 +277,10 @@ class BlockGRUCell(RecurrentCell, planned=True):
             TypeError: `cell` is no `torch.nn.GRUCell`.
             ValueError: A weight outside of the blocks is not 0.
         """
-        check_type(f"{cls.__name__}.from_torch", "cell", cell, nn.modules.GRUCell, "a torch.nn.GRUCell", "")
+        check_type(f"{name_of(cls)}.from_torch", "cell", cell, nn.modules.GRUCell, "a torch.nn.GRUCell", "")
         gru = nn.modules.GRU(cell.input_size, cell.hidden_size, bias=bool(cell.bias)).train(cell.training)
         for name, weight in cell.named_parameters():
             setattr(gru, f"{name}_l0", weight)
-        block_size = block_size or cell.hidden_size
-        layer, weight = BlockGRU.from_torch(gru, block_size=block_size), next(cell.parameters())
+        layer, weight = GRU.from_torch(gru, block_size=block_size), next(cell.parameters())
         rnn = cls(cell.input_size, cell.hidden_size, gru.bias, block_size=block_size)
         return take_weights(rnn.to(weight.device, weight.dtype), layer)

@@ -1,4 +1,4 @@
-"""One layer of a BlockGRU."""
+"""One layer of a GRU."""
 
 from typing import Any
 
@@ -11,28 +11,31 @@ from ..ops.plan import plannable
 from .recurrent_level import RecurrentLevel, RecurrentOptions
 
 
-class BlockGRUOptions(RecurrentOptions):
-    """The options of BlockGRU."""
+class GRUOptions(RecurrentOptions):
+    """The options of GRU."""
 
     def check(self) -> None:
-        check_int(self.name, "block_size", self.block_size)
+        if self.block_size is not None:
+            check_int(self.name, "block_size", self.block_size)
         check_flag(self.name, "residual", self.residual)
         expected, got = f"left out because cell is {self.cell!r}", self.candidate
         require(self.name, "candidate", got in (None, "tanh"), expected, repr(got), "pass cell='mingru' to use it")
         self.candidate = "tanh"
         super().check()
-        fits = self.hidden_dims <= self.block_size or self.hidden_dims % self.block_size == 0
-        expected, got = f"divisible by block_size = {self.block_size}", str(self.hidden_dims)
-        divisors = (size for size in range(1, self.block_size) if self.hidden_dims % size == 0)
+        size = self.block_size or self.hidden_dims
+        fits = self.hidden_dims <= size or self.hidden_dims % size == 0
+        expected, got = f"divisible by block_size = {size}", str(self.hidden_dims)
+        divisors = (each for each in range(1, size) if self.hidden_dims % each == 0)
         require(self.name, "hidden_dims", fits, expected, got, f"pass block_size={max(divisors, default=1)}")
 
 
 @plannable
-class BlockGRULevel(RecurrentLevel):
+class GRULevel(RecurrentLevel):
     """A layer whose recurrence has recurrent weights."""
 
-    def _add_recurrent(self, options: BlockGRUOptions) -> None:
-        arguments = options.hidden_dims, min(options.block_size, options.hidden_dims), options.bias
+    def _add_recurrent(self, options: GRUOptions) -> None:
+        hidden_dims = options.hidden_dims
+        arguments = hidden_dims, min(options.block_size or hidden_dims, hidden_dims), options.bias
         self.recurrent = RecurrentMap(*arguments, **options.factory)
         self.recurrent_reverse = RecurrentMap(*arguments, **options.factory) if options.bidirectional else None
 

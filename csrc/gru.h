@@ -1,4 +1,4 @@
-// The loops over the steps of a BlockGRU, a GRU whose features see each other in blocks: the diagonal blocks of its
+// The loops over the steps of a GRU whose features see each other in blocks, or all: the diagonal blocks of its
 // recurrent weights. A task has one block of features, of some batch elements; the features are lanes, and each weight is
 // loaded once for all batch elements whose sums are in registers.
 #pragma once
@@ -68,12 +68,12 @@ MINGRU_INLINE Fraction<A> from_signed(A x) {
 }
 
 template <class T>
-class BlockGRUSteps {
+class GRUSteps {
   using A = Accumulated<T>;
 
  public:
   // Of the batch elements [begin, end).
-  BlockGRUSteps(
+  GRUSteps(
       const Scan& scan, const DiagonalBlocks& blocks, const Part& part, int64_t block, int64_t begin, int64_t end,
       bool is_backward)
       : scan_(scan),
@@ -438,7 +438,7 @@ static void run_diagonal_block(
     const int64_t most = blocks.sequences_together();
     for (int64_t last; begin < end; begin = last) {
       last = least_of(begin + most, end);
-      BlockGRUSteps<decltype(type)> steps(scan, blocks, part, block, begin, last, is_backward);
+      GRUSteps<decltype(type)> steps(scan, blocks, part, block, begin, last, is_backward);
       is_backward ? steps.backward(static_cast<A*>(totals)) : steps.forward();
     }
   });
