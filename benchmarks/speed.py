@@ -47,8 +47,10 @@ from mingru.bench import forward, forward_backward, medians_ms, output, print_ta
 from mingru.models import LanguageModel
 
 SHAPES = [(8, 512, 256, 256), (1, 4096, 256, 256), (16, 1024, 512, 512), (64, 1000, 10, 100), (32, 64, 64, 64)]
-# Of the model that docs/choosing.md begins with.
-EQUAL_SHAPES = [(1, 4096, 256, 256), (8, 512, 256, 256), (64, 256, 64, 128), (16, 256, 10, 64), (128, 32, 128, 128)]
+# Of the model that docs/choosing.md begins with. The last are short.
+BATCHES = [(1, 200), (8, 128), (32, 100), (64, 64)]
+EQUAL_SHAPES = [(*each, 32, dims) for dims in (64, 128, 256, 512) for each in BATCHES]
+EQUAL_SHAPES += [(32, 29, 12, 32), (64, 8, 16, 32), (16, 20, 8, 64)]
 # One shape, and others that differ in batch, steps or features.
 PAGE_SHAPES = [(batch, 512, 128, 128) for batch in (8, 1, 64)] + [(8, steps, 128, 128) for steps in (1, 16, 64, 4096)]
 PAGE_SHAPES += [(8, 512, dims, dims) for dims in (32, 512)]
@@ -59,9 +61,9 @@ BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is Tr
 LENGTHS = [2**power for power in range(4, 17)]
 BATCH, FEATURES, SLOW_MS = 8, 256, 3000.0
 ACCELERATED = "nn.GRU, accelerated"
-PEER, START, MIXED = "minGRU-pytorch", "mingru.GRU", 'MinGRU, gate="mixed"'
+PEER, START, MIXED, BLOCKS = "minGRU-pytorch", "mingru.GRU", 'MinGRU, gate="mixed"', "blocks of 64"
 # Left out where models have two layers, and what these are compared with.
-OF_ONE, OTHERS = (PEER, "mingru", LINEAR), (GRU, "nn.LSTM", MIXED)
+OF_ONE, OTHERS = (PEER, "mingru", LINEAR), (GRU, "nn.LSTM", BLOCKS, MIXED)
 
 
 class Table(NamedTuple):
@@ -161,7 +163,7 @@ def family(args):
     for batch, steps, *dims in args.shape or [(8, 512, 256, 256), (32, 64, 64, 64), (1, 1, 256, 256)]:
         x, modules = torch.randn(batch, steps, dims[0], requires_grad=True), plain_layers(*dims)
         modules |= {"MinLSTM": mingru.MinLSTM(*dims), "drop_in.GRU": drop_in.GRU(*dims, batch_first=True)}
-        modules |= {f"mingru.GRU, {size}": mingru.GRU(*dims, block_size=size) for size in (16, 32, dims[1])}
+        modules |= {f"mingru.GRU, {size}": mingru.GRU(*dims, block_size=size) for size in (16, 32, None)}
         yield of_modules(f"One layer, (B, S, I, H) = {(batch, steps, *dims)}", x, modules, "mingru", GRU)
     x = torch.randn(4, 16, 32, 64, 64, requires_grad=True)
     modules = {"nn.Conv2d": nn.Conv2d(32, 64, 3, padding=1), "MinConv2dGRU": mingru.MinConv2dGRU(32, 32, 3, padding=1)}
@@ -184,17 +186,20 @@ def steps(args):
 
 
 def half(args):
-    """bfloat16 modules, and float32 modules under autocast, with their linear maps
+    """float32 layers with and without bfloat16 autocast, and bfloat16 ones
 
     On processors without bfloat16 matrix instructions, nn.Linear itself is slow in bfloat16.
     """
-    for shape in args.shape or [(8, 512, 256, 256), (16, 1024, 512, 512)]:
-        for name, dtype in (("bfloat16 module", torch.bfloat16), ("float32 module, bfloat16 autocast", torch.float32)):
-            x = torch.randn(*shape[:3], dtype=dtype, requires_grad=True)
-            modules = {key: plain_layers(*shape[2:])[key].to(dtype) for key in (LINEAR, "mingru")}
-            autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype == torch.float32)
-            calls = {key: within(autocast, partial(module, x)) for key, module in modules.items()}
-            yield of_modules(f"(B, S, I, H) = {tuple(shape)}, {name}", x, modules, calls=calls)
+    kinds = {"float32": (torch.float32, False), "autocast": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
+    for shape in args.shape or [(8, 128, 256, 256), (8, 512, 256, 256)]:
+        calls, leaves = {}, {}
+        for kind, (dtype, is_enabled) in kinds.items():
+            autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=is_enabled)
+            for name, module in (plain_layers(*shape[2:]) | {START: mingru.GRU(*shape[2:])}).items():
+                x = torch.randn(*shape[:3], dtype=dtype, requires_grad=True)
+                calls[f"{name}, {kind}"] = within(autocast, partial(module.to(dtype), x))
+                leaves[f"{name}, {kind}"] = [x, *module.parameters()]
+        yield Table(f"(B, S, I, H) = {tuple(shape)}", calls, leaves, (f"{START}, float32",))
 
 
 def products(args):
@@ -367,7 +372,7 @@ def against_gru(args, timer):
     for dims in args.gru:
         modules = {GRU: nn.GRU(dims, dims, batch_first=True)}
         modules |= {
-            "mingru.GRU": mingru.GRU.from_torch(modules[GRU], block_size=dims),
+            "mingru.GRU": mingru.GRU.from_torch(modules[GRU]),
             ACCELERATED: deepcopy(modules[GRU]),
         }
         drop_in.accelerate(modules[ACCELERATED])
@@ -391,7 +396,8 @@ def starts(*sizes):
     """Return the model that docs/choosing.md begins with, and others of two layers."""
     mixed = mingru.MinGRU(*sizes, 2, norm="rms", residual=True, gate="mixed")
     of_torch = {f"nn.{kind.__name__}": kind(*sizes, 2, batch_first=True) for kind in (nn.GRU, nn.LSTM)}
-    return {START: mingru.GRU(*sizes, 2), MIXED: mixed, **of_torch}
+    blocks = {BLOCKS: mingru.GRU(*sizes, 2, block_size=64)} if sizes[1] > 64 else {}
+    return {START: mingru.GRU(*sizes, 2), **blocks, MIXED: mixed, **of_torch}
 
 
 def whole_layers(timer, shape, others=None, skipped=()):
@@ -404,7 +410,7 @@ def whole_layers(timer, shape, others=None, skipped=()):
 
 
 def short(ratio):
-    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}"
 
 
 def sweep(timer):
@@ -420,19 +426,16 @@ def sweep(timer):
 
 def equal(by_threads):
     """Return the tables of the model to begin with beside others of two layers, a training step and inference."""
-    *fewer, most = by_threads.values()
 
-    def ratio(shape, name, at):
-        found = [short(each[shape][name][at] / each[shape][START][at]) for each in (most, *fewer)]
-        return "–".join(sorted(set(found), key=float)) + "×"
+    def over_threads(shape, name, at):
+        found = [(each[shape][START][at], each[shape].get(name)) for each in by_threads.values()]
+        return "; ".join(f"{ms:.3g}" if name == START else short(own[at] / ms) for ms, own in found if own)
 
-    def row(shape, own, at):
-        return [shape, f"{own[at]:.3g} ms", *(ratio(shape, name, at) for name in OTHERS)]
-
-    kinds = {"training step": 1, "inference": 0}
-    columns = {kind: ["(B, S, I, H)", kind, *OTHERS] for kind in kinds}
-    rows = {kind: [row(shape, each[START], at) for shape, each in most.items()] for kind, at in kinds.items()}
-    return "\n\n".join(markdown(columns[kind], rows[kind]) for kind in kinds)
+    tables, shapes = [], next(iter(by_threads.values()))
+    for kind, at in {"training step": 1, "without gradients": 0}.items():
+        rows = [[shape, *(over_threads(shape, name, at) for name in (START, *OTHERS))] for shape in shapes]
+        tables.append(markdown(["(B, S, I, H)", f"{kind}, ms", *OTHERS], rows))
+    return "\n\n".join(tables)
 
 
 def tables(record):
@@ -461,15 +464,14 @@ def plot(times, path):
     styles = {
         START: measure.OWN,
         MIXED: {"color": "#52b788"},
+        BLOCKS: {**measure.OWN, "linestyle": "--", "linewidth": 1.5},
         GRU: {"color": "#c1121f"},
         "nn.LSTM": {"color": "#e07a1f"},
     }
-    lines = [
-        (by_steps, by_steps.values(), {"label": name, "color": "#5a4fcf", **styles.get(name, {})})
-        for name, by_steps in times.items()
-    ]
+    lines = [(by_steps, by_steps.values(), {"label": name, **styles[name]}) for name, by_steps in times.items()]
     labels = {"xlabel": "sequence length (steps)", "ylabel": "forward + backward (ms)"}
-    title = f"Two layers, batch {BATCH}, {FEATURES} features, {torch.get_num_threads()} CPU threads"
+    threads = f"{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() != 1)}"
+    title = f"Two layers, batch {BATCH}, {FEATURES} features, {threads}"
     measure.draw(path, lines, is_log=True, title=title, **labels)
 
 

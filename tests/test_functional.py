@@ -128,6 +128,25 @@ def test_the_error_without_normalization_does_not_grow_with_length(steps):
             assert reference.relative_error(out, truth) <= 2e-6
 
 
+@pytest.mark.parametrize("backend", [name for name in ALL_BACKENDS if name != "log"])
+@grid(has_more=[False, True], size=[6, 3, 1], dtype=[torch.double, torch.float, torch.bfloat16])
+def test_gru_is_the_reference(backend, dtype, size, has_more):
+    """Values and the gradients of all that is given, with a bias, a state, resets and an initial state, and without."""
+    inputs = [torch.randn(2, 19, 6, dtype=dtype) for _ in range(3)] + [torch.randn(18, size, dtype=dtype)]
+    more = [torch.randn(*shape, dtype=dtype) for shape in ((6,), (2, 1, 6), (6,))] if has_more else []
+    given = [each.requires_grad_() for each in inputs + more]
+    reset = torch.rand(2, 19) < 0.2 if has_more else None
+    options = {"reset": reset, "backend": backend, "initial_state": more[2] if has_more else None}
+    wide = [each.detach().double().requires_grad_() for each in given]
+    rest = [*wide[4:6], reset, wide[6]] if has_more else [0.0 * wide[0][0, 0], 0.0 * wide[0][:, :1], None, None]
+    expected, out = reference.gru(*wide[:4], *rest, False), functional.gru(*inputs, *more[:2], **options)
+    grad = torch.randn_like(expected)
+    found, wanted = torch.autograd.grad(out, given, grad.to(dtype)), torch.autograd.grad(expected, wide, grad)
+    rtol = {torch.double: 1e-10, torch.float: 1e-4, torch.bfloat16: 0.05}[dtype]
+    for own, other in zip((out, *found), (expected, *wanted), strict=True):
+        assert (own.double() - other).norm() <= rtol * other.norm()
+
+
 # States and back ends
 
 

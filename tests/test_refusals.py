@@ -48,6 +48,8 @@ OF_BLOCK = {"h[0]": "(D, B, 1, H)", "h[1]": "(1, B, K, C)"}
 OF_MODEL = {"state[0]": "(D, B, 1, H)", "state[1]": "(1, B, K, C)", "reset": "(B, S)"}
 STATES = {"h": "expandable to (B, 1, *)", "initial_state": "expandable to (B, 1, *)", **STEPS}
 A = "(B, S, *)"
+OF_GRU = {**dict.fromkeys(["reset_gate", "update_gate", "candidate"], "(B, S, H)"), "bias": "(H,)", "reset": "(B, S)"}
+OF_GRU |= dict.fromkeys(["h", "initial_state"], "expandable to (B, 1, H)")
 
 
 def swapped(forms):
@@ -64,6 +66,7 @@ OF_TORCH = {"input": "(B, S, 3)", "hx": "(L * D, B, H)", **STEPS, **LENGTHS, "ma
 CALLS = {
     "mingru": (functional.mingru, {"gate": A, "candidate": A, **STATES}),
     "minlstm": (functional.minlstm, {"forget": A, "input": A, "candidate": A, **STATES}),
+    "gru": (partial(functional.gru, weight=torch.ones(12, 4)), OF_GRU),
     "linear_scan": (functional.linear_scan, {"a": A, "b": A, "h": STATES["h"], "reset": "(B, S)", **LENGTHS}),
     "parallel_scan_log": (functional.parallel_scan_log, {"log_a": A, "log_b": "(B, S + 1, *)"}),
     "elapsed_times": (partial(functional.elapsed_times, first=1.0), {"t": "(B, S)", "reset": "(B, S)", **LENGTHS}),
@@ -90,7 +93,9 @@ KINDS = {
     **dict.fromkeys(["reset", "mask"], ("a bool tensor", torch.bool, "of dtype torch.bool", "bool()")),
     "lengths": ("an integer tensor", torch.int64, "of a signed integer dtype or uint8", "long()"),
     "ids": ("an integer tensor (B, S)", torch.int64, "int64 or int32", "long()"),
-    **dict.fromkeys(["gate", "forget", "a", "log_a"], (*NUMBERS[:2], "of a floating-point dtype", "float()")),
+    **dict.fromkeys(
+        ["gate", "reset_gate", "forget", "a", "log_a"], (*NUMBERS[:2], "of a floating-point dtype", "float()")
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .check.calls import explained
-from .check.forms import LINEAR_SCAN, MINGRU, MINLSTM, PARALLEL_SCAN_LOG, ROTATION, Forms, check_steps
+from .check.forms import GRU, LINEAR_SCAN, MINGRU, MINLSTM, PARALLEL_SCAN_LOG, ROTATION, Forms, check_steps
 from .check.values import check_choice, check_flag, check_floating, check_min_decay, dims, expectation, require, written
 from .modules.options import Candidate, Gate
 from .ops import activation as _activation
@@ -28,6 +28,7 @@ __all__ = [
     "check_resets",
     "elapsed_times",
     "g",
+    "gru",
     "linear_scan",
     "log_g",
     "minlstm",
@@ -235,6 +236,78 @@ def minlstm(
     return _recurrence(name, spec, MINLSTM, inputs, h, reset, dt, backend, initial_state)
 
 
+@explained
+def gru(
+    reset_gate: Tensor,
+    update_gate: Tensor,
+    candidate: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    h: Tensor | None = None,
+    *,
+    reset: Tensor | None = None,
+    backend: BackendName = "auto",
+    initial_state: Tensor | None = None,
+) -> Tensor:
+    """Compute the states of a GRU from its pre-activations, which contain everything but the state.
+
+        r_t = sigma(reset_gate_t + U_r h_{t-1})
+        z_t = sigma(update_gate_t + U_z h_{t-1})
+        n_t = tanh(candidate_t + r_t (U_n h_{t-1} + c))
+        h_t = (1 - z_t) n_t + z_t h_{t-1}
+
+    This is the recurrence of `mingru.GRU` and, with one block, of `torch.nn.GRU`.
+
+    Args:
+        reset_gate: Pre-activation of r, (B, S, H); float32, float64, bfloat16 or float16.
+        update_gate: Pre-activation of z; shape, dtype and device of `reset_gate`.
+        candidate: Pre-activation of n; shape, dtype and device of `reset_gate`.
+        weight: Recurrent weights, (3 H, K): rows of U_r, U_z and U_n, each without the zeros outside of its block of K
+            features. With K = H, it is `weight_hh_l0` of `torch.nn.GRU`. Dtype and device of `reset_gate`.
+        bias: c, (H,), the last third of `bias_hh_l0`. Default: 0.
+        h: State before the first step, expandable to (B, 1, H). Default: `initial_state`.
+        reset: Boolean mask, (B, S), of the steps that start from `initial_state`.
+        backend: Name of a backend, or "auto".
+        initial_state: State after a reset, and default of `h`; expandable to (B, 1, H). Default: 0.
+
+    Returns:
+        States h_1 ... h_S, (B, S, H), dtype of `reset_gate`. To continue the sequence, pass the last state as `h`.
+
+    Raises:
+        TypeError: An argument is not a tensor, or has the wrong dtype.
+        ValueError: A shape or device is invalid, or the backend cannot compute this call.
+
+    Numerics:
+        bfloat16 and float16 are computed in float32.
+
+    z = 1 keeps the state here, as in `torch.nn.GRU`. In `mingru.functional.mingru`, it takes the candidate.
+
+    Examples:
+        >>> rnn, x = torch.nn.GRU(3, 8, batch_first=True), torch.randn(2, 10, 3)
+        >>> x_r, x_z, x_n = torch.nn.functional.linear(x, rnn.weight_ih_l0, rnn.bias_ih_l0).chunk(3, -1)
+        >>> b_r, b_z, c = rnn.bias_hh_l0.chunk(3)
+        >>> out = mingru.functional.gru(x_r + b_r, x_z + b_z, x_n, rnn.weight_hh_l0, c)
+        >>> torch.testing.assert_close(out, rnn(x)[0])
+
+    References:
+        Cho et al. 2014 (arXiv 1406.1078), in the form of `torch.nn.GRU`.
+    """
+    name = "gru"
+    inputs = {"reset_gate": reset_gate, "update_gate": update_gate, "candidate": candidate}
+    table = _forms_of(GRU, reset_gate)
+    require(name, "reset_gate", reset_gate.dim() == 3, "(B, S, H)", dims(reset_gate.shape))
+    check_floating(name, "weight", weight)
+    table["weight"].check(GRU, weight, reset_gate, None)
+    features = reset_gate.shape[2]
+    fits = weight.dim() == 2 and len(weight) == 3 * features and features % max(weight.shape[1], 1) == 0
+    expected = f"(3 H, K) with H = {features} because of reset_gate, and K a divisor of H"
+    require(name, "weight", fits and weight.shape[1] > 0, expected, dims(weight.shape))
+    if bias is not None:
+        table["bias"].check(GRU, bias, reset_gate, reset_gate.shape)
+    spec = spec_of("gru", "tanh", False, 0.0)
+    return _recurrence(name, spec, GRU, inputs, h, reset, None, backend, initial_state, weight, bias)
+
+
 def _recurrence(
     name: str,
     spec: Spec,
@@ -245,6 +318,7 @@ def _recurrence(
     dt: Tensor | None,
     backend: BackendName,
     initial_state: Tensor | None,
+    *recurrent: Tensor | None,
 ) -> Tensor:
     tensors = [*inputs.values()]
     first, table = tensors[0], _forms_of(forms, tensors[0])
@@ -264,7 +338,7 @@ def _recurrence(
         initial_state = torch.full((), value, dtype=first.dtype, device=first.device)
     shape = table["h"].shape(first.shape, None)
     initial = initial_state.expand(shape)
-    start = Start(initial if h is None else h.expand(shape), initial, reset, dt)
+    start = Start(initial if h is None else h.expand(shape), initial, reset, dt, *recurrent)
     if "angle" in inputs:
         tensors = [torch.stack(tensors[:2], 3).flatten(2, 3), tensors[2]]
     return ops.recurrence(spec, tensors, start, backend=backend)[0]

@@ -279,10 +279,13 @@ def test_what_is_drawn_by_default():
     bias, *others = (drawn(make, gate="mixed", **given)["layers.0.linear.bias"] for given in ({}, {"memory": (2, 60)}))
     all_exact((bias[H // 2 :], others[0][H // 2 :]), (bias[: H // 2], drawn(make)["layers.0.linear.bias"][: H // 2]))
     # A GRU has the distribution of nn.GRU: all weights, and sums of two for the biases of r and z.
-    for name, weight in drawn(mingru.GRU, input_dims=4, hidden_dims=64, bidirectional=True, again=True).items():
-        two = weight[: 2 * 64 * ("linear" in name and weight.dim() == 1)]
-        for own, each in ((weight[len(two) :], 8 * 3**0.5), (two, 8 * 1.5**0.5)):
-            assert len(own) == 0 or ((own.std() * each - 1).abs() < 0.2 and own.abs().max() <= 0.25)
+    for dims in (64, 100):
+        for name, weight in drawn(mingru.GRU, input_dims=4, hidden_dims=dims, bidirectional=True, again=True).items():
+            two = weight[: 2 * dims * ("linear" in name and weight.dim() == 1)]
+            for own, each in ((weight[len(two) :], 3), (two, 1.5)):
+                assert len(own) == 0 or (
+                    (own.std() * (each * dims) ** 0.5 - 1).abs() < 0.2 and own.abs().max() <= 2 / dims**0.5
+                )
     # With inputs of variance 1, most angles are below a quarter of a turn.
     rnn = mingru.MinGRU(64, 256, gate="rotation")
     angles = rnn.layers[0].linear(torch.randn(1000, 64))[:, 1:256:2] * torch.pi / 4

@@ -134,13 +134,32 @@ def test_weights_that_do_not_lie_dense_or_are_computed():
     assert counted.count == 1
 
 
+@grid(hidden=[12, 20, 64, 100, 130, 256], bidirectional=[True, False], bias=[True, False])
+def test_one_block_is_the_gru_of_torch(hidden, bidirectional, bias):
+    """Values and gradients, for random sizes of x. test_what_is_drawn_by_default has the initialization."""
+    batch, steps, inputs = torch.randint(1, 40, (3,)).tolist()
+    gru = torch.nn.GRU(inputs, hidden, 2, bias, True, 0.2, bidirectional).eval()
+    rnn, x = mingru.GRU.from_torch(gru), torch.randn(batch, steps, inputs, requires_grad=True)
+    assert (rnn.dropout, rnn.training) == (0.2, False)
+    (out, h), (expected, expected_h) = rnn(x), gru(x)
+    assert_close((out, h.squeeze(2)), (expected, expected_h))
+    kinds, grad = ("weight", "bias") if bias else ("weight",), torch.randn_like(out) / out.numel()
+    own = [
+        getattr(each, kind)
+        for layer in rnn.layers
+        for maps in layer.maps_of_directions()
+        for kind in kinds
+        for each in maps
+    ]
+    grads = torch.autograd.grad(expected, [x, *gru.parameters()], grad)
+    # The second biases of r and z are a part of the first ones here.
+    wanted = [each[-len(given) :] for each, given in zip(grads, [x, *own], strict=True)]
+    assert_close(torch.autograd.grad(out, [x, *own], grad), tuple(wanted))
+
+
 @grid(bidirectional=[True, False], bias=[True, False])
 def test_exchange_with_torch(bias, bidirectional):
-    gru = torch.nn.GRU(3, 12, 2, bias, True, 0.2, bidirectional).eval()
-    rnn = mingru.GRU.from_torch(gru, block_size=12)
-    assert (rnn.dropout, rnn.training) == (0.2, False)
     x = torch.randn(4, 9, 3)
-    assert_close((rnn(x)[0], rnn(x)[1].squeeze(2)), gru(x))
     blocks = mingru.GRU(3, 12, 2, bias, True, 0.2, bidirectional, block_size=4).eval()
     assert_close((blocks(x)[0], blocks(x)[1].squeeze(2)), blocks.to_torch()(x))
     again = mingru.GRU.from_torch(blocks.to_torch(), block_size=4)

@@ -359,6 +359,8 @@ ROTATION = Forms(
     {"x": "B S H *", "angle": "B S H *", "candidate": "B S 2*H *", **_STEPS, **_OF_PAIRS}, name="mingru", x="gate"
 )
 MINLSTM = Forms({"x": "B S *", "input": "B S *", "candidate": "B S *", **_STATES}, name="minlstm", x="forget")
+_OF_GRU = {"weight": "3*H H", "bias": "H", "h": "expands to B 1 H", "initial_state": "expands to B 1 H", "reset": "B S"}
+GRU = Forms({"x": "B S H", "update_gate": "B S H", "candidate": "B S H", **_OF_GRU}, name="gru", x="reset_gate")
 LINEAR_SCAN = Forms({"x": "B S *", "b": "B S *", **_STATES}, name="linear_scan", x="a")
 PARALLEL_SCAN_LOG = Forms({"x": "B S *", "log_b": "B S+1 *"}, name="parallel_scan_log", x="log_a")
 ELAPSED_TIMES = Forms({"x": "B S", "first": "B", "reset": "B S", "lengths": "B"}, name="elapsed_times", x="t")

@@ -59,7 +59,8 @@ def default_candidate(cell: str) -> str:
 
 def zero_state(cell: str, activation: str) -> float:
     """Return the default initial state: g(0) = 0.5, also for what flips or turns, as 0 has nothing to turn; or 0."""
-    return 0.5 if activation == "positive" or not CELLS[cell].has_logarithms else 0.0
+    turns = not CELLS[cell].has_logarithms and cell != "gru"
+    return 0.5 if activation == "positive" or turns else 0.0
 
 
 def gate_biases(cell: str, memory: Tensor) -> list[Tensor]:
@@ -88,8 +89,7 @@ def multiple_of(cell: str) -> int:
 
 
 MIXTURES = tuple(name for name in CELLS if len(cells_of(name)) > 1)
-# A GRU whose recurrent weights are blocks, which is no linear recurrence; see `ops.block_recurrence`.
-# Not those of mixtures, which are computed cell by cell.
+# Not those of mixtures, which are computed cell by cell, and of "gru", which is no linear recurrence.
 NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if name not in (*MIXTURES, "gru")}
 
 
