@@ -261,7 +261,7 @@ def tagger(args):
     """a training step of a tagger of 32 sentences of random lengths, packed and with `lengths=`"""
     homes, kinds = (("nn", nn), ("drop_in", drop_in)), ("GRU", "LSTM")
     taggers = {f"{name}.{kind}, packed": (getattr(home, kind), True) for name, home in homes for kind in kinds}
-    taggers |= {f"drop_in.{kind}, lengths=": (getattr(drop_in, kind), False) for kind in kinds}
+    taggers |= {f"{kind.__name__}, lengths=": (kind, False) for kind in (mingru.GRU, mingru.MinLSTM)}
     for longest in args.longest:
         torch.manual_seed(0)
         words, given = torch.randint(1000, (32, longest)), torch.randint(1, longest + 1, (32,))

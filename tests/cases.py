@@ -53,7 +53,7 @@ class Case:
     @property
     def of_torch(self) -> bool:
         """Whether the module has torch's interface."""
-        return isinstance(self.module, drop_in.GRU | drop_in.LSTM | drop_in.GRUCell | drop_in.LSTMCell)
+        return isinstance(self.module, drop_in.GRULike | drop_in.LSTMLike | drop_in.GRULikeCell | drop_in.LSTMLikeCell)
 
     @cached_property
     def batch_dim(self) -> int:
@@ -259,7 +259,7 @@ class Model(nn.Module):
             ],
             residual=True,
         )
-        self.rnn = mingru.drop_in.GRU(HIDDEN, HIDDEN, batch_first=True, **factory)
+        self.rnn = mingru.drop_in.GRULike(HIDDEN, HIDDEN, batch_first=True, **factory, cell="mingru")
         self.cell = mingru.MinGRUCell(HIDDEN, HIDDEN, norm="layer", **factory)
         self.head = nn.Linear(2 * HIDDEN, 2, **factory)
 
@@ -339,10 +339,10 @@ CASES = [
     case("MinGRUCell", mingru.MinGRUCell, INPUT, HIDDEN),
     case("MinLSTMCell", mingru.MinLSTMCell, INPUT, HIDDEN, candidate="tanh", normalize=False),
     *(conv(f"MinConv{dims}dGRUCell", dims) for dims in (1, 2, 3)),
-    case("drop_in.GRU", drop_in.GRU, INPUT, HIDDEN, 2),
-    case("drop_in.GRUCell", drop_in.GRUCell, INPUT, HIDDEN),
-    case("drop_in.LSTM", drop_in.LSTM, INPUT, HIDDEN, bidirectional=True),
-    case("drop_in.LSTMCell", drop_in.LSTMCell, INPUT, HIDDEN),
+    case("drop_in.GRULike", drop_in.GRULike, INPUT, HIDDEN, 2, cell="mingru"),
+    case("drop_in.GRULikeCell", drop_in.GRULikeCell, INPUT, HIDDEN, cell="mingru"),
+    case("drop_in.LSTMLike", drop_in.LSTMLike, INPUT, HIDDEN, bidirectional=True, cell="minlstm"),
+    case("drop_in.LSTMLikeCell", drop_in.LSTMLikeCell, INPUT, HIDDEN, cell="minlstm"),
     case("models.Block", mingru.models.Block, INPUT, expansion=5 / 3, conv=3, mlp=2),
     Case("combined model", Model),
 ]
@@ -418,7 +418,7 @@ def of_features(home: Any, end: str, row: dict[str, Any]) -> Case:
     if row["cell"] == "gru":
         for name in ("candidate", "min_decay", "output_gate", *([] if home is drop_in else ["cell"])):
             options.pop(name, None)
-        kind = f"GRU{end}"
+        kind = f"GRU{'Like' if home is drop_in else ''}{end}"
         return case(f"{kind} {named(options)}", getattr(home, kind), INPUT, 6, block_size=2, **options)
     cell, bound, is_like_torch = options.pop("cell"), options.pop("min_decay"), home is drop_in
     kind = "LSTM" if cell.startswith("minlstm") else "GRU"
@@ -426,9 +426,10 @@ def of_features(home: Any, end: str, row: dict[str, Any]) -> Case:
         options["normalize"] = cell == "minlstm"
     else:
         options |= {"gate": gate_of(cell), "min_decay": [bound, 2 * bound] if row.get("num_layers") == 2 else bound}
-    if is_like_torch and cell == "mingru_rotation":
-        # As `drop_in.LSTM` takes it.
-        kind, options = "LSTM", options | {"cell": "mingru"}
+    if is_like_torch:
+        # Of each interface some.
+        options["cell"] = cell.partition("_")[0]
+        kind = "LSTMLike" if cell in ("mingru_rotation", "minlstm_unnormalized") else "GRULike"
     hidden = {"mingru_rotation": 6, "mingru_quaternion": 8, "mingru_mixed": 8}.get(cell, 5)
     input_dims = hidden if row.get("residual") == "highway" else INPUT
     made = getattr(home, f"{'' if is_like_torch else 'Min'}{kind}{end}")
@@ -485,10 +486,11 @@ MIXED_IMAGES = conv(
     "MinConv2dGRU with mixed gates", 2, 16, gate="mixed", bidirectional=True, num_layers=2, norm="group"
 )
 IMAGES = [*(of_images(row) for row in cover(CONV, is_possible_of_images)), MIXED_IMAGES]
+PROJECTED, MINLSTM = (INPUT, 5, 2), {"proj_size": 2, "cell": "minlstm"}
 LIKE_TORCH = [
-    case("GRU with projections", drop_in.GRU, INPUT, 5, 2, proj_size=2),
-    case("LSTM with projections", drop_in.LSTM, INPUT, 5, 2, proj_size=2, batch_first=True, residual=True),
-    case("LSTM with projections of both directions", drop_in.LSTM, INPUT, 5, 2, proj_size=2, bidirectional=True),
+    case("GRU with projections", drop_in.GRULike, *PROJECTED, **MINLSTM),
+    case("LSTM with projections", drop_in.LSTMLike, *PROJECTED, **MINLSTM, batch_first=True, residual=True),
+    case("LSTM with projections of both directions", drop_in.LSTMLike, *PROJECTED, **MINLSTM, bidirectional=True),
     *(of_features(drop_in, "", row) for row in cover(FEWER, is_possible)),
     *(of_features(drop_in, "Cell", row) for row in cover({name: FEWER[name] for name in CELL}, is_possible)),
 ]

@@ -37,7 +37,7 @@ FEATURES_OF_EACH = [
     ),
     case("MinLSTM", mingru.MinLSTM, 3, 4, 2, batch_first=False, normalize=False, output_gate="silu"),
     case("MinGRUCell", mingru.MinGRUCell, 3, 4, norm="layer"),
-    case("drop_in.LSTM", mingru.drop_in.LSTM, 3, 8, 2, bidirectional=True),
+    case("drop_in.LSTMLike", mingru.drop_in.LSTMLike, 3, 8, 2, bidirectional=True, cell="minlstm"),
     case("MinConv2dGRU", mingru.MinConv2dGRU, 3, 8, 3, 2, space=2, padding=1, bidirectional=True, norm="group"),
     case("Block", Block, 8, cell="minlstm", conv=3, mlp=2, checkpoint=True),
 ]
@@ -167,7 +167,7 @@ def features_refused(four, pairs):
     cases = [
         ({"module": mingru.MinGRU(3, 6)}, ValueError, f"{wrong} has 6 numbers ...(hidden_dims 6), no multiple of 4"),
         ({"module": mingru.MinGRU(3, 4, gate="rotation")}, ValueError, f"{wrong} has 2 numbers ...(hidden_dims 4)"),
-        ({"module": mingru.drop_in.GRU(3, 8, proj_size=4)}, ValueError, f"{wrong} has proj_size"),
+        ({"module": mingru.drop_in.GRULike(3, 8, proj_size=4, cell="mingru")}, ValueError, f"{wrong} has proj_size"),
         ({"module": mingru.MinGRU(4, 32, gate="mixed")}, ValueError, f"{wrong} has features of two kinds"),
         ({"module": mingru.GRU(3, 8)}, ValueError, f"{wrong} has recurrent weights"),
         ({"module": parallel}, ValueError, f"{wrong} is already parallel"),
@@ -237,7 +237,7 @@ def refusals(four, pairs):
         ({"mesh": pairs}, error, "... a mesh with one dimension, got 2 dimensions; pass ... mesh['sequence']"),
         ({"module": torch.nn.Linear(3, 4)}, error, "... or a module that contains one, got Linear"),
         ({"module": mingru.MinGRUCell(3, 4)}, error, f"{wrong} MinGRUCell; "),
-        ({"module": mingru.drop_in.GRU(3, 4)}, error, f"{wrong} mingru.drop_in.GRU; "),
+        ({"module": mingru.drop_in.GRULike(3, 4, cell="mingru")}, error, f"{wrong} mingru.drop_in.GRULike; "),
         ({"module": mingru.GRU(3, 4)}, error, f"{wrong} GRU; "),
         ({"module": parallel}, error, f"{wrong} MinGRU that is already parallel"),
     ]

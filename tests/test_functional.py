@@ -340,7 +340,7 @@ LAYERS = {
     "MinGRU": lambda: mingru.MinGRU(IN, H, 2, candidate="tanh", residual=True),
     "MinLSTM": lambda: mingru.MinLSTM(IN, H, batch_first=False),
     "Stack": lambda: mingru.Stack([mingru.MinGRU(IN, H), mingru.MinLSTM(H, H)]),
-    "drop_in.LSTM": lambda: mingru.drop_in.LSTM(IN, H),
+    "drop_in.LSTMLike": lambda: mingru.drop_in.LSTMLike(IN, H, cell="minlstm"),
 }
 MISTAKES = {
     "early": r"flags one step early; pass reset\[t\] = flags\[t - 1\]",

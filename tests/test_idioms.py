@@ -1,8 +1,8 @@
-"""Common idioms with nn.GRU and nn.GRUCell and with mingru.drop_in: the table in idioms.md, which has the code too.
+"""Common idioms, the table in idioms.md: with the classes of mingru.drop_in, each gives what it gives with torch's.
 
     python tests/test_idioms.py    # writes the results into the table
 
-Two classes agree on an idiom if both return equal values or both raise the same type of error.
+Two classes agree on an idiom if both return equal values and leave equal gradients, or raise the same type of error.
 """
 
 import copy
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import assert_equal, tensors
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_sequence
@@ -25,8 +26,8 @@ from mingru import drop_in
 # What idioms are written with.
 NAMES = {"copy": copy, "pickle": pickle, "F": F, "prune": prune, "parametrizations": parametrizations, "mingru": mingru}
 PAGE = Path(__file__).with_name("idioms.md")
-GUIDE = Path(__file__).parents[1] / "docs" / "coming_from_gru.md"
-S, B, IN, H = 5, 2, 3, 4
+# So many steps that the kernels compute them.
+S, B, IN, H = 12, 2, 3, 4
 
 
 class Model(nn.Module):
@@ -72,17 +73,15 @@ def same_weights(rnn, function):
     return all(torch.equal(*pair) for pair in zip(before.parameters(), rnn.parameters(), strict=True))
 
 
-def outcome(kind, options, code):
-    """Return what a user would see: a value, "runs", or the type of an error."""
+def outcome(kind, options, code, is_lstm=False):
+    """Return what a user would see, a value, "runs" or the type of an error; and all numbers."""
     torch.manual_seed(0)
-    names = (
-        globals()
-        | NAMES
-        | {"GRU": kind, "x": torch.randn(S, B, IN), "y": torch.randn(B, IN), "h": torch.zeros(1, B, H)}
-    )
-    names["packed"] = pack_sequence([torch.randn(5, IN), torch.randn(3, IN)])
+    h = torch.zeros(1, B, H)
+    names = {**globals(), **NAMES, "GRU": kind, "LSTM": kind, "x": torch.randn(S, B, IN), "y": torch.randn(B, IN)}
+    names |= {"h": (h, h) if is_lstm else h, "packed": pack_sequence([torch.randn(S, IN), torch.randn(3, IN)])}
     first = "rnn = GRU(IN, H, {}); output, h_n = rnn(x); model = Model(rnn)"
-    first = "cell = GRU(IN, H, {}); h = cell(y)" if issubclass(kind, nn.RNNCellBase | drop_in.GRUCell) else first
+    first = "rnn = cell = GRU(IN, H, {}); h = cell(y)" if issubclass(kind, nn.RNNCellBase) else first
+    first = first.replace("h_n", "(h_n, c_n)") if is_lstm else first
     *statements, last = code.split("; ")
     try:
         with warnings.catch_warnings():
@@ -92,35 +91,47 @@ def outcome(kind, options, code):
             exec("; ".join(statements), names)
             value = exec(last, names) if " = " in last or "+=" in last else eval(last, names)
     except Exception as error:
-        return type(error).__name__
-    return str(value) if type(value) in (bool, int, str, tuple, torch.Size) else "runs"
+        return type(error).__name__, torch.tensor(0)
+    text = str(value) if type(value) in (bool, int, str, tuple, torch.Size) else "runs"
+    found = value if isinstance(value, (torch.Tensor, list, tuple)) else []
+    grads = [each.grad for each in names["rnn"].parameters() if each.grad is not None]
+    return text, tensors([names["rnn"].state_dict(), grads, found])
 
 
 def table():
-    """Return the page with the results of all idioms, and the sentence that counts those that agree."""
-    agree = []
+    """Return the page with the results of all idioms with torch's classes, and the idioms."""
+    found = []
 
     def filled(row):
         kind, options, code = row.groups()
-        results = [outcome(getattr(home, kind), options, code) for home in (nn, drop_in)]
-        agree.append(results[0] == results[1])
-        return f"| {kind} | {options and f'`{options}`'} | `{code}` | {' | '.join(results)} |"
+        found.append((kind, options, code))
+        text, _ = outcome(getattr(nn, kind), options, code)
+        return f"| {kind} | {options and f'`{options}`'} | `{code}` | {text} |"
 
     page = re.sub(r"(?m)^\| (GRU|GRUCell) \| `?(.*?)`? \| `(.*?)` \| .*$", filled, PAGE.read_text(encoding="utf-8"))
-    count = f"Of {len(agree)} idioms, {sum(agree)} give the same result with both classes."
-    return re.sub(r"(?m)^Of .*$", count, page), count
+    return page, found
 
 
-def test_the_table_and_the_guide():
-    page, count = table()
-    assert page == PAGE.read_text(encoding="utf-8"), "run python tests/test_idioms.py"
-    assert count in " ".join(GUIDE.read_text(encoding="utf-8").split())
+PAGE_NOW, IDIOMS = table()
+OF_LSTM = [("LSTM", *row[1:]) for row in IDIOMS if row[0] == "GRU"]
+
+
+def test_the_table():
+    assert PAGE.read_text(encoding="utf-8") == PAGE_NOW, "run python tests/test_idioms.py"
+
+
+@pytest.mark.parametrize(("kind", "options", "code"), IDIOMS + OF_LSTM)
+def test_the_classes_agree(kind, options, code):
+    code = code.replace("GRU", kind) if kind == "LSTM" else code
+    expected, got = (outcome(getattr(home, kind), options, code, kind == "LSTM") for home in (nn, drop_in))
+    assert got[0] == expected[0]
+    assert_equal(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("code", "seen"), [("repr(rnn)", "GRU(3, 4)"), ("output", "runs"), ("nothing", "NameError")])
 def test_outcomes(code, seen):
-    assert outcome(nn.GRU, "", code) == seen
+    assert outcome(nn.GRU, "", code)[0] == seen
 
 
 if __name__ == "__main__":
-    PAGE.write_text(table()[0], encoding="utf-8")
+    PAGE.write_text(PAGE_NOW, encoding="utf-8")

@@ -61,7 +61,7 @@ def without(name, forms):
 
 
 ALONE = {"x": "(3,)", "h": "(H,)", "reset": "a scalar", "dt": "a scalar"}
-OF_TORCH = {"input": "(B, S, 3)", "hx": "(L * D, B, H)", **STEPS, **LENGTHS, "mask": "(B, S)"}
+OF_TORCH = {"input": "(B, S, 3)", "hx": "(L * D, B, H)", **STEPS, **LENGTHS}
 # By the name in messages and what else tells two apart: what is called, and the letters.
 CALLS = {
     "mingru": (functional.mingru, {"gate": A, "candidate": A, **STATES}),
@@ -83,14 +83,15 @@ CALLS = {
     "MinConv1dGRUCell": (mingru.MinConv1dGRUCell(3, 4, 1), IMAGE),
     "Block": (Block(3, expansion=4 / 3, conv=3), {"x": "(B, S, 3)", **OF_BLOCK, **STEPS, **LENGTHS}),
     "LanguageModel": (LanguageModel(9, 3, 1, expansion=4 / 3, conv=3), {"ids": "(B, S)", **OF_MODEL, **LENGTHS}),
-    "mingru.drop_in.GRU": (drop_in.GRU(3, 4, 2), swapped(OF_TORCH)),
-    "mingru.drop_in.GRUCell": (drop_in.GRUCell(3, 4), {"input": "(B, 3)", "reset": "(B,)", "dt": "(B,)"}),
+    "mingru.drop_in.GRULike": (drop_in.GRULike(3, 4, 2, cell="mingru"), swapped(OF_TORCH)),
+    "mingru.drop_in.GRULikeCell": (
+        drop_in.GRULikeCell(3, 4, cell="mingru"),
+        {"input": "(B, 3)", "reset": "(B,)", "dt": "(B,)"},
+    ),
 }
-# The types of its other errors are those of torch, see test_drop_in.py.
-OURS = ("reset", "lengths", "dt", "mask")
 NUMBERS = ("a tensor", torch.float32, "torch.float32 like {}", "to(torch.float32)")
 KINDS = {
-    **dict.fromkeys(["reset", "mask"], ("a bool tensor", torch.bool, "of dtype torch.bool", "bool()")),
+    "reset": ("a bool tensor", torch.bool, "of dtype torch.bool", "bool()"),
     "lengths": ("an integer tensor", torch.int64, "of a signed integer dtype or uint8", "long()"),
     "ids": ("an integer tensor (B, S)", torch.int64, "int64 or int32", "long()"),
     **dict.fromkeys(
@@ -171,22 +172,20 @@ def test_a_wrong_tensor(name, grad):
         cases.append((states[0][:-3], *case[:2], f"a list of {len(states)} ", case[2], None))
 
     def outcome(**changed):
-        given = without("mask", values) | changed
+        given = values | changed
         of_states = {states[0][:-3]: [given.pop(state) for state in states]} if states else {}
         return call(**{**of_states, **given})
 
     with torch.set_grad_enabled(grad):
         expected = outcome()
         for argument, error, other, must_be, got, remedy in cases:
-            kind = Exception if "drop_in" in name and argument not in OURS else error
             end = "(; .+)?" if remedy is None else f"; .*{re.escape(remedy)}.*" if remedy else ""
             text = f"{name.split()[0]}: {argument} must be "
             pattern = rf"^{re.escape(text)}(\(B, 3\) or )?{re.escape(must_be)}.*, got {re.escape(str(got))}{end}$"
-            no_lengths = {"lengths": None} if argument == "mask" else {}
-            with pytest.raises(kind, match=pattern) as caught:
-                outcome(**{argument: other}, **no_lengths)
+            with pytest.raises(error, match=pattern) as caught:
+                outcome(**{argument: other})
             if changed := remedied(str(caught.value), argument, other):
-                outcome(**changed, **no_lengths)
+                outcome(**changed)
         torch.testing.assert_close(outcome(), expected, rtol=0, atol=0)
 
 

@@ -17,7 +17,7 @@ MODELS = {
     "MinGRU": lambda: mingru.MinGRU(3, 8, 2, residual=True, learn_initial_state=True),
     "Stack": lambda: mingru.Stack([mingru.MinLSTM(3, 5), Block(5, conv=4, mlp=2)]),
     "LanguageModel": lambda: LanguageModel(11, 8, 2, conv=3),
-    "drop_in.LSTM": lambda: mingru.drop_in.LSTM(3, 8, batch_first=True),
+    "drop_in.LSTMLike": lambda: mingru.drop_in.LSTMLike(3, 8, batch_first=True, cell="minlstm"),
 }
 
 

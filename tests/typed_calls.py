@@ -12,15 +12,11 @@ from mingru import drop_in
 
 
 def right(x: Tensor, packed: PackedSequence, ids: Tensor) -> None:
-    for rnn in (mingru.MinGRU(3, 4, norm="rms", gate=["signed", "sigmoid"]), drop_in.GRU(3, 4, residual="highway")):
-        assert_type(rnn(x, None, reset=x, lengths=x, dt=x), tuple[Tensor, Tensor])
+    rnn = mingru.MinGRU(3, 4, norm="rms", gate=["signed", "sigmoid"])
+    assert_type(rnn(x, None, reset=x, lengths=x, dt=x), tuple[Tensor, Tensor])
     assert_type(mingru.MinLSTM(3, 4, candidate="tanh")(packed, reset=packed), tuple[PackedSequence, Tensor])
-    output, (h_n, c_n) = drop_in.LSTM(3, 4, cell="mingru")(x)
-    assert_type(drop_in.LSTM(3, 4)(packed, (h_n, c_n), mask=None), tuple[PackedSequence, tuple[Tensor, Tensor]])
     assert_type(mingru.MinGRUCell(3, 4, gate="rotation")(x, x), Tensor)
     assert_type(mingru.MinLSTMCell(3, 4)(nn.Parameter(x), dt=x), Tensor)
-    assert_type(drop_in.GRUCell(3, 4)(output), Tensor)
-    assert_type(drop_in.LSTMCell(3, 4)(x, (x, x)), tuple[Tensor, Tensor])
     assert_type(mingru.MinConv2dGRU(3, 4, 3, norm="group")(x, [x]), tuple[Tensor, list[Tensor]])
     assert_type(mingru.MinConv1dGRUCell(3, 4, 3)(x), Tensor)
     stack = mingru.Stack([mingru.MinGRU(3, 4)])
@@ -39,14 +35,11 @@ def wrong(x: Tensor, packed: PackedSequence) -> None:
     mingru.MinLSTM(3, 4, residual="hihgway")  # type: ignore[arg-type]
     mingru.MinGRUCell(3, 4, candidate="relu")  # type: ignore[arg-type]
     mingru.MinConv2dGRU(3, 4, 3, norm="layer")  # type: ignore[arg-type]
-    drop_in.LSTM(3, 4, cell="lstm")  # type: ignore[arg-type]
-    drop_in.GRU(3, 4, nrom="rms")  # type: ignore[call-arg]
+    drop_in.LSTMLike(3, 4, cell="lstm")  # type: ignore[arg-type]
+    drop_in.GRULike(3, 4, nrom="rms", cell="mingru")  # type: ignore[call-arg]
     mingru.MinGRU(3, 4)(x, resets=x)  # type: ignore[call-arg]
     mingru.MinGRU(3, 4)([x])  # type: ignore[type-var]
     mingru.MinGRU(3, 4)(packed, reset=x)  # type: ignore[type-var]
-    drop_in.GRU(3, 4)(x, (x, x))  # type: ignore[arg-type]
-    drop_in.LSTM(3, 4)(x, x)  # type: ignore[arg-type]
-    drop_in.GRUCell(3, 4)(x, lengths=x)  # type: ignore[call-arg]
     mingru.Stack([mingru.MinGRU(3, 4)])(x, x)  # type: ignore[arg-type]
     mingru.models.LanguageModel(3, 4, 1, hidden=3)  # type: ignore[call-arg]
     mingru.models.LanguageModel(3, 4, 1, norm="batch")  # type: ignore[arg-type]

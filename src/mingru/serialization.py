@@ -1,11 +1,12 @@
 """Saving and loading of whole models."""
 
 import sys
+from typing import Any
 
 from torch import nn
 
 from . import convert, drop_in, models
-from .drop_in.accelerating import AcceleratedGRU, AcceleratedLSTM
+from .drop_in.of_torch import OfTorch
 from .models.causal_conv import CausalConv
 from .modules.conv_level import CONVOLUTIONS, ConvLevel, Geometry
 from .modules.group_norm import GroupNorm
@@ -15,7 +16,7 @@ from .modules.recurrent_level import NORMS, RecurrentLevel
 from .ops.linear_map import RecurrentMap, WeightAndBias
 
 
-def safe_globals() -> list[type]:
+def safe_globals() -> list[Any]:
     """Return the classes that `torch.load` must trust to load a whole model with `weights_only=True`.
 
     `torch.save(model)` writes the names of all classes in a model. `torch.load` raises an error for a class that is not
@@ -48,5 +49,7 @@ def safe_globals() -> list[type]:
     layers = [each for each in public if isinstance(each, type) and issubclass(each, nn.Module)]
     of_torch = [nn.Embedding, nn.ModuleList, nn.Sequential, *OF_TORCH, *CONVOLUTIONS.values(), *NORMS.values()]
     inner = [GRULevel, CausalConv, Geometry, GroupNorm, ConvLevel, PerStep, RecurrentLevel]
-    inner += [RecurrentMap, WeightAndBias, AcceleratedGRU, AcceleratedLSTM]
-    return [*layers, *inner, *of_torch]
+    inner += [RecurrentMap, WeightAndBias]
+    # With their names, because torch has a set of these, and a class of torch equals that of `drop_in`.
+    named = [(each, f"{each.__module__}.{each.__name__}") if isinstance(each, OfTorch) else each for each in layers]
+    return [*named, *inner, *of_torch]

@@ -134,7 +134,7 @@ def test_a_sequence_beyond_the_bound_does_not_pass_for_right(bidirectional, path
 # The state that torch warns about has the batch of the input.
 LAYERS = [
     lambda: mingru.MinGRU(3, 4, 2, gate=["rotation", "quaternion"]),
-    lambda: mingru.drop_in.GRU(3, 4, bidirectional=True),
+    lambda: mingru.drop_in.GRULike(3, 4, bidirectional=True, cell="mingru"),
     lambda: mingru.GRU(3, 4, 2, block_size=2, bidirectional=True),
     lambda: mingru.MinConv2dGRU(3, 4, kernel_size=3),
 ]
@@ -235,7 +235,7 @@ class Tagger(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = torch.nn.Embedding(7, 3)
-        self.rnn = mingru.drop_in.GRU(3, 5, batch_first=True)
+        self.rnn = mingru.drop_in.GRULike(3, 5, batch_first=True, cell="mingru")
         self.drop = torch.nn.Dropout(0.5)
         self.head = torch.nn.Linear(5, 2)
 
@@ -264,7 +264,7 @@ def named(name, sizes):
 STEPS = [
     (mingru.MinGRU(3, 4, 2), (1, 1, 3), ["batch", 1, 3], ["batch", 1, 4], {"": [2, "batch", 1, 4]}),
     (STACK, (1, 1, 3), [1, "batch", 3], [1, "batch", 5], STATES),
-    (mingru.drop_in.GRUCell(3, 4), (1, 3), ["batch", 3], None, {"": ["batch", 4]}),
+    (mingru.drop_in.GRULikeCell(3, 4, cell="mingru"), (1, 3), ["batch", 3], None, {"": ["batch", 4]}),
     (mingru.models.Block(3), (1, 1, 3), ["batch", 1, 3], ["batch", 1, 3], {"_0": [1, "batch", 1, 3]}),
 ]
 

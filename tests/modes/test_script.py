@@ -239,7 +239,7 @@ SCRIPTED = {
         ((IMAGES, [torch.zeros(1)] * 2), "h must be 3 tensors, got 2"),
         ((IMAGES,), "layers[1] must keep the shape of x because residual is True, got from [2, 5, 3, 4] to [2, 5"),
     ],
-    drop_in.GRU(3, 4): [
+    drop_in.GRULike(3, 4, cell="mingru"): [
         *(((x,), "input must be") for x in (X[..., :2], X[None], X[:0, :0])),
         *((args, "hx must be") for args in ((X, X[:1, :1]), (X, X[:1, :, 0]), (X[0], X[:1]))),
     ],

@@ -50,7 +50,7 @@ def batch_dims(case: Case) -> tuple[Any, ...]:
 
 def alone(case: Case, call):
     """The call for one sample, whose tensors have no batch."""
-    if case.time_dim is None or case.name in ("drop_in.GRU", "drop_in.LSTM"):
+    if case.time_dim is None or case.name in ("drop_in.GRULike", "drop_in.LSTMLike"):
         return call
     return lambda *args: call(*pytree.tree_map(torch.unsqueeze, args, batch_dims(case)))
 

@@ -21,12 +21,12 @@ CLASSES = {
     **{getattr(mingru, f"MinConv{dims}dGRU"): ((3, 4, 1), x) for dims, x in IMAGES.items()},
     **{getattr(mingru, f"MinConv{dims}dGRUCell"): ((3, 4, 1), x[:, 0]) for dims, x in IMAGES.items()},
     mingru.Stack: (([mingru.MinGRU(3, 4)],), X),
-    drop_in.GRU: ((3, 4), X),
-    drop_in.GRUCell: ((3, 4), X[0]),
-    drop_in.LSTM: ((3, 4), X),
-    drop_in.LSTMCell: ((3, 4), X[0]),
+    drop_in.GRULike: ((3, 4), X),
+    drop_in.GRULikeCell: ((3, 4), X[0]),
+    drop_in.LSTMLike: ((3, 4), X),
+    drop_in.LSTMLikeCell: ((3, 4), X[0]),
 }
-DROP_IN = (drop_in.GRU, drop_in.GRUCell, drop_in.LSTM, drop_in.LSTMCell)
+DROP_IN = (drop_in.GRULike, drop_in.GRULikeCell, drop_in.LSTMLike, drop_in.LSTMLikeCell)
 every_class = pytest.mark.parametrize("kind", CLASSES, ids=[kind.__name__ for kind in CLASSES])
 
 
@@ -87,7 +87,7 @@ def test_constructors_know_what_is_meant(kind):
             kind(*sizes, device="gpu")
 
 
-@pytest.mark.parametrize("kind", [mingru.MinGRU, mingru.MinLSTM, mingru.MinConv2dGRU, mingru.Stack, drop_in.GRU])
+@pytest.mark.parametrize("kind", [mingru.MinGRU, mingru.MinLSTM, mingru.MinConv2dGRU, mingru.Stack, drop_in.GRULike])
 def test_a_dropout_without_effect_is_blamed_on_the_line_that_asks_for_it(kind):
     with pytest.warns(UserWarning, match=f"^{named(kind)}: dropout=0.5 has no effect on one layer") as seen:
         kind(*CLASSES[kind][0], dropout=0.5)
@@ -99,8 +99,8 @@ OF_ONE = {  # What has a layer with one input feature, and the argument that is 
     "MinGRU: input_dims": lambda **norm: mingru.MinGRU(1, 4, **norm),
     "MinLSTM: hidden_dims": lambda **norm: mingru.MinLSTM(3, 1, 2, **norm),
     "mingru.GRUCell: input_dims": lambda **norm: mingru.GRUCell(1, 4, **norm),
-    "mingru.drop_in.GRU: input_size": lambda **norm: drop_in.GRU(1, 4, **norm),
-    "mingru.drop_in.LSTM: proj_size": lambda **norm: drop_in.LSTM(3, 4, 2, proj_size=1, **norm),
+    "mingru.drop_in.GRULike: input_size": lambda **norm: drop_in.GRULike(1, 4, **norm, cell="mingru"),
+    "mingru.drop_in.LSTMLike: proj_size": lambda **norm: drop_in.LSTMLike(3, 4, 2, proj_size=1, **norm, cell="minlstm"),
     "Block: dims": lambda **norm: mingru.models.Block(1, expansion=4.0, **norm),
 }
 

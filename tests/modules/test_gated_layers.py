@@ -25,8 +25,8 @@ KINDS = {
     "MinGRUCell": functools.partial(mingru.MinGRUCell, 4, H),
     "MinConv1dGRU": functools.partial(mingru.MinConv1dGRU, 4, H, 3),
     "MinConv2dGRUCell": functools.partial(mingru.MinConv2dGRUCell, 4, H, 3),
-    "drop_in.GRU": functools.partial(mingru.drop_in.GRU, 4, H),
-    "drop_in.GRUCell": functools.partial(mingru.drop_in.GRUCell, 4, H),
+    "drop_in.GRULike": functools.partial(mingru.drop_in.GRULike, 4, H, cell="mingru"),
+    "drop_in.GRULikeCell": functools.partial(mingru.drop_in.GRULikeCell, 4, H, cell="mingru"),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -109,7 +109,7 @@ CHANGED = [
     (stack_of, "residual", True, 1),
     (functools.partial(mingru.MinConv1dGRU, kernel_size=1), "residual", True, 1),
     (mingru.MinGRUCell, "candidate", "tanh", 3),
-    (mingru.drop_in.LSTM, "candidate", "tanh", 3),
+    (functools.partial(mingru.drop_in.LSTMLike, cell="minlstm"), "candidate", "tanh", 3),
     (lambda dims, _, **options: mingru.models.Block(dims, **options), "min_decay", 0.5, 2**52),
 ]
 # Options that names and shapes of weights show, and options with which weights mean the same. A convolution has the
@@ -158,6 +158,10 @@ def test_weights_that_say_enough():
     # A cell returns the state, which does not include the residual of a layer.
     mingru.MinGRUCell(4, 4).load_state_dict(mingru.MinGRU(4, 4, residual=True).state_dict())
     mingru.MinConv1dGRUCell(4, 4, 1).load_state_dict(mingru.MinConv1dGRU(4, 4, 1, residual=True).state_dict())
+    # But the map of a highway has as many rows as that of a minLSTM.
+    highway = mingru.MinGRU(4, 4, residual="highway").state_dict()
+    for cell in (mingru.MinLSTMCell(4, 4), mingru.drop_in.LSTMLikeCell(4, 4, cell="minlstm")):
+        refuses(RuntimeError, "residual='highway' cannot be used", cell.load_state_dict, highway)
 
 
 # Initial states
@@ -166,7 +170,11 @@ def test_weights_that_say_enough():
 @every_gate
 def test_a_learned_initial_state_is_drawn(gate):
     """So that blocks of features differ; and again by `reset_parameters`."""
-    for kind, rest in ((mingru.MinGRU, ()), (mingru.MinConv1dGRU, (1,)), (mingru.drop_in.GRU, ())):
+    for kind, rest in (
+        (mingru.MinGRU, ()),
+        (mingru.MinConv1dGRU, (1,)),
+        (functools.partial(mingru.drop_in.GRULike, cell="mingru"), ()),
+    ):
         rnn = kind(4, 400, *rest, gate=gate, learn_initial_state=True)
         (found,) = (each for name, each in rnn.named_parameters() if name.endswith("initial_state"))
         first = found.detach().clone()
@@ -213,7 +221,7 @@ def test_weights_say_the_initial_state(gate, kind):
 @every_gate
 def test_drop_in_takes_the_initial_state_of_weights(gate):
     rnn, x = make(gate=gate), torch.randn(2, 5, 4)
-    other = mingru.drop_in.GRU(4, H, batch_first=True, gate=gate)
+    other = mingru.drop_in.GRULike(4, H, batch_first=True, gate=gate, cell="mingru")
     other.load_state_dict(rnn.state_dict())
     all_exact((other(x)[0], rnn(x)[0]))
 
@@ -233,7 +241,9 @@ def test_all_layers_begin_alike(candidate):
 
 MEMORIES = {
     **{gate: functools.partial(make, gate=gate) for gate in ("sigmoid", *GATES)},
-    "two directions": functools.partial(mingru.drop_in.GRU, 4, H, batch_first=True, bidirectional=True),
+    "two directions": functools.partial(
+        mingru.drop_in.GRULike, 4, H, batch_first=True, bidirectional=True, cell="mingru"
+    ),
     "minlstm": functools.partial(mingru.MinLSTM, 4, H),
     "unnormalized": functools.partial(mingru.MinLSTM, 4, H, normalize=False),
     "images": functools.partial(mingru.MinConv1dGRU, 4, H, 1, gate="quaternion"),
@@ -258,7 +268,7 @@ def test_memory_is_the_number_of_steps_that_a_state_lasts_at_first(kind):
             nn.init.zeros_(weight)
         rnn.layers[0].initialize_maps()
         space = (1,) if isinstance(rnn, mingru.MinConv1dGRU) else ()
-        h = torch.ones(rnn.num_directions, 1, *[1] * (not isinstance(rnn, mingru.drop_in.GRU)), H, *space)
+        h = torch.ones(rnn.num_directions, 1, *[1] * (not isinstance(rnn, mingru.drop_in.GRULike)), H, *space)
         out, _ = rnn(torch.zeros(1, 1, 4, *space), [h[0]] if space else h)
         first, last = memory if isinstance(memory, tuple) else (memory, memory)
         expected = torch.empty(0)

@@ -100,12 +100,12 @@ MODULES = {
     "Stack": lambda: mingru.Stack([mingru.MinGRU(DIMS, 6), mingru.MinLSTM(6, DIMS, norm="rms")], residual=True),
     "Block": lambda: mingru.models.Block(DIMS, conv=3, mlp=2),
     "Stack of blocks": lambda: mingru.Stack([mingru.models.Block(DIMS, mlp=2, norm="layer") for _ in range(2)]),
-    "drop_in.GRU": lambda: mingru.drop_in.GRU(DIMS, DIMS, 2, norm="rms", batch_first=True),
-    "drop_in.GRUCell": lambda: mingru.drop_in.GRUCell(DIMS, DIMS),
+    "drop_in.GRULike": lambda: mingru.drop_in.GRULike(DIMS, DIMS, 2, norm="rms", batch_first=True, cell="mingru"),
+    "drop_in.GRULikeCell": lambda: mingru.drop_in.GRULikeCell(DIMS, DIMS, cell="mingru"),
     "GRU": lambda: mingru.GRU(DIMS, DIMS, 2, block_size=2, norm="layer"),
     "signed": lambda: mingru.MinGRU(DIMS, DIMS, gate="signed", norm="rms"),
     "gated": lambda: mingru.MinGRU(DIMS, 8, 2, gate=["mixed", "sigmoid"], output_gate="silu", norm="rms"),
-    "projected": lambda: mingru.drop_in.GRU(DIMS, DIMS, 2, batch_first=True, proj_size=2),
+    "projected": lambda: mingru.drop_in.GRULike(DIMS, DIMS, 2, batch_first=True, proj_size=2, cell="mingru"),
 }
 each_module = pytest.mark.parametrize("name", MODULES)
 
@@ -253,7 +253,7 @@ def edit(module, what, value):
 EDITS = [
     *((name, what, value, [False, False]) for what, (name, value) in ONE_BY_ONE.items()),
     *((*row, [True, True]) for row in STILL_IN_ONE),
-    *((name, "dropout", 0.5, [False, True]) for name in ("MinGRU", "Stack", "Block", "drop_in.GRU")),
+    *((name, "dropout", 0.5, [False, True]) for name in ("MinGRU", "Stack", "Block", "drop_in.GRULike")),
     ("Block", "checkpoint", True, [True, False]),
     ("Block", "dropout", -1.0, [False, False]),
     *(
@@ -280,7 +280,12 @@ SETTABLE = [
     *(None, TENSORS, nn.Identity(), Doubled(), nn.ReLU(), nn.GELU("tanh"), mlp(), CausalConv(DIMS, 2, True)),
     *(nn.Linear(DIMS, DIMS), nn.Linear(2 * DIMS, DIMS), nn.Linear(DIMS, 2 * DIMS), Shifted(DIMS, 2 * DIMS)),
     *(nn.RMSNorm(DIMS), nn.RMSNorm(3), nn.RMSNorm(DIMS, elementwise_affine=False), nn.LayerNorm((3, DIMS))),
-    *(Wrong(DIMS, 6), mingru.MinGRU(5, DIMS), mingru.MinGRUCell(DIMS, 6), mingru.drop_in.GRU(DIMS, DIMS)),
+    *(
+        Wrong(DIMS, 6),
+        mingru.MinGRU(5, DIMS),
+        mingru.MinGRUCell(DIMS, 6),
+        mingru.drop_in.GRULike(DIMS, DIMS, cell="mingru"),
+    ),
 ]
 
 

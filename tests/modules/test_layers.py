@@ -26,7 +26,7 @@ SEVERAL = [
     case("MinLSTM, time first", mingru.MinLSTM, 3, 5, batch_first=False, residual=True, **OPTIONS),
     conv("MinConv1dGRU", 1, 5, **OPTIONS),
     conv("MinConv2dGRU", 2, 4, num_layers=2, batch_first=False),
-    case("drop_in.LSTM", mingru.drop_in.LSTM, 3, 5, **OPTIONS),
+    case("drop_in.LSTMLike", mingru.drop_in.LSTMLike, 3, 5, **OPTIONS, cell="minlstm"),
     stack("Stack", *(lambda **factory: mingru.MinGRU(3, 3, bidirectional=False, **factory),) * 3),
 ]
 

@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 import re
+from functools import partial
 
 import cases
 import pytest
@@ -15,7 +16,6 @@ from torch.testing import assert_close
 
 import mingru
 from mingru import convert, drop_in, models
-from mingru.drop_in.accelerating import AcceleratedGRU, AcceleratedLSTM
 from mingru.modules.per_step import OF_TORCH
 
 
@@ -79,7 +79,7 @@ def test_a_representation_is_a_constructor(case):
     assert repr(again) == repr(module) and again.state_dict().keys() == module.state_dict().keys()
     # Only what is not default.
     defaults = inspect.signature(type(module)).parameters
-    named = [name for name in re.findall(r"(\w+)=", module.extra_repr()) if name not in ("candidate", "gate")]
+    named = [name for name in re.findall(r"(\w+)=", module.extra_repr()) if name not in ("candidate", "gate", "cell")]
     assert all(getattr(module, name) != defaults[name].default for name in named)
 
 
@@ -117,12 +117,12 @@ LEARNED = [row for row in ROWS if "learn_initial_state=True" in row.name and "lo
 @parametrized(some([row for row in ROWS if row.name != "Stack with a projection"], 6))
 def test_every_parameter_is_on_the_device_of_x(case, grad):
     """Otherwise torch's linear maps and convolutions return memory that nobody wrote."""
-    module, x, error = case.make(), case.args()["x"], RuntimeError if case.of_torch else ValueError
+    module, x = case.make(), case.args()["x"]
     with torch.set_grad_enabled(grad):
         for name, parameter in list(module.named_parameters()):
             owner, _, last = name.rpartition(".")
             setattr(module.get_submodule(owner), last, nn.Parameter(parameter.to("meta")))
-            refuses(error, r"must be on (cpu|meta) like", module, x)
+            refuses(ValueError, r"must be on (cpu|meta) like", module, x)
             setattr(module.get_submodule(owner), last, parameter)
         module(x)
 
@@ -159,9 +159,8 @@ FILES = {case.name: case.make for case in cases.CASES if case.name.isidentifier(
     "modules of torch": lambda: mingru.Stack([mingru.MinGRU(3, 4), *(each() for each in OF_TORCH[:-3])]),
     "LanguageModel": lambda: models.LanguageModel(5, 4, 1, tied=False),
     "GRUCell": lambda: mingru.GRUCell(3, 4),
-    "projections": lambda: drop_in.LSTM(3, 4, 2, proj_size=2, dropout=0.5),
-    "accelerated": lambda: (rnn := nn.GRU(3, 4), drop_in.accelerate(rnn))[0],
-    "accelerated LSTM": lambda: (rnn := nn.LSTM(3, 4), drop_in.accelerate(rnn))[0],
+    "projections": lambda: drop_in.LSTMLike(3, 4, 2, proj_size=2, dropout=0.5, cell="minlstm"),
+    **{f"of torch, {name}": partial(getattr(drop_in, name), 3, 4) for name in ("GRU", "LSTM", "GRUCell", "LSTMCell")},
 }
 
 LOAD = """
@@ -193,13 +192,10 @@ def test_whole_models_load_in_a_fresh_process(tmp_path):
         named |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     public = [getattr(home, name) for home in (mingru, convert, drop_in, models) for name in home.__all__]
     layers = {each for each in public if isinstance(each, type) and issubclass(each, nn.Module)}
-    assert (
-        layers | {AcceleratedGRU, AcceleratedLSTM}
-        == {type(model) for model in made.values()}
-        <= set(mingru.safe_globals())
-    )
+    safe = [each[0] if isinstance(each, tuple) else each for each in mingru.safe_globals()]
+    assert layers == {type(model) for model in made.values()} <= set(safe)
     # A class that no file names would be trusted for nothing.
-    assert named == {f"{each.__module__}.{each.__qualname__}" for each in mingru.safe_globals()}
+    assert named == {f"{each.__module__}.{each.__qualname__}" for each in safe}
     found = str(tmp_path / "found")
     cases.in_a_process(LOAD, found, *made)
     for path, (kind, text, weights) in torch.load(found, weights_only=True).items():

@@ -40,7 +40,7 @@ PATHS = [
     case("blocks with norm", GRU, 4, 8, norm="rms", residual=True, bidirectional=True),
     case("step of one block", GRU, 4, 8),
     case("step", MinGRU, 4, 8, 2, norm="rms", residual=True),
-    case("projection", drop_in.LSTM, 4, 8, proj_size=2, batch_first=True),
+    case("projection", drop_in.LSTMLike, 4, 8, proj_size=2, batch_first=True, cell="mingru"),
     case("convolution", mingru.models.Block, 4, conv=3, mlp=2),
     case("convolution of a mixture", mingru.models.Block, 4, conv=2, expansion=2, gate="mixed"),
     stack("stack", lambda **factory: MinGRU(4, 8, 2, **factory), lambda **factory: MinLSTM(8, 8, **factory)),

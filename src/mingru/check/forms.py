@@ -103,7 +103,7 @@ class Form:
         else:
             expected = f"{'expandable to ' * self.expands}{written(self.parts)} = {dims(shape)}"
             got, usual = dims(value.shape), meant.of_missing_dim(name, value, shape)
-        raise owner._error_for(self.argument, problem)(expectation(owner.name, name, expected, got, remedy or usual))
+        raise usual_error(problem)(expectation(owner.name, name, expected, got, remedy or usual))
 
     def _of_numbers(self, like: Tensor) -> tuple[torch.dtype, ...]:
         others = autocast_dtypes(like) if self.argument in ("x", *STATES) else ()
@@ -125,7 +125,7 @@ def compiled(parts: list[str], x: list[str], sizes: dict[str, str]) -> Callable[
 Table = dict[str, Form]
 
 
-def usual_error(owner: Any, argument: str, problem: str) -> type[Exception]:
+def usual_error(problem: str) -> type[Exception]:
     """Return what is raised for another type, dtype, device, number of dimensions or shape."""
     return TypeError if problem in ("type", "dtype") else ValueError
 
@@ -137,7 +137,7 @@ class Forms:
     and which state must have the dtype of x. The forms of a function have its name, and are in the place of a layer.
     """
 
-    _hint, _error_for = meant.of_functions, usual_error
+    _hint = meant.of_functions
 
     def __init__(self, *tables: dict[str, str], packed: Any = None, sizes: Any = (), **names: str) -> None:
         self.names = {"I": "input_dims", "x": "x", "like": names.get("x", "x"), "name": "", "exact": "", **names}
@@ -171,7 +171,7 @@ def bind(layer: Any, tables: list[Table], x: Any, weight: Tensor | None) -> Tabl
     expected = " or ".join(written(parts, layer.input_dims) for parts in letters)
     expected += f" because {names['I']} is {layer.input_dims}" + f" and space is {count}-dimensional" * (count > 0)
     error = expectation(layer.name, names["x"], expected, dims(shape), layer._hint(form, x, shape))
-    raise layer._error_for("x", problem)(error)
+    raise usual_error(problem)(error)
 
 
 def check_call(layer: Any, x: Any, h: Any, reset: Any, lengths: Any, dt: Any, cell: str = "") -> Table:
@@ -345,7 +345,7 @@ LANGUAGE_MODEL = Forms({"x": "B S", "h": "D B 1 H", "reset": "B S", "lengths": "
 
 _OF_TORCH = {"x": "input", "h": "hx", "I": "input_size", "exact": "h"}
 LAYER_OF_TORCH = Forms(
-    {"x": "B S I", "h": "L*D B H", "mask": "B S", **_STEPS},
+    {"x": "B S I", "h": "L*D B H", **_STEPS},
     {"x": "S I", "h": "L*D H", "reset": "S", "dt": "S"},
     packed={"x": "P I", "h": "L*D B H", **_PACKED},
     **_OF_TORCH,

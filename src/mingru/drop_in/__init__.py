@@ -1,15 +1,15 @@
-"""minGRU and minLSTM with the names, shapes and error types of `torch.nn.GRU`, `LSTM` and their cells.
+"""torch.nn's recurrent layers in less time, and layers of other cells with their interface.
 
     from mingru.drop_in import GRU, LSTM      # was: from torch.nn import GRU, LSTM
 
-`replace` swaps the layers inside an existing model, `patch` those of a program that builds its own. By default, both
-build torch's GRU itself, as one block of `mingru.GRU`, so that `replace` keeps the weights of a GRU. Other
-layers, and an LSTM, have other equations, and new weights.
+`GRU`, `LSTM`, `GRUCell` and `LSTMCell` are torch's classes, which compute by kernels where these take less time.
+`accelerate` changes the layers of a model to them, and `patch` lets a program build them. With `cell`, `patch` and
+`replace` build layers of another cell with torch's interface instead: `GRULike`, `LSTMLike` and their cells.
 """
 
 from .accelerating import Acceleration, accelerate
-from .cells import GRUCell, LSTMCell
-from .layers import GRU, LSTM
+from .layers import GRULike, GRULikeCell, LSTMLike, LSTMLikeCell
+from .of_torch import GRU, LSTM, GRUCell, LSTMCell
 from .patching import PatchReport, patch
 from .replacing import Report, replace
 
@@ -18,7 +18,11 @@ __all__ = [
     "LSTM",
     "Acceleration",
     "GRUCell",
+    "GRULike",
+    "GRULikeCell",
     "LSTMCell",
+    "LSTMLike",
+    "LSTMLikeCell",
     "PatchReport",
     "Report",
     "accelerate",

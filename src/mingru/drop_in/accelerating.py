@@ -1,63 +1,14 @@
-"""Compute each `torch.nn.GRU`, and each packed `torch.nn.LSTM`, of a model in less time on the CPU."""
+"""Change the recurrent layers of a model to classes that compute the same in less time on the CPU."""
 
-import sys
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..check.values import check_flag, check_type
-from ..ops.names_of_torch import PREPARE_SCRIPTABLE
-from . import operators
-from .twins import SUBCLASS, described, is_recurrent
+from .of_torch import OWN
 
-
-class _Named(type):
-    """The class of classes that torch's tools take for their bases: by the module's name, and as keys of tables."""
-
-    __module__ = property(lambda cls: __name__)
-
-    def __eq__(cls, other: object) -> bool:
-        # FSDP has a table of the classes that it makes, where each class needs its own.
-        is_table = not sys._getframe(1).f_globals.get("__name__", "").startswith("torch.distributed.")
-        return other is cls or (is_table and other is cls.__base__)
-
-    def __hash__(cls) -> int:
-        return hash(cls.__base__)
-
-
-def _with_own_operators(forward: Any) -> Any:
-    """Return torch's `forward`, in which the module of torch's operators is ours."""
-    names = {**forward.__globals__, "_VF": operators}
-    return FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
-
-
-def _with_own_class(layer: Any) -> Any:
-    """Return the layer with torch's class, whose `forward` TorchScript compiles."""
-    layer.__class__ = type(layer).__base__
-    return layer
-
-
-class AcceleratedGRU(nn.modules.GRU, metaclass=_Named):
-    """A `torch.nn.GRU` with its own weights, which computes by the kernels where these take less time."""
-
-    __module__ = nn.modules.GRU.__module__  # of an instance, which torch.fx asks
-    forward = _with_own_operators(nn.modules.GRU.forward)
-
-
-class AcceleratedLSTM(nn.modules.LSTM, metaclass=_Named):
-    """A `torch.nn.LSTM` with its own weights, which computes packed sequences as padded where this takes less time."""
-
-    __module__ = nn.modules.LSTM.__module__
-    forward = _with_own_operators(nn.modules.LSTM.forward)
-
-
-# Not `nn.GRU`, which is another class in a block of `patch`.
-_KINDS = (nn.modules.GRU, AcceleratedGRU), (nn.modules.LSTM, AcceleratedLSTM)
-for _, _kind in _KINDS:
-    setattr(_kind, PREPARE_SCRIPTABLE, _with_own_class)
+SUBCLASS = "a subclass may compute something else"
 
 
 class Acceleration(NamedTuple):
@@ -74,10 +25,10 @@ class Acceleration(NamedTuple):
 
 
 def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
-    """Let each `torch.nn.GRU`, and each packed `torch.nn.LSTM`, of a model take less time on the CPU.
+    """Let each `torch.nn.GRU` and `GRUCell`, and each packed `torch.nn.LSTM`, of a model take less time on the CPU.
 
     The layers stay the same objects with the same parameters, names, `state_dict`, hooks, states and outputs. Only
-    their class becomes a subclass, whose `forward` is torch's, but computes a GRU by the kernels, and the packed
+    their class becomes that of `mingru.drop_in`, a subclass, which computes a GRU by the kernels, and the packed
     sequences of an LSTM by torch's code for padded ones, where these take less time. On other devices, in other dtypes,
     in graphs, under autocast and transforms, it computes what torch does. A copied or saved model stays accelerated, so
     a program that loads the whole model needs this package: call this with `undo=True` before saving it for others.
@@ -90,8 +41,7 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
     Returns:
         An `Acceleration`, which can be printed. `changed` has (qualified name, layer) for each layer whose class was
         changed, `left` has (qualified name, layer, reason) for each other recurrent layer of torch: layers that were
-        changed before, subclasses, scripted layers, cells, and LSTMs with `proj_size`, for which torch has no faster
-        code.
+        changed before, subclasses, scripted layers, `torch.nn.LSTMCell`, and LSTMs that no faster code computes.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module, or `undo` is not a bool.
@@ -105,32 +55,59 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
     check_flag("accelerate", "undo", undo)
     report = Acceleration([], [])
     for name, layer in model.named_modules():
-        found = _other_class(layer, undo)
+        found, text = _other_class(layer, undo), described(layer)
         if found is not None:
-            report.changed.append((name, described(layer)))
             layer.__class__ = found
+            report.changed.append((name, text))
         elif is_recurrent(layer):
-            reasons = {
-                "torch computes it as fast": isinstance(layer, nn.RNNCellBase),
-                "torch has no faster code for projections": getattr(layer, "proj_size", 0) > 0,
-                "it has this class already": any(type(layer) is kind for pair in _KINDS for kind in pair),
-                "call accelerate before torch.jit.script or torch.jit.trace": isinstance(layer, torch.jit.ScriptModule),
-                SUBCLASS: isinstance(layer, (nn.modules.GRU, nn.modules.LSTM)),
-                "only GRUs and LSTMs are changed": True,
-            }
-            why = next(reason for reason, holds in reasons.items() if holds)
-            report.left.append((name, described(layer), why))
+            is_own = any(type(layer) is kind for pair in OWN.items() for kind in pair)
+            own = {_why_slow(layer): not undo and _why_slow(layer) != "", "it has this class already": is_own}
+            report.left.append((name, text, why_left(layer, own, "changed", "accelerate")))
     return report
 
 
 def _other_class(layer: Any, undo: bool) -> Any:
     """Return the class that replaces that of a layer, or None."""
     kind = type(layer)
-    for pair in _KINDS:
+    for pair in () if not undo and _why_slow(layer) else OWN.items():
         old, new = reversed(pair) if undo else pair
-        if kind is old and (undo or layer.proj_size == 0):
+        if kind is old:
             return new
-        # A class that torch made for this layer's parametrizations, or FSDP for ours.
-        if any(base is old for base in kind.__bases__) and (undo or is_parametrized(layer)):
+        # A class that torch has made for this layer, for parametrizations or FSDP.
+        if any(base is old for base in kind.__bases__) and kind.__module__.startswith("torch."):
             return type(kind.__name__, tuple(new if base is old else base for base in kind.__bases__), {**vars(kind)})
     return None
+
+
+def _why_slow(layer: Any) -> str:
+    """Return why torch computes a layer as fast, or ""."""
+    reasons = {
+        "torch computes it as fast": isinstance(layer, nn.modules.LSTMCell),
+        "torch has no faster code for projections": getattr(layer, "proj_size", 0) > 0,
+        "torch computes more than 512 inputs as fast": isinstance(layer, nn.modules.LSTM) and layer.input_size > 512,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def why_left(layer: Any, own: dict[str, bool], done: str, name: str) -> str:
+    """Return why a function leaves a layer: the first reason that holds, of its own or of all."""
+    reasons = own | {
+        f"call {name} before torch.jit.script or torch.jit.trace": isinstance(layer, torch.jit.ScriptModule),
+        SUBCLASS: isinstance(layer, (*OWN,)),
+        f"only GRUs and LSTMs are {done}": True,
+    }
+    return next(reason for reason, holds in reasons.items() if holds)
+
+
+def is_recurrent(module: Any) -> bool:
+    """Return whether a module is a recurrent layer or cell of torch, which may be scripted or traced."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    is_script = isinstance(module, torch.jit.ScriptModule) and ("weight_ih" in names or "weight_ih_l0" in names)
+    return is_script or isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+
+
+def described(layer: nn.Module) -> str:
+    """Return the repr on one line, with the module of the class."""
+    cls = type(layer)
+    home = "mingru.drop_in" if cls.__module__.startswith("mingru.drop_in.") else cls.__module__
+    return f"{home.removesuffix('.modules.rnn')}.{cls.__name__}({layer.extra_repr()})"

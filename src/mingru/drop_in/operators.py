@@ -75,7 +75,9 @@ def _gru(x: Tensor, batch_sizes: Any, hx: Tensor, flat: list[Any], _: bool, *opt
     if not _is_usual(x, (hx,), flat, num_layers, directions):
         return None
     # Copies of what backward needs here and not in torch, because a program may change it until then.
-    before, per = (hx.clone() if torch.is_grad_enabled() else hx).unsqueeze(2).unbind(), len(flat) // len(hx)
+    per = len(flat) // len(hx)
+    is_kept = torch.is_grad_enabled() and not all(weight.requires_grad for weight in flat[1::per])
+    before = (hx.clone() if is_kept else hx).unsqueeze(2).unbind()
     layout = Layout(batch_sizes is None, batch_sizes)
 
     def run(x: Tensor, at: int) -> tuple[Tensor, Tensor]:
@@ -104,10 +106,11 @@ def _recurrence(x: Tensor, before: Tensor, weights: list[Any], reverse: bool, la
 
 
 def _lstm(x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], has_bias: bool, *options: Any) -> Any:
-    (num_layers, dropout, training, bidirectional, _), (h, c) = options, hx
+    num_layers, dropout, training, bidirectional, _ = options
     directions, is_onednn = 2 if bidirectional else 1, torch.backends.mkldnn.enabled and x.dtype == torch.float32
-    if batch_sizes is None or not is_onednn or h.shape != c.shape:  # with a projection
+    if batch_sizes is None or not is_onednn or len(hx) != 2 or hx[0].shape != hx[1].shape:  # with a projection
         return None
+    h = hx[0]
     if not is_padded_faster(x.size(-1), h.size(-1), h.size(1), len(batch_sizes), len(x)):
         return None
     if not _is_usual(x, hx, flat, num_layers, directions):

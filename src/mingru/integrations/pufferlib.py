@@ -12,7 +12,7 @@ from . import OPTIONS
 
 __all__ = ["MinGRU", "MinGRUWrapper"]
 
-DEFAULTS = {"batch_first": True, **OPTIONS}
+DEFAULTS: dict[str, Any] = {"batch_first": True, "cell": "mingru", **OPTIONS}
 
 
 class MinGRUWrapper(nn.Module):
@@ -27,7 +27,7 @@ class MinGRUWrapper(nn.Module):
         input_size: Number of features that `encode_observations` returns.
         hidden_size: Number of features that `decode_actions` takes.
         num_layers: Number of layers, L. PufferLib stores L * `hidden_size` state features, the attribute `hidden_size`.
-        **options: Options of `mingru.drop_in.GRU`.
+        **options: Options of `mingru.drop_in.GRULike`.
 
     Examples:
         >>> policy = MinGRUWrapper(vecenv.driver_env, policy)  # doctest: +SKIP
@@ -50,7 +50,7 @@ class MinGRUWrapper(nn.Module):
             elif "layer_norm" not in name and "weight" in name and parameter.ndim > 1:
                 nn.init.orthogonal_(parameter)
         # PufferLib looks for an attribute of this name.
-        self.lstm = drop_in.GRU(input_size, hidden_size, num_layers, **{**DEFAULTS, **options})
+        self.lstm = drop_in.GRULike(input_size, hidden_size, num_layers, **{**DEFAULTS, **options})
         self.hidden_size = num_layers * hidden_size
 
     def forward_eval(self, observations: Tensor, state: dict[str, Any]) -> tuple[Any, Tensor]:
@@ -87,7 +87,7 @@ class MinGRU(nn.Module):
     Args:
         hidden_size: Number of features, H.
         num_layers: Number of layers, L.
-        **options: Options of `mingru.drop_in.GRU`.
+        **options: Options of `mingru.drop_in.GRULike`.
 
     References:
         PufferLib 4, `pufferlib/models.py`.
@@ -97,7 +97,7 @@ class MinGRU(nn.Module):
         super().__init__()
         self.hidden_size = hidden_size
         self.num_layers = num_layers
-        self.rnn = drop_in.GRU(hidden_size, hidden_size, num_layers, **{**DEFAULTS, **options})
+        self.rnn = drop_in.GRULike(hidden_size, hidden_size, num_layers, **{**DEFAULTS, **options})
 
     def initial_state(self, batch_size: int, device: Any) -> tuple[Tensor]:
         """Return the state (L, B, H) in a tuple."""
@@ -110,4 +110,5 @@ class MinGRU(nn.Module):
 
     def forward_train(self, h: Tensor) -> Tensor:
         """Return the output (B, S, H) of whole sequences."""
-        return self.rnn(h)[0]
+        out: Tensor = self.rnn(h)[0]
+        return out

@@ -48,7 +48,7 @@ class MinGRUModel(RNNModel):
         config["actor"]["class_name"] = "mingru.integrations.rsl_rl:MinGRUModel"
 
     The arguments are those of rsl_rl's `RNNModel`, with "gru" as the default `rnn_type`; "lstm" is minLSTM.
-    `rnn_options` are options of `mingru.drop_in.GRU` or `mingru.drop_in.LSTM`. The default candidate is "tanh", and
+    `rnn_options` are options of `mingru.drop_in.GRULike`. The default candidate is "tanh", and
     `residual` is True by default.
 
     In an update, the trajectories are not computed as padded sequences, but in one call over the steps of the
@@ -67,12 +67,12 @@ class MinGRUModel(RNNModel):
         rnn_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {**OPTIONS, **(rnn_options or {})}
+        options = {"cell": "mingru" if rnn_type == "gru" else "minlstm", **OPTIONS, **(rnn_options or {})}
         values.check_choice("MinGRUModel", "rnn_type", rnn_type, ("gru", "lstm"))
         expected = "False because rsl_rl begins episodes with 0"
         values.require("MinGRUModel", "learn_initial_state", not options.get("learn_initial_state"), expected, "True")
         super().__init__(*args, rnn_hidden_dim=rnn_hidden_dim, **kwargs)
-        layer = drop_in.GRU if rnn_type == "gru" else drop_in.LSTM
+        layer = drop_in.GRULike if rnn_type == "gru" else drop_in.LSTMLike
         self.rnn = _OnePass(layer(self.obs_dim, rnn_hidden_dim, rnn_num_layers, **options))
 
     def as_jit(self) -> Any:

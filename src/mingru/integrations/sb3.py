@@ -39,7 +39,7 @@ class _OnePass(MlpLstmPolicy):
         for name in ("lstm_actor", "lstm_critic"):
             old = getattr(self, name)
             if old is not None:
-                lstm = drop_in.LSTM(old.input_size, old.hidden_size, old.num_layers, **options)
+                lstm = drop_in.LSTMLike(old.input_size, old.hidden_size, old.num_layers, **options)
                 for parameter in lstm.layers[0].parameters():
                     if parameter.dim() > 1:
                         parameter.data *= self.input_gain
@@ -49,7 +49,7 @@ class _OnePass(MlpLstmPolicy):
 
     @staticmethod
     def _process_sequence(
-        features: Tensor, lstm_states: Pair, episode_starts: Tensor, lstm: drop_in.LSTM
+        features: Tensor, lstm_states: Pair, episode_starts: Tensor, lstm: drop_in.LSTMLike
     ) -> tuple[Tensor, Pair]:
         """Return the output of all steps (N, H), and the states after the last step of each sequence."""
         batch = lstm_states[0].shape[1]
@@ -74,7 +74,7 @@ class MinGRUPolicy(_OnePass):
         h_t = h_0 where an episode starts, else h_{t-1}, before each step; h_0 = 0
 
     Pass the class instead of the name of a policy. The arguments are those of `MlpLstmPolicy`; `lstm_kwargs` are
-    options of `mingru.drop_in.LSTM`. The default candidate is "tanh", and `residual` is True by default. Models are
+    options of `mingru.drop_in.LSTMLike`. The default candidate is "tanh", and `residual` is True by default. Models are
     saved and loaded as usual.
 
     The initial weights of the first layer are 3 times those of `torch.nn.Linear`, because observations that are not

@@ -23,10 +23,12 @@ class _OnePass:
     name = "GRU"
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
-        kind = getattr(drop_in, self.name)
+        kind = getattr(drop_in, f"{self.name}Like")
         names = signature(super().__init__).parameters.keys() - signature(kind).parameters.keys()
         of_module = {name: options.pop(name) for name in names & options.keys()}
-        layer = kind(input_size, hidden_size, num_layers, **{"batch_first": True, **options})
+        layer = kind(
+            input_size, hidden_size, num_layers, **{"batch_first": True, "cell": f"min{self.name.lower()}", **options}
+        )
         super().__init__(**{self.name.lower(): layer}, **of_module)
         # The form of a call with all its resets. Set here, because the constructor would compile TorchRL's own scan.
         self.recurrent_backend = "scan"
@@ -46,7 +48,7 @@ class MinGRUModule(_OnePass, GRUModule):
         **options: Arguments of TorchRL's module: `in_key` or `in_keys`, such as ["observation", "state"], `out_key` or
             `out_keys`, such as ["features", ("next", "state")], and `default_recurrent_mode`. `recurrent_backend`,
             and what else chooses among TorchRL's own computations, has no effect. Others are options of
-            `mingru.drop_in.GRU`, such as `candidate="tanh"`.
+            `mingru.drop_in.GRULike`, such as `candidate="tanh"`.
 
     Examples:
         >>> from tensordict import TensorDict  # doctest: +SKIP
@@ -68,7 +70,7 @@ class MinGRUModule(_OnePass, GRUModule):
 class MinLSTMModule(_OnePass, LSTMModule):
     """Apply minLSTM layers to a tensordict, as TorchRL's `LSTMModule` does; see `MinGRUModule`.
 
-    The keys are those of the input and of the two states. `options` are arguments of `mingru.drop_in.LSTM`.
+    The keys are those of the input and of the two states. `options` are arguments of `mingru.drop_in.LSTMLike`.
     """
 
     name = "LSTM"

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..check import names as meant
 from ..check.calls import MISTAKES, explain, explained
-from ..check.forms import LAYER, Form, Shape, Table, check_call, usual_error
+from ..check.forms import LAYER, Form, Shape, Table, check_call
 from ..check.values import check_choice, check_int, expectation, name_of
 from ..ops import plan
 from ..ops.graph import is_compiling, is_scripting, untraced
@@ -85,14 +85,12 @@ class Layer(Saved):
     _step_arguments: tuple[str, ...] = STEP_ARGUMENTS
     """Which of `reset`, `lengths` and `dt` a stack passes to a layer of your own: those that `forward` names. A stack
     says for other layers which they do not take."""
-    _device_error: type[Exception] = ValueError
-    """Error for parameters on another device."""
     _planned = False
     """Whether a plan can replace the modules inside this class; see `ops.plan`. Subclasses are not."""
     _forms = LAYER
     """What the tensors of a call must be."""
-    _hint, _error_for = meant.of_layers, usual_error
-    """Remedies for arguments of another type or shape, and types of errors."""
+    _hint = meant.of_layers
+    """Remedies for arguments of another type or shape."""
 
     def __init_subclass__(cls, role: str | None = None, planned: bool = False, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -234,7 +232,7 @@ class Layer(Saved):
                     name = next(name for name, each in self.named_parameters() if each is found)
                     remedy = "load a state_dict that has it, with assign=True"
                     expected, got = f"on {data.device} like x", "a tensor on meta"
-                    raise self._device_error(expectation(self.name, name, expected, got, remedy))
+                    raise ValueError(expectation(self.name, name, expected, got, remedy))
             for child in module._modules.values():
                 # Layers inside check their own. The loop goes on with all others.
                 if child is not None and not isinstance(child, Layer):

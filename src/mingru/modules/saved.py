@@ -137,9 +137,10 @@ def note_values(module: Any, state_dict: dict[str, Any], prefix: str, metadata: 
     """Note whether all parameters get values: models of transformers load one after the other, also without values."""
     is_whole = {prefix + name for name, _ in module.named_parameters()} <= state_dict.keys()
     module._is_empty = module._is_empty and not is_whole
-    if module.role == "step":
-        # A cell returns the state, which does not include the residual of a layer.
-        state_dict.pop(f"{prefix}layers.0.{key_of('residual')}", None)
+    key = f"{prefix}layers.0.{key_of('residual')}"
+    if module.role == "step" and key in state_dict and int(state_dict[key]) == MARKS["residual"].index(True):
+        # A cell returns the state, which does not include the residual of a layer. The map of a highway has more rows.
+        del state_dict[key]
 
 
 def refuse_other_cells(level: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
@@ -165,18 +166,6 @@ def renew_guards(module: Any, state_dict: dict[str, Any], prefix: str, metadata:
         guard = state_dict.pop(prefix + name, None)
         if name in module._buffers:
             state_dict[prefix + name] = torch.tensor(1, device=getattr(guard, "device", None))
-
-
-def rename_weights_of_torch(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Give the weights of a `torch.nn.GRU` the names of a GRU with one block, which computes the same."""
-    is_of_torch = any(key.startswith(f"{prefix}weight_ih") for key in state_dict)
-    own = {prefix + name: prefix + here for name, here in module._names_of_torch().items() if is_of_torch}
-    found, last = {key: state_dict.pop(key) for key in own if key in state_dict}, 2 * module.hidden_size
-    for key, value in found.items():
-        # The bias of the state has its part of the gates in the other bias.
-        other = found.get(key.replace("bias_ih", "bias_hh")) if "bias_ih" in key else None
-        head = value[:last] if other is None else value[:last] + other[:last]
-        state_dict[own[key]] = torch.cat([head[: 0 if "bias_hh" in key else last], value[last:]])
 
 
 class Saved(nn.Module):
