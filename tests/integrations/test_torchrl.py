@@ -32,7 +32,7 @@ def rollout(module, obs, is_init, states):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"learn_initial_state": True}, {"num_layers": 2, "residual": True, "norm": "rms", "candidate": "tanh"}],
+    [{}, {"num_layers": 2, "residual": True, "norm": "rms"}, {"num_layers": 2, "cell": "mingru"}, {"cell": "minlstm"}],
 )
 @pytest.mark.parametrize("kind", KEYS)
 @pytest.mark.parametrize("seed", range(4))
