@@ -210,6 +210,10 @@ OPTIONS: dict[str, tuple[Any, str]] = {
 }
 
 
+# What pictures call models.
+LABELS = {"mingru.GRU": "GRU of mingru", "nn.GRU": "GRU of torch", "nn.LSTM": "LSTM of torch"}
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """A form of `--help` that shows defaults which say something, and examples in their own lines."""
 

@@ -63,7 +63,7 @@ import mingru
 
 Sources = tuple[list[Tensor], list[Tensor]]
 # With the gate of the layer.
-MODELS: dict[str, Any] = {"minGRU": "sigmoid", "mixed": "mixed", "nn.GRU": None}
+MODELS: dict[str, Any] = {"mingru.GRU": None, "minGRU": "sigmoid", "mixed": "mixed", "nn.GRU": None}
 RATE, FRAME, HOP = 8000, 256, 128
 NUM_FREQUENCIES = FRAME // 2 + 1
 # The square root of the window is applied before and after the gains. Windows that overlap by half add up to 1.
@@ -154,12 +154,13 @@ class Denoiser(nn.Module):
     def __init__(self, name: str, width: int) -> None:
         super().__init__()
         self.first = nn.Linear(NUM_FREQUENCIES, width)
-        if name != "nn.GRU":
-            self.rnn: nn.Module = mingru.MinGRU(width, width, 3, norm="rms", residual=True, gate=MODELS[name])
-            self.initial_state = torch.full((3, 1, 1, width), 0.5)
-        else:
-            self.rnn = nn.GRU(width, width, 2, batch_first=True)
+        if name == "nn.GRU":
+            self.rnn: nn.Module = nn.GRU(width, width, 2, batch_first=True)
             self.initial_state = torch.zeros(2, 1, width)
+        else:
+            options = {"norm": "rms", "residual": True, "gate": MODELS[name]}
+            self.rnn = mingru.MinGRU(width, width, 3, **options) if MODELS[name] else mingru.GRU(width, width, 2)
+            self.initial_state = self.rnn.initial(1)
         self.head = nn.Linear(width, NUM_FREQUENCIES)
 
     def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Classify speakers from utterances of different lengths: bidirectional minGRU, nn.GRU and a model without order.
+"""Classify speakers from utterances of different lengths, by recurrent layers in two directions, and without the order.
 
     pip install ".[examples]"            # in a clone of the repository
     pip install --no-deps aeon==1.6.0    # the utterances
@@ -8,7 +8,8 @@ The data are Japanese vowels (Kudo, Toyama and Shimbo 1999, UCI archive): nine s
 prediction coefficients in 7 to 29 time steps. 270 utterances are for training, and 370 for the test. They come from the
 PyPI package aeon 1.6.0.
 
-- minGRU: two layers, both directions, norm and residual. It takes the padded batch and `lengths=`.
+- mingru.GRU: two layers, both directions. It takes the padded batch and `lengths=`.
+- minGRU: the same, with norm and residual.
 - nn.GRU: two layers, both directions, with a packed sequence.
 - mean: the mean and the standard deviation of each coefficient over the valid time steps, and a hidden layer. The order
   of the time steps is lost.
@@ -36,7 +37,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 
 import mingru
 
-MODELS = ("minGRU", "nn.GRU", "mean")
+MODELS = ("mingru.GRU", "minGRU", "nn.GRU", "mean")
 NUM_SPEAKERS, NUM_COEFFICIENTS = 9, 12
 QUICK = {"num_steps": 20, "num_parameters": 2000, "seeds": [0]}
 Utterances = tuple[Tensor, Tensor, Tensor]  # padded coefficients, lengths, speakers
@@ -66,6 +67,8 @@ class Recurrent(nn.Module):
         if name == "minGRU":
             options = {"norm": "rms", "residual": True}
             self.rnn: nn.Module = mingru.MinGRU(NUM_COEFFICIENTS, hidden_dims, 2, bidirectional=True, **options)
+        elif name == "mingru.GRU":
+            self.rnn = mingru.GRU(NUM_COEFFICIENTS, hidden_dims, 2, bidirectional=True)
         else:
             self.rnn = nn.GRU(NUM_COEFFICIENTS, hidden_dims, 2, batch_first=True, bidirectional=True)
         self.is_packed = name == "nn.GRU"
@@ -127,7 +130,7 @@ def plot(path: Path, confusion: Tensor) -> None:
                 if count:
                     color = "white" if count > confusion.max() / 2 else "black"
                     axes.text(column, row, str(count), ha="center", va="center", color=color)
-        axes.set(xlabel="speaker found", ylabel="speaker", title="minGRU on 370 utterances of the test")
+        axes.set(xlabel="speaker found", ylabel="speaker", title="GRU of mingru on 370 utterances of the test")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks(range(NUM_SPEAKERS), range(1, NUM_SPEAKERS + 1))
 
@@ -146,8 +149,8 @@ def main(argv: list[str] | None = None) -> None:
         confusions, seconds = zip(*run.each_seed(name, train, name, data, test), strict=True)
         right = [int(confusion.trace()) for confusion in confusions]
         share = statistics.mean(right) / len(test[0])
-        run.print(f"{name:8} {spread(right, 5, '.1f')}  {share:6.1%}  {statistics.mean(seconds):5.1f} s")
-        if name == "minGRU":
+        run.print(f"{name:10} {spread(right, 5, '.1f')}  {share:6.1%}  {statistics.mean(seconds):5.1f} s")
+        if name == "mingru.GRU":
             plot(args.plot, confusions[-1])
 
 
