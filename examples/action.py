@@ -16,9 +16,7 @@ are computed once, from frames at equal distances. The models are small:
 - mingru.GRU: two layers, whose outputs are averaged over the frames.
 - mean: the mean of the features, so that the order of the frames is lost.
 
-UCF101 is in no package, and no accuracy on it has been measured. In a made-up folder of 200 videos, a dark square moves
-to the left or to the right, so that only the order of the frames tells the class. With random weights of the backbone,
-12 frames of 64 x 64 pixels and 400 training steps, minGRU is right in 100% of the test, 56 clips, and mean in 45%.
+UCF101 is in no package, and no accuracy on it has been measured.
 """
 
 import math

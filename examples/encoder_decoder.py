@@ -9,9 +9,8 @@ The encoder reads packed sequences of different lengths in both directions. The 
 states. In training, the decoder's inputs are the correct digits; in a test, they are its own predictions. Test dates
 never occur in training.
 
-With the defaults on two CPU cores, minGRU translates 98.3% of unseen dates correctly after 14 s (seeds 1 and 2: 99.1%),
-and nn.GRU 100% after 51 s. nn.GRU learns this task in fewer training steps, but a training step of minGRU takes a
-quarter of the time. With `--steps 3000`, minGRU reaches 100% after 42 s.
+With the defaults, both print the same losses, and from 600 training steps on translate all unseen dates correctly. All
+1,000 steps take 20 processor seconds of one thread of an AMD EPYC, and 58 without the line.
 """
 
 import datetime

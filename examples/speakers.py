@@ -17,12 +17,13 @@ PyPI package aeon 1.6.0.
 All models end with the mean of their outputs over the valid time steps and a linear map, and have about as many
 parameters. Utterances that are right, of 370, mean of three seeds and half of their range, with the default options:
 
-    minGRU   361.0 ± 1.0   97.6%
-    nn.GRU   361.7 ± 2.0   97.7%
-    mean     359.0 ± 1.0   97.0%
+    mingru.GRU 362.0 ± 1.0   97.8%
+    minGRU     361.0 ± 1.0   97.6%
+    nn.GRU     361.7 ± 2.0   97.7%
+    mean       359.0 ± 1.0   97.0%
 
-The order of the time steps adds little here: utterances are short, and both recurrent models are right in two or three
-more of 370 than the mean. A run of minGRU takes half as long as one of nn.GRU.
+The order of the time steps adds little here: utterances are short, and recurrent models are right in two or three more
+of 370 than the mean.
 """
 
 import math
