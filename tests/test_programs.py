@@ -55,7 +55,7 @@ PROGRAMS = {
     ),
     "denoise": Program(
         "--num-steps 100 --num-parameters 10000 --learning-rate 0.02 --batch-size 4 --seconds 1 --num-test 2 --seeds 0",
-        "0 noisy Wiener mingru.GRU minGRU mixed nn.GRU",
+        "0 noisy Wiener mingru.GRU minGRU mixed",
         programs.denoise,
         # The export takes some seconds.
         smaller={"export": programs.Session},
@@ -67,7 +67,7 @@ PROGRAMS = {
     ),
     "long_signal": Program(
         "--num-steps 3 --num-parameters 1000 --batch-size 4 --segment 64 --num-layers 1 --seeds 0 --limit 10",
-        "4,000 mean no linear minGRU, minGRU, mingru.GRU, mingru.GRU, forward minGRU mingru.GRU nn.GRU attention",
+        "4,000 mean no linear mingru.GRU, mingru.GRU, minGRU, minGRU, forward mingru.GRU minGRU nn.GRU attention",
         programs.long_signal,
         smaller=SHORT,
     ),
@@ -78,7 +78,7 @@ PROGRAMS = {
     ),
     "pixels": Program(
         "--data digits --num-steps 3 --num-parameters 1000 --batch-size 4 --seeds 0 3",
-        "digits: logistic, logistic, mingru.GRU minGRU mixed nn.GRU",
+        "digits: logistic, logistic, mingru.GRU minGRU mixed",
         smaller={"read": as_images},
     ),
     "speakers": Program(
@@ -128,7 +128,7 @@ def test_a_short_run_and_its_results_from_the_checkpoint(name, tmp_path, capsys,
     elif name == "denoise":
         # The music has other frequencies, so that it is soon removed.
         assert float(last["noisy"][1]) == pytest.approx(0, abs=0.2)
-        assert float(last["minGRU"][1]) > 10 < float(last["nn.GRU"][1])
+        assert float(last["minGRU"][1]) > 10 < float(last["mingru.GRU"][1])
     elif name == "memory_cartpole":
         # The pole needs 8 steps to fall.
         assert all(8 <= float(line.split()[-1]) <= 20 for line in lines[1:])
