@@ -1,4 +1,4 @@
-"""Remove music from speech, trained on whole sequences and run as a stream in ONNX Runtime: minGRU and nn.GRU.
+"""Remove music from speech, trained on whole sequences and run as a stream in ONNX Runtime: mingru.GRU and minGRU.
 
     pip install ".[examples,onnx]"       # in a clone of the repository
     apt-get install asterisk-core-sounds-{en,es,fr,it,ru}-wav asterisk-moh-opsound-wav    # Debian and Ubuntu
@@ -46,7 +46,6 @@ import io
 import statistics
 import tempfile
 import time
-import warnings
 import wave
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -63,7 +62,7 @@ import mingru
 
 Sources = tuple[list[Tensor], list[Tensor]]
 # With the gate of the layer.
-MODELS: dict[str, Any] = {"mingru.GRU": None, "minGRU": "sigmoid", "mixed": "mixed", "nn.GRU": None}
+MODELS = {"mingru.GRU": None, "minGRU": "sigmoid", "mixed": "mixed"}
 RATE, FRAME, HOP = 8000, 256, 128
 NUM_FREQUENCIES = FRAME // 2 + 1
 # The square root of the window is applied before and after the gains. Windows that overlap by half add up to 1.
@@ -155,13 +154,10 @@ class Denoiser(nn.Module):
     def __init__(self, name: str, width: int) -> None:
         super().__init__()
         self.first = nn.Linear(NUM_FREQUENCIES, width)
-        if name == "nn.GRU":
-            self.rnn: nn.Module = nn.GRU(width, width, 2, batch_first=True)
-            self.initial_state = torch.zeros(2, 1, width)
-        else:
-            options = {"norm": "rms", "residual": True, "gate": MODELS[name]}
-            self.rnn = mingru.MinGRU(width, width, 3, **options) if MODELS[name] else mingru.GRU(width, width, 2)
-            self.initial_state = self.rnn.initial(1)
+        options: dict[str, Any] = {"norm": "rms", "residual": True, "gate": MODELS[name]}
+        is_min = name != "mingru.GRU"
+        self.rnn = mingru.MinGRU(width, width, 3, **options) if is_min else mingru.GRU(width, width, 2)
+        self.initial_state = self.rnn.initial(1)
         self.head = nn.Linear(width, NUM_FREQUENCIES)
 
     def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -224,9 +220,7 @@ def export(model: Denoiser) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # torch warns about the weights of nn.GRU.
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "step.onnx")
         example = (torch.rand(1, 1, NUM_FREQUENCIES), model.initial_state)
         mingru.export.onnx(model, example, path, kind="step")
@@ -274,8 +268,8 @@ def plot(path: Path, ratios: dict[str, Sequence[list[float]]], signals: dict[str
         for index, (name, gains) in enumerate(others.items()):
             mean = gains.mean(0)
             errors = torch.stack([mean - gains.amin(0), gains.amax(0) - mean])
-            left, label = places + 0.16 * (index - 2), LABELS.get(name, name)
-            chart.bar(left.tolist(), mean.tolist(), 0.15, yerr=errors.tolist(), label=label)
+            left, label = places + 0.2 * (index - 1.5), LABELS.get(name, name)
+            chart.bar(left.tolist(), mean.tolist(), 0.18, yerr=errors.tolist(), label=label)
         chart.set_xticks(places.tolist(), [f"{db} dB" for db in RATIOS_DB])
         most = float(torch.cat(list(others.values())).max().clamp(min=0.5))
         chart.set(xlabel="speech to music in the mixture", ylabel="improvement (dB)", ylim=(0, 1.1 * most))

@@ -27,8 +27,8 @@ deviation of the signal in training; mean of three seeds and half of their range
 200 ms ahead, both gain little over the linear filter. Half of the features of minGRU follow waves (`gate="mixed"`).
 
 All 1,536,570 time steps take mingru.GRU 7.8 processor seconds forward and backward, with 2.4 GiB, and minGRU 5.3, with
-2.2 GiB. Within 60 seconds, nn.GRU gets to 65,536 time steps (21 s, 3.1 GiB; mingru.GRU 0.16 s, 0.11 GiB) and attention to
-16,384 (12 s).
+2.2 GiB. Within 60 seconds, nn.GRU gets to 65,536 time steps (21 s, 3.1 GiB; mingru.GRU 0.16 s, 0.11 GiB), and attention
+to 16,384 (12 s).
 """
 
 import multiprocessing

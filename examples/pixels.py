@@ -1,4 +1,4 @@
-"""Classify images pixel by pixel: mingru.GRU, minGRU and nn.GRU of equal size, with equal training.
+"""Classify images pixel by pixel: mingru.GRU and minGRU of equal size, with equal training.
 
     pip install ".[examples]"                  # in a clone of the repository
     pip install mnist1d==0.0.2.post1           # MNIST-1D: 40 time steps, generated
@@ -45,7 +45,7 @@ from torch import Tensor, nn
 import mingru
 
 DATA = ("mnist1d", "digits")
-MODELS = ("mingru.GRU", "minGRU", "mixed", "nn.GRU")
+MODELS = ("mingru.GRU", "minGRU", "mixed")
 BASELINES = {"logistic, pixels": "--", "logistic, bag of values": ":"}
 NUM_CLASSES = 10
 NUM_STEPS = {"mnist1d": 2000, "digits": 300}
@@ -82,10 +82,8 @@ class Model(nn.Module):
         # Each time step gets the last pixels: the gates of minGRU do not see the pixels before.
         self.encoder = nn.Conv1d(1, dims, kernel)
         options: dict[str, Any] = {"norm": "rms", "residual": True, "candidate": "tanh"}
-        if name == "nn.GRU":
-            self.rnn: nn.Module = nn.GRU(dims, dims, 2, batch_first=True)
-        elif name == "mingru.GRU":
-            self.rnn = mingru.GRU(dims, dims, 2)
+        if name == "mingru.GRU":
+            self.rnn: nn.Module = mingru.GRU(dims, dims, 2)
         else:
             # The upper layers must remember hundreds of time steps, if there are so many.
             options["min_decay"] = [0.0, 0.9, 0.99] if length > 100 else 0.0
