@@ -36,17 +36,12 @@ integrations:
 	$(PYTHON) -m pip install --no-build-isolation -e ".[integrations]"
 	$(PYTHON) -m pytest -n auto tests/integrations
 
-# The same with libraries that take longer to install, each in an environment of its own: flair and GluonTS need older
-# versions of packages of other extras. PyPI's torchaudio for Linux is built for CUDA; SpeechBrain does not need the
-# removed file.
+# The same with transformers, which takes longer to install, in an environment of its own.
 slow-integrations:
-	set -e; for library in flair "gluonts[torch]" neuralforecast speechbrain "transformers[torch]"; do \
-	    python3 -m venv --clear out/library; \
-	    out/library/bin/python -m pip install "setuptools>=77" torch pytest pytest-xdist "$$library"; \
-	    out/library/bin/python -m pip install --no-build-isolation -e .; \
-	    rm -f out/library/lib/python*/site-packages/torchaudio/lib/_torchaudio.abi3.so; \
-	    out/library/bin/python -m pytest -n auto tests/integrations; \
-	done
+	python3 -m venv --clear out/library
+	out/library/bin/python -m pip install "setuptools>=77" torch pytest pytest-xdist "transformers[torch]"
+	out/library/bin/python -m pip install --no-build-isolation -e .
+	out/library/bin/python -m pytest -n auto tests/integrations
 
 # The first hour on a GPU; see CONTRIBUTING.md. All programs run, whatever one finds, and the status tells whether something
 # is wrong. The same command goes on where a program stopped.

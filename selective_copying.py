@@ -7,8 +7,8 @@
     python selective_copying.py --checkpoint run.pt             # if it is killed, add --resume to continue
 
 Run `pip install ".[examples]"` in a clone of the repository first. The task is from Gu and Dao 2023, "Mamba:
-Linear-Time Sequence Modeling with Selective State Spaces". The layers are from Feng et al. 2024, "Were RNNs All We
-Needed?".
+Linear-Time Sequence Modeling with Selective State Spaces". The layers are minGRUs and not `mingru.GRU`, because the
+program repeats this task as their paper did: Feng et al. 2024, "Were RNNs All We Needed?".
 
 Token 0 is noise, tokens 1 to vocab_size - 2 are data, and token vocab_size - 1 is the marker. The first seq_len time
 steps have num_tokens data tokens at distinct random positions, and noise at all other positions. Positions and data

@@ -210,6 +210,11 @@ OPTIONS: dict[str, tuple[Any, str]] = {
 }
 
 
+# What pictures call models.
+LABELS = {"mingru.GRU": "GRU of mingru", "nn.GRU": "GRU of torch", "nn.LSTM": "LSTM of torch"}
+LABELS |= {"mixed": "minGRU, states can turn"}
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """A form of `--help` that shows defaults which say something, and examples in their own lines."""
 

@@ -1,4 +1,4 @@
-"""Remove music from speech, trained on whole sequences and run as a stream in ONNX Runtime: minGRU and nn.GRU.
+"""Remove music from speech, trained on whole sequences and run as a stream in ONNX Runtime: mingru.GRU and minGRU.
 
     pip install ".[examples,onnx]"       # in a clone of the repository
     apt-get install asterisk-core-sounds-{en,es,fr,it,ru}-wav asterisk-moh-opsound-wav    # Debian and Ubuntu
@@ -46,7 +46,6 @@ import io
 import statistics
 import tempfile
 import time
-import warnings
 import wave
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -56,20 +55,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, check_folder, drawing, fail, installed, reading, spread, widest, write
+from common import LABELS, Parser, Run, at_least, check_folder, drawing, fail, installed, reading, spread, widest, write
 from torch import Tensor, nn
 
 import mingru
 
 Sources = tuple[list[Tensor], list[Tensor]]
 # With the gate of the layer.
-MODELS: dict[str, Any] = {"minGRU": "sigmoid", "mixed": "mixed", "nn.GRU": None}
+MODELS = {"mingru.GRU": None, "minGRU": "sigmoid", "mixed": "mixed"}
 RATE, FRAME, HOP = 8000, 256, 128
 NUM_FREQUENCIES = FRAME // 2 + 1
 # The square root of the window is applied before and after the gains. Windows that overlap by half add up to 1.
 WINDOW = torch.hann_window(FRAME).sqrt()
 RATIOS_DB = (0, 5, 10)
 LEAST = 1e-8
+NUM_SHOWN = 4  # seconds in the picture
 SPEAKERS, MUSIC = ("fr_CA_f_June", "ru_RU_f_IvrvoiceRU"), ("reno_project-system", "manolo_camp-morning_coffee")
 PACKAGES = "install the packages (first lines of the program), or name other --folder"
 QUICK = {"num_steps": 20, "batch_size": 4, "seconds": 2, "num_test": 4, "seeds": [0]}
@@ -154,12 +154,10 @@ class Denoiser(nn.Module):
     def __init__(self, name: str, width: int) -> None:
         super().__init__()
         self.first = nn.Linear(NUM_FREQUENCIES, width)
-        if name != "nn.GRU":
-            self.rnn: nn.Module = mingru.MinGRU(width, width, 3, norm="rms", residual=True, gate=MODELS[name])
-            self.initial_state = torch.full((3, 1, 1, width), 0.5)
-        else:
-            self.rnn = nn.GRU(width, width, 2, batch_first=True)
-            self.initial_state = torch.zeros(2, 1, width)
+        options: dict[str, Any] = {"norm": "rms", "residual": True, "gate": MODELS[name]}
+        is_min = name != "mingru.GRU"
+        self.rnn = mingru.MinGRU(width, width, 3, **options) if is_min else mingru.GRU(width, width, 2)
+        self.initial_state = self.rnn.initial(1)
         self.head = nn.Linear(width, NUM_FREQUENCIES)
 
     def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -222,9 +220,7 @@ def export(model: Denoiser) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # torch warns about the weights of nn.GRU.
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "step.onnx")
         example = (torch.rand(1, 1, NUM_FREQUENCIES), model.initial_state)
         mingru.export.onnx(model, example, path, kind="step")
@@ -272,15 +268,16 @@ def plot(path: Path, ratios: dict[str, Sequence[list[float]]], signals: dict[str
         for index, (name, gains) in enumerate(others.items()):
             mean = gains.mean(0)
             errors = torch.stack([mean - gains.amin(0), gains.amax(0) - mean])
-            chart.bar((places + 0.2 * (index - 1.5)).tolist(), mean.tolist(), 0.18, yerr=errors.tolist(), label=name)
+            left, label = places + 0.2 * (index - 1.5), LABELS.get(name, name)
+            chart.bar(left.tolist(), mean.tolist(), 0.18, yerr=errors.tolist(), label=label)
         chart.set_xticks(places.tolist(), [f"{db} dB" for db in RATIOS_DB])
         most = float(torch.cat(list(others.values())).max().clamp(min=0.5))
-        chart.set(xlabel="speech to music", ylabel="improvement (dB)", ylim=(0, 1.4 * most))
-        chart.legend(ncols=len(others), loc="upper left")
+        chart.set(xlabel="speech to music in the mixture", ylabel="improvement (dB)", ylim=(0, 1.1 * most))
+        figure.legend(*chart.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
         for axes, (name, samples) in zip(rows, signals.items(), strict=True):
             power = 10 * torch.log10(spectra(samples.unsqueeze(0))[0].abs().square() + 1e-6)
             extent = (0, len(samples) / RATE, 0, RATE / 2000)
-            axes.imshow(power.t().numpy(), origin="lower", aspect="auto", extent=extent, vmin=-50, vmax=20)
+            axes.imshow(power.t().numpy(), origin="lower", aspect="auto", extent=extent, vmin=-25, vmax=20)
             axes.set_title(name, fontsize=14)
             axes.set_ylabel("kHz")
         axes.set_xlabel("seconds")
@@ -310,9 +307,9 @@ def main(argv: list[str] | None = None) -> None:
     def show(name: str, ratios: Sequence[list[float]], *others: str) -> None:
         of_ratios[name] = ratios
         cells = [spread(each, 5, ".2f") for each in zip(*ratios, strict=True)]
-        run.print("  ".join([f"{name:6}", *cells, *others]))
+        run.print("  ".join([f"{name:10}", *cells, *others]))
 
-    run.print("  ".join([" " * 6, *(f"{f'{db} dB':>12}" for db in RATIOS_DB), " training", "stream"]))
+    run.print("  ".join([" " * 10, *(f"{f'{db} dB':>12}" for db in RATIOS_DB), " training", "stream"]))
     show("noisy", [[float(ratio(noisy, clean).mean()) for clean, noisy in tests]])
     show("Wiener", [[float(ratio(wiener(noisy), clean).mean()) for clean, noisy in tests]])
     clean, noisy = (x[-1] for x in tests[0])
@@ -322,7 +319,13 @@ def main(argv: list[str] | None = None) -> None:
         ratios, seconds, share, (signals[name], *_) = results
         show(name, ratios, f"{statistics.mean(seconds):7.1f} s", f"{statistics.median(share):6.2%}")
     signals["speech"] = clean
-    plot(args.plot, of_ratios, signals)
+    # The results of the other models look like that of the first.
+    first, model, *_, last = signals
+    plot(
+        args.plot,
+        of_ratios,
+        {LABELS.get(name, name): signals[name][: NUM_SHOWN * RATE] for name in (first, model, last)},
+    )
     if args.listen:
         for name, samples in signals.items():
             write_wav(args.listen / f"{name.replace(',', '').replace(' ', '_')}.wav", samples)

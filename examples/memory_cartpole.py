@@ -1,16 +1,16 @@
-"""Balance a pole whose velocities are hidden: recurrent PPO with minGRU, minLSTM, nn.LSTM, and without memory.
+"""Balance a pole whose velocities are hidden: recurrent PPO with mingru.GRU, minGRU, nn.LSTM, and without memory.
 
     pip install ".[examples]"                    # in a clone of the repository
     python examples/memory_cartpole.py           # all policies, three seeds, with a plot in memory_cartpole.png
-    python examples/memory_cartpole.py --policies minGRU --seeds 0
+    python examples/memory_cartpole.py --policies mingru.GRU --seeds 0
 
 The task is CartPole-v1 of Gymnasium with two of its four observations, the positions of the cart and of the pole. Both
 velocities must be inferred from past positions. An episode ends when the pole falls, or after 500 time steps, and its
 return is its number of time steps.
 
 Each iteration steps through many environments side by side, and trains on these steps with PPO (Schulman et al. 2017,
-"Proximal policy optimization algorithms"). Episodes begin anywhere in them. With `reset`, a minGRU computes all these
-steps in one call. nn.LSTM has no resets: it is called for each part between two steps at which an episode begins.
+"Proximal policy optimization algorithms"). Episodes begin anywhere in them. With `reset`, a layer of mingru computes
+all these steps in one call. nn.LSTM has no resets: it is called for each part between two steps at which one begins.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import Parser, Run, at_least, drawing
+from common import LABELS, Parser, Run, at_least, drawing
 
 # isort: split
 import gymnasium
@@ -28,7 +28,7 @@ from torch.distributions import Categorical
 
 import mingru
 
-POLICIES = ("minGRU", "minLSTM", "nn.LSTM", "no memory")
+POLICIES = ("mingru.GRU", "minGRU", "nn.LSTM", "no memory")
 # Index of each observed position, and the limit at which an episode ends: 2.4 m for the cart, 12° for the pole.
 LIMITS = {0: 2.4, 2: 0.2095}
 MAX_STEPS, NUM_TEST = 500, 100
@@ -48,10 +48,11 @@ class Policy(nn.Module):
     def __init__(self, name: str, dims: int) -> None:
         super().__init__()
         self.encoder = nn.Linear(len(LIMITS), dims)
-        if name in ("minGRU", "minLSTM"):
+        if name == "mingru.GRU":
+            self.memory: nn.Module = mingru.GRU(dims, dims, 2, batch_first=False)
+        elif name == "minGRU":
             # With `residual`, the output has the input beside its average in the state: a velocity is the difference.
-            layer = mingru.MinGRU if name == "minGRU" else mingru.MinLSTM
-            self.memory: nn.Module = layer(dims, dims, batch_first=False, candidate="tanh", residual=True)
+            self.memory = mingru.MinGRU(dims, dims, batch_first=False, candidate="tanh", residual=True)
         else:
             self.memory = nn.LSTM(dims, dims) if name == "nn.LSTM" else nn.Sequential(nn.Linear(dims, dims), nn.Tanh())
         self.actor = nn.Sequential(nn.Linear(dims, dims), nn.Tanh(), nn.Linear(dims, 2))
@@ -205,11 +206,12 @@ def plot(path: Path, results: dict[str, list[Curve]]) -> None:
     with drawing(path, 5.5, 6.5) as figure:
         by_steps, by_seconds = figure.subplots(2)
         for name, runs in results.items():
+            label = LABELS.get(name, name)
             for index, (steps, seconds, returns) in enumerate(zip(*run, strict=True) for run in runs):
                 for axes, x in ((by_steps, [step / 1000 for step in steps]), (by_seconds, seconds)):
-                    axes.plot(x, returns, color=f"C{POLICIES.index(name)}", label=None if index else name)
-        for axes, label in ((by_steps, "Thousands of time steps"), (by_seconds, "Processor seconds, one thread")):
-            axes.set(xlabel=label, ylabel="Mean return of 100 episodes", ylim=(0, MAX_STEPS + 10))
+                    axes.plot(x, returns, color=f"C{POLICIES.index(name)}", label=None if index else label)
+        for axes, text in ((by_steps, "Thousands of time steps"), (by_seconds, "Processor seconds, one thread")):
+            axes.set(xlabel=text, ylabel="Time steps until the pole falls", ylim=(0, MAX_STEPS + 10))
         figure.legend(*by_steps.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
 

@@ -1,4 +1,4 @@
-"""Classify images pixel by pixel: minGRU, minLSTM and nn.GRU of equal size, with equal training.
+"""Classify images pixel by pixel: mingru.GRU and minGRU of equal size, with equal training.
 
     pip install ".[examples]"                  # in a clone of the repository
     pip install mnist1d==0.0.2.post1           # MNIST-1D: 40 time steps, generated
@@ -39,13 +39,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, drawing, installed, num_parameters, positive, spread, widest
+from common import LABELS, Parser, Run, at_least, drawing, installed, num_parameters, positive, spread, widest
 from torch import Tensor, nn
 
 import mingru
 
 DATA = ("mnist1d", "digits")
-MODELS = ("minGRU", "mixed", "minLSTM", "mingru.GRU", "nn.GRU")
+MODELS = ("mingru.GRU", "minGRU", "mixed")
 BASELINES = {"logistic, pixels": "--", "logistic, bag of values": ":"}
 NUM_CLASSES = 10
 NUM_STEPS = {"mnist1d": 2000, "digits": 300}
@@ -82,12 +82,8 @@ class Model(nn.Module):
         # Each time step gets the last pixels: the gates of minGRU do not see the pixels before.
         self.encoder = nn.Conv1d(1, dims, kernel)
         options: dict[str, Any] = {"norm": "rms", "residual": True, "candidate": "tanh"}
-        if name == "nn.GRU":
-            self.rnn: nn.Module = nn.GRU(dims, dims, batch_first=True)
-        elif name == "mingru.GRU":
-            self.rnn = mingru.GRU(dims, dims, block_size=16)
-        elif name == "minLSTM":
-            self.rnn = mingru.MinLSTM(dims, dims, 3, forget_bias=2.0, **options)
+        if name == "mingru.GRU":
+            self.rnn: nn.Module = mingru.GRU(dims, dims, 2)
         else:
             # The upper layers must remember hundreds of time steps, if there are so many.
             options["min_decay"] = [0.0, 0.9, 0.99] if length > 100 else 0.0
@@ -111,9 +107,8 @@ def train(run: Run, name: str, num_steps: int, rate: float, data: tuple[Tensor, 
     """Return the accuracy in the test, the processor seconds of the training and the number of parameters."""
     torch.manual_seed(seed)
     x, classes, test_x, test_classes = run.fabric.to_device(data)
-    # The mixture needs a multiple of 8, blocks one of 16.
-    step = 16 if name == "mingru.GRU" else 8
-    model = widest(lambda width: Model(name, width, x.shape[1], run.args.kernel), run.args.num_parameters, step, step)
+    # The mixture needs a multiple of 8.
+    model = widest(lambda width: Model(name, width, x.shape[1], run.args.kernel), run.args.num_parameters, 8, 8)
 
     def loss_of(model: nn.Module, step: int) -> Tensor:
         rows = torch.randint(len(x), (run.args.batch_size,))
@@ -147,18 +142,19 @@ def logistic(x: Tensor, classes: Tensor, test_x: Tensor, test_classes: Tensor) -
 
 
 def plot(path: Path, results: dict[str, dict[str, list[list[float]]]]) -> None:
-    """Draw accuracy against processor seconds: a point for each seed, and a line for each baseline."""
+    """Draw errors against processor seconds: a point for each seed, and a line for each baseline."""
     with drawing(path, 4.5 * len(results), 4) as figure:
         all_axes = figure.subplots(1, len(results), squeeze=False)[0]
         for axes, data in zip(all_axes, results, strict=True):
             for name, runs in results[data].items():
                 if name in MODELS:
                     accuracies, seconds, _ = zip(*runs, strict=True)
-                    axes.scatter(seconds, accuracies, color=f"C{MODELS.index(name)}", label=name)
+                    wrong = [100 - each for each in accuracies]
+                    axes.scatter(seconds, wrong, color=f"C{MODELS.index(name)}", label=LABELS.get(name, name))
                 else:
-                    axes.axhline(runs[0][0], color="gray", linestyle=BASELINES[name], label=name)
-            axes.set(xlim=(0, None), ylim=(0, 100), xlabel="Processor seconds of training", title=data)
-        all_axes[0].set_ylabel("Right in the test (%)")
+                    axes.axhline(100 - runs[0][0], color="gray", linestyle=BASELINES[name], label=name)
+            axes.set(xlim=(0, None), ylim=(1, 100), yscale="log", xlabel="Processor seconds of training", title=data)
+        all_axes[0].set_ylabel("Wrong in the test (%), logarithmic")
         figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 

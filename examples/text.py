@@ -16,8 +16,9 @@ they are 2000 byte pairs, which the package tokenizers finds in the training tex
 On two CPU cores, `--preset small` trains for about 3 minutes and `--preset medium` for about 30 minutes. Small models
 need about 1.44 nats (2.08 bits) per held-out character, medium ones 1.33, and the n-gram 1.48.
 
-`--cell gru` and `--cell lstm` train torch's layers with about as many parameters, without samples of text. `--minutes`
-gives each model the same time. `--curve` writes the learning curve.
+The blocks are minGRUs, because in as much time they learn more of text than GRUs. With `--cell gru`, a block has a
+mingru.GRU. `--cell nn.GRU` and `--cell nn.LSTM` train torch's layers with about as many parameters, without samples of
+text. `--minutes` gives each model the same time. `--curve` writes the learning curve.
 
 A killed run continues with `--resume`. On the same devices it then prints the same numbers as an uninterrupted run.
 
@@ -60,7 +61,7 @@ QUICK_LENGTH = 100_000
 # Options of blocks by their cell, and torch's layers.
 CELLS = {"mingru": {"gate": "mixed", "output_gate": "silu"}, "minlstm": {"output_gate": "silu"}}
 CELLS["gru"] = {"block_size": 24}
-PEERS = {"gru": nn.GRU, "lstm": nn.LSTM}
+PEERS = {"nn.GRU": nn.GRU, "nn.LSTM": nn.LSTM}
 ALL_BYTES = "".join(map(chr, range(256)))
 MAX_SEED = 2**32 - 1
 HELD_OUT = ("john", "macbeth", "twelfth_night")  # a history, a tragedy, a comedy
@@ -420,7 +421,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, Any]:
     either("--subwords", type=at_least(257), metavar="N", help="predict N frequent groups of bytes instead")
     add = parser.add_argument_group("model").add_argument
     add("--preset", choices=PRESETS, default="small", help="defaults of the options from --dims to --weight-decay")
-    add("--cell", choices=(*CELLS, *PEERS), default="mingru", help="gru and lstm are torch's layers")
+    add("--cell", choices=(*CELLS, *PEERS), default="mingru", help="layer of each block, or torch's layers")
     add("--dims", type=at_least(1), help="features of embeddings and blocks")
     add("--num-layers", type=at_least(1), help="number of blocks; torch's layers are always two")
     add("--conv", type=at_least(0), help="kernel size of the convolution in each block; 0 means none")

@@ -91,7 +91,7 @@ def test_ngram_sums_to_one_and_the_best_is_chosen():
     assert text.baseline(train, heldout, len(alphabet))[1] < -np.log(model.probabilities(heldout, 0.75)[1:]).mean()
 
 
-@pytest.mark.parametrize("cell", ["mingru", "minlstm", "gru", "lstm"])
+@pytest.mark.parametrize("cell", ["mingru", "minlstm", "gru", "nn.GRU", "nn.LSTM"])
 def test_heldout_loss_is_that_of_one_pass(cell):
     codes, model = torch.randint(7, (50,)), build(cell, 7, "--dropout", "0.5")
     found = text.heldout_loss(model, codes, chunk=8)
@@ -111,7 +111,7 @@ def test_options_reach_the_model():
         assert vars(parse(*more)) == {**medium, "dims": 64}
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", ["nn.GRU", "nn.LSTM"])
 def test_peers_have_as_many_parameters_and_decay_matrices_only(cell):
     settings = vars(parse("--preset", "medium", "--cell", cell))
     with torch.device("meta"):
@@ -127,7 +127,7 @@ def test_peers_have_as_many_parameters_and_decay_matrices_only(cell):
     assert len(decayed) + len(kept) == len(names)
 
 
-@pytest.mark.parametrize("more", ["", "--cell lstm", "--cell minlstm --conv 0 --mlp 1.5 --bytes"])
+@pytest.mark.parametrize("more", ["", "--cell nn.LSTM", "--cell minlstm --conv 0 --mlp 1.5 --bytes"])
 def test_a_resumed_run_equals_an_uninterrupted_run(excerpt, tmp_path, capsys, monkeypatch, more):
     def run(name, *extra):
         files = ["--checkpoint", str(tmp_path / f"{name}.pt"), "--curve", str(tmp_path / f"{name}.json")]
@@ -135,7 +135,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(excerpt, tmp_path, capsys, mo
         text.main([*SMALL, *excerpt, *every, *more.split(), *files, *extra])
         return capsys.readouterr().out
 
-    kept, sample = Run.steps, [] if "lstm" in more else ["--sample", "20"]
+    kept, sample = Run.steps, [] if "nn.LSTM" in more else ["--sample", "20"]
     whole = run("whole", *sample)
     with monkeypatch.context() as patch:
         # The last checkpoint is that of 10 steps.

@@ -7,11 +7,8 @@ import types
 import pytest
 
 # The version that was tested; names of packages, of modules and in errors, where they differ.
-TESTED = {"darts": "0.48", "flair": "0.15", "gluonts": "0.17", "neuralforecast": "3.3", "pytorch_forecasting": "1.8"}
-TESTED |= {"rsl_rl": "5.5", "sb3": "2.9", "speechbrain": "1.1", "torchrl": "0.14"}
-PACKAGES = {"darts": "darts[torch]", "gluonts": "gluonts[torch]", "pytorch_forecasting": "pytorch-forecasting"}
-PACKAGES |= {"rsl_rl": "rsl-rl-lib", "sb3": "sb3-contrib"}
-SPELLED = {"pytorch_forecasting": "pytorch-forecasting", "sb3": "sb3-contrib"}
+TESTED = {"rsl_rl": "5.5", "sb3": "2.9", "torchrl": "0.14"}
+PACKAGES = {"rsl_rl": "rsl-rl-lib", "sb3": "sb3-contrib"}
 
 
 def without(monkeypatch, *names):
@@ -28,14 +25,14 @@ def test_missing_library(name, monkeypatch):
     with pytest.raises(ModuleNotFoundError) as caught:
         importlib.import_module(f"mingru.integrations.{name}")
     assert str(caught.value).startswith(
-        f"mingru.integrations.{name} was tested with {SPELLED.get(name, name)} {TESTED[name]}: "
+        f"mingru.integrations.{name} was tested with {'sb3-contrib' if name == 'sb3' else name} {TESTED[name]}: "
     )
     assert str(caught.value).endswith(f'Run pip install "{package}"')
 
 
 def test_another_version(monkeypatch):
-    without(monkeypatch, "flair", "mingru.integrations.flair")
-    for name in ("flair", "flair.models"):
+    without(monkeypatch, "torchrl", "mingru.integrations.torchrl")
+    for name in ("torchrl", "torchrl.modules"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    with pytest.raises(ImportError, match=r"tested with flair 0\.15: cannot import name 'SequenceTagger'"):
-        importlib.import_module("mingru.integrations.flair")
+    with pytest.raises(ImportError, match=r"tested with torchrl 0\.14: cannot import name 'GRUModule'"):
+        importlib.import_module("mingru.integrations.torchrl")

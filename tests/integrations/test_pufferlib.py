@@ -66,7 +66,7 @@ def assert_trains(policy, logits, values):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_layers": 2}, {"norm": "rms", "candidate": "positive", "residual": False}]
+    "options", [{}, {"num_layers": 2}, {"cell": "mingru", "norm": "rms", "candidate": "linear", "residual": False}]
 )
 def test_the_wrapper(options):
     policy, observations, whole = make(**options), torch.randn(B, S, 2, 2), fresh()
@@ -93,7 +93,7 @@ def test_the_wrapper_initializes_the_policy():
     assert not policy.encoder.bias.any() and (policy.layer_norm.weight == 0.5).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"learn_initial_state": True, "residual": False}])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"cell": "minlstm"}])
 def test_the_network(options):
     policy, observations = Policy4(MinGRU(H, **options)), torch.randn(B, S, 4)
     with torch.no_grad():

@@ -18,7 +18,8 @@ from tensordict import TensorDict
 from mingru.integrations import rsl_rl
 
 B, S, IN = 6, 16, 3
-OPTIONS = [{}, {"rnn_type": "lstm"}, {"rnn_num_layers": 2, "rnn_options": {"norm": "rms", "candidate": "linear"}}]
+OPTIONS = [{}, {"rnn_options": {"cell": "minlstm"}}]
+OPTIONS += [{"rnn_num_layers": 2, "rnn_options": {"cell": "mingru", "norm": "rms", "candidate": "linear"}}]
 
 
 class Environment(VecEnv):
@@ -96,6 +97,7 @@ def test_saving_loading_and_exports(index, tmp_path):
     assert_close(found[0], expected[0])  # The others do not begin with 0.
 
 
-def test_a_learned_state_is_refused():
-    message = "learn_initial_state must be False because rsl_rl begins episodes with 0"
-    refuses(ValueError, message, make, rnn_options={"learn_initial_state": True})
+@pytest.mark.parametrize("options", [{"learn_initial_state": True}, {"cell": "mingru", "candidate": "positive"}])
+def test_states_that_do_not_begin_at_0_are_refused(options):
+    message = "MinGRUModel: options must be such that states begin at 0, as in the library"
+    refuses(ValueError, message, make, rnn_options=options)

@@ -9,6 +9,7 @@ import gymnasium
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 
+import mingru
 from mingru.integrations import sb3
 
 
@@ -41,17 +42,22 @@ def _logs_are_in_the_folder_of_the_test(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"n_lstm_layers": 2, "lstm_kwargs": {"norm": "rms"}}, ALONE, ALONE | {"shared_lstm": True}]
+    "options",
+    [
+        {},
+        {"n_lstm_layers": 2, "lstm_kwargs": {"norm": "rms"}},
+        ALONE | {"lstm_kwargs": {"cell": "mingru"}},
+        ALONE | {"shared_lstm": True, "lstm_kwargs": {"cell": "minlstm"}},
+    ],
 )
-@pytest.mark.parametrize("policy", [sb3.MinGRUPolicy, sb3.MinLSTMPolicy])
-def test_training_equals_the_steps_of_sb3(policy, options):
+def test_training_equals_the_steps_of_sb3(options):
     """Rollouts, minibatches, losses, gradients and updates are those of sb3's own loop with the same layers."""
 
-    class Stepped(policy):
+    class Stepped(sb3.MinGRUPolicy):
         _process_sequence = staticmethod(RecurrentActorCriticPolicy._process_sequence)
 
     trained = []
-    for each in (policy, Stepped):
+    for each in (sb3.MinGRUPolicy, Stepped):
         VECTOR.seed(0)
         model = RecurrentPPO(each, Images(VECTOR), policy_kwargs={"lstm_hidden_size": 8, **options}, **SMALL)
         assert (model.policy.lstm_critic is None) == ("enable_critic_lstm" in options)
@@ -68,31 +74,33 @@ def test_training_equals_the_steps_of_sb3(policy, options):
     torch.testing.assert_close(*trained)
 
 
-@pytest.mark.parametrize("policy", [sb3.MinGRUPolicy, sb3.MinLSTMPolicy, sb3.MinGRUCnnPolicy])
+@pytest.mark.parametrize("policy", [sb3.MinGRUPolicy, sb3.MinGRUCnnPolicy])
 def test_defaults(policy):
     kind = "CnnPolicy" if policy is sb3.MinGRUCnnPolicy else "Policy"
-    model = RecurrentPPO(policy, Images(SPACES[kind]), policy_kwargs={"n_lstm_layers": 2}, **SMALL)
-    for lstm in (model.policy.lstm_actor, model.policy.lstm_critic):
-        assert (lstm.candidate, lstm.residual, lstm.norm) == ("tanh", True, None)
-        first, second = lstm.layers
-        gain = 3 if kind == "Policy" else 1
-        for weight, bound in ((first.linear.weight, gain), (first.align.weight, gain), (second.linear.weight, 1)):
-            # Uniform, as torch.nn.Linear initializes it.
-            assert 0.9 * bound < weight.abs().max() * weight.shape[1] ** 0.5 <= 1.0001 * bound
-    own = {"lstm_hidden_size": 8, "lstm_kwargs": {"candidate": "linear", "residual": False}}
-    lstm = RecurrentPPO(policy, Images(SPACES[kind]), policy_kwargs=own, **SMALL).policy.lstm_actor
+    for cell, layer in (("gru", mingru.GRU), ("mingru", mingru.MinGRU)):
+        gain = 3 if kind == "Policy" and cell == "mingru" else 1
+        options = {"lstm_hidden_size": 64, "n_lstm_layers": 2, "lstm_kwargs": {} if cell == "gru" else {"cell": cell}}
+        model = RecurrentPPO(policy, Images(SPACES[kind]), policy_kwargs=options, **SMALL)
+        for lstm in (model.policy.lstm_actor.layer, model.policy.lstm_critic.layer):
+            assert type(lstm) is layer and lstm.residual == (cell == "mingru") and lstm.norm is None
+            weights = [each.linear.weight.abs().max() for each in lstm.layers]
+            # Uniform: of a GRU up to 1 / sqrt(H), otherwise as torch.nn.Linear initializes it.
+            sizes = [64, 64] if cell == "gru" else [lstm.input_dims, 64]
+            for found, size, factor in zip(weights, sizes, (gain, 1), strict=True):
+                assert 0.9 * factor < found * size**0.5 <= 1.0001 * factor
+    own = {"lstm_hidden_size": 8, "lstm_kwargs": {"cell": "mingru", "candidate": "linear", "residual": False}}
+    lstm = RecurrentPPO(policy, Images(SPACES[kind]), policy_kwargs=own, **SMALL).policy.lstm_actor.layer
     assert (lstm.candidate, lstm.residual) == ("linear", False)
 
 
 @pytest.mark.parametrize("kind", SPACES)
-@pytest.mark.parametrize("cell", ["MinGRU", "MinLSTM"])
-def test_training_saving_and_loading(cell, kind, tmp_path):
-    policy = getattr(sb3, cell + kind)
+def test_training_saving_and_loading(kind, tmp_path):
+    policy = getattr(sb3, f"MinGRU{kind}")
     options = {"lstm_hidden_size": 8, "n_lstm_layers": 2, "lstm_kwargs": {"norm": "rms"}}
     model = RecurrentPPO(policy, Images(SPACES[kind]), policy_kwargs=options, **SMALL)
     model.learn(64)
-    lstm = model.policy.lstm_actor
-    assert (lstm.cell, lstm.candidate, lstm.norm, lstm.num_layers) == (policy.cell, "tanh", "rms", 2)
+    lstm = model.policy.lstm_actor.layer
+    assert (lstm.cell, lstm.norm, lstm.num_layers) == ("gru", "rms", 2)
     model.save(tmp_path / "model")
     loaded = RecurrentPPO.load(tmp_path / "model", device="cpu")
     model.policy.save(tmp_path / "policy")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import refuses
 
 pytest.importorskip("torchrl", reason="pip install torchrl")
 from tensordict import TensorDict
@@ -32,7 +33,7 @@ def rollout(module, obs, is_init, states):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"learn_initial_state": True}, {"num_layers": 2, "residual": True, "norm": "rms", "candidate": "tanh"}],
+    [{}, {"num_layers": 2, "residual": True, "norm": "rms"}, {"num_layers": 2, "cell": "mingru"}, {"cell": "minlstm"}],
 )
 @pytest.mark.parametrize("kind", KEYS)
 @pytest.mark.parametrize("seed", range(4))
@@ -94,3 +95,8 @@ def test_batch_first(kind):
     assert kind(IN, H, batch_first=True, **keys).out_keys[0] == "y"
     with pytest.raises(ValueError, match="must have batch_first=True"):
         kind(IN, H, batch_first=False, **keys)
+
+
+@pytest.mark.parametrize("option", ["dropout", "bidirectional"])
+def test_options_that_a_scan_cannot_have(option):
+    refuses(ValueError, f"MinGRUModule: {option} must be left out", make, MinGRUModule, **{option: True})

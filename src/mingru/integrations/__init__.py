@@ -2,31 +2,51 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
-from .. import drop_in
-from ..ops.cells import GATES, multiple_of
+from torch import Tensor, nn
 
-# What the layers of policies and of most forecasters have by default: a state of both signs, as that of an LSTM, and
-# beside it the input. Their difference is a change over time.
+from .. import GRU, MinGRU, MinLSTM
+from ..check import values
+
+CELLS: dict[str, Any] = {"gru": GRU, "mingru": MinGRU, "minlstm": MinLSTM}
+# Of a minGRU or minLSTM in a policy, by default: a state of both signs, which begins at 0, and beside it the input.
+# Their difference is a change over time.
 OPTIONS: dict[str, Any] = {"candidate": "tanh", "residual": True}
 
 
-def mixed(size: int) -> dict[str, Any]:
-    """Return the options of a minGRU half of whose features turn, or nothing if it cannot divide so many features."""
-    return {} if size % multiple_of(GATES["mixed"]) else {"cell": "mingru", "gate": "mixed"}
+class WithStatesOfTorch(nn.Module):
+    """Apply layers of this library whose states have the shape of torch's, (L, B, H).
+
+    Options are those of `mingru.GRU`, or of the layer that `cell` names, and `name` begins the messages of errors.
+    """
+
+    def __init__(
+        self, name: str, input_size: int, hidden_size: int, num_layers: int = 1, cell: str = "gru", **options: Any
+    ) -> None:
+        super().__init__()
+        values.check_choice(name, "cell", cell, tuple(CELLS))
+        options = options if cell == "gru" else {**OPTIONS, **options}
+        self.layer = CELLS[cell](input_size, hidden_size, num_layers, **options)
+        starts_at_0 = not self.layer.learn_initial_state and not self.layer.initial(1).any()
+        expected = "such that states begin at 0, as in the library, without learn_initial_state and positive candidates"
+        values.require(name, "options", starts_at_0, expected, repr(options))
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.batch_first, self.bidirectional = self.layer.batch_first, self.layer.bidirectional
+
+    def forward(self, x: Tensor, hx: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out, h = self.layer(x, None if hx is None else hx.unsqueeze(2), reset)
+        return out, h.squeeze(2)
 
 
-class Replaced:
-    """Replaces the layers of a model that its library has constructed."""
+class WithPairs(WithStatesOfTorch):
+    """Take and return the state twice, as the pair of an LSTM."""
 
-    options: ClassVar[dict[str, Any]] = OPTIONS
+    proj_size = 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # A minGRU for a GRU, and a minLSTM for an LSTM, unless the options say otherwise.
-        given: dict[str, Any] = {"cell": "minlstm", **self.options}
-        drop_in.replace(self, **given)  # type: ignore[arg-type]
+    def forward(self, x: Tensor, hx: Any = None, reset: Tensor | None = None) -> Any:
+        out, h = super().forward(x, None if hx is None else hx[0], reset)
+        return out, (h, h)
 
 
 @contextmanager

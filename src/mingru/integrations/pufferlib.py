@@ -5,18 +5,16 @@ This module does not import PufferLib, because its versions have different class
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .. import drop_in
-from . import OPTIONS
+from . import WithStatesOfTorch
 
 __all__ = ["MinGRU", "MinGRUWrapper"]
 
-DEFAULTS: dict[str, Any] = {"batch_first": True, "cell": "mingru", **OPTIONS}
-
 
 class MinGRUWrapper(nn.Module):
-    """Add minGRU layers to a policy of PufferLib 3, between `encode_observations` and `decode_actions`.
+    """Add recurrent layers to a policy of PufferLib 3, between `encode_observations` and `decode_actions`.
 
     Use it in place of `pufferlib.models.LSTMWrapper`, with `use_rnn` on. As there, the policy is initialized again, and
     the state is not reset where an episode ends.
@@ -27,7 +25,8 @@ class MinGRUWrapper(nn.Module):
         input_size: Number of features that `encode_observations` returns.
         hidden_size: Number of features that `decode_actions` takes.
         num_layers: Number of layers, L. PufferLib stores L * `hidden_size` state features, the attribute `hidden_size`.
-        **options: Options of `mingru.drop_in.GRULike`.
+        **options: Options of `mingru.GRU`, or `cell="mingru"` or "minlstm" and options of that layer, by default
+            `candidate="tanh"` and `residual=True`.
 
     Examples:
         >>> policy = MinGRUWrapper(vecenv.driver_env, policy)  # doctest: +SKIP
@@ -50,7 +49,7 @@ class MinGRUWrapper(nn.Module):
             elif "layer_norm" not in name and "weight" in name and parameter.ndim > 1:
                 nn.init.orthogonal_(parameter)
         # PufferLib looks for an attribute of this name.
-        self.lstm = drop_in.GRULike(input_size, hidden_size, num_layers, **{**DEFAULTS, **options})
+        self.lstm = WithStatesOfTorch("MinGRUWrapper", input_size, hidden_size, num_layers, **options)
         self.hidden_size = num_layers * hidden_size
 
     def forward_eval(self, observations: Tensor, state: dict[str, Any]) -> tuple[Any, Tensor]:
@@ -77,7 +76,7 @@ class MinGRUWrapper(nn.Module):
 
 
 class MinGRU(nn.Module):
-    """Network of minGRU layers for a policy of PufferLib 4, in place of a class of `pufferlib.models`.
+    """Network of recurrent layers for a policy of PufferLib 4, in place of a class of `pufferlib.models`.
 
         Policy(encoder, decoder, MinGRU(hidden_size, num_layers=2))
 
@@ -87,7 +86,7 @@ class MinGRU(nn.Module):
     Args:
         hidden_size: Number of features, H.
         num_layers: Number of layers, L.
-        **options: Options of `mingru.drop_in.GRULike`.
+        **options: As in `MinGRUWrapper`.
 
     References:
         PufferLib 4, `pufferlib/models.py`.
@@ -97,11 +96,11 @@ class MinGRU(nn.Module):
         super().__init__()
         self.hidden_size = hidden_size
         self.num_layers = num_layers
-        self.rnn = drop_in.GRULike(hidden_size, hidden_size, num_layers, **{**DEFAULTS, **options})
+        self.rnn = WithStatesOfTorch("MinGRU", hidden_size, hidden_size, num_layers, **options)
 
     def initial_state(self, batch_size: int, device: Any) -> tuple[Tensor]:
         """Return the state (L, B, H) in a tuple."""
-        return (self.rnn.initial(batch_size).to(device).clone(),)
+        return (torch.zeros(self.num_layers, batch_size, self.hidden_size, device=device),)
 
     def forward_eval(self, h: Tensor, state: tuple[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
         """Return the output (B, H) of one step, and the next state."""

@@ -1,15 +1,13 @@
 """A recurrent model for rsl_rl, which computes all trajectories of an update in one pass."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import drop_in
 from ..check import values
-from . import OPTIONS, require
+from . import WithStatesOfTorch, require
 
 with require("rsl-rl-lib", "rsl_rl 5.5", __name__):
     from rsl_rl.models import RNNModel
@@ -37,19 +35,17 @@ class _OnePass(RNN):
         starts = lengths.cumsum(0) - lengths
         goes_on = starts % num_steps == 0
         reset = masks.new_zeros(batch * num_steps).index_fill(0, starts[~goes_on], True)
-        is_pair = isinstance(hidden_state, tuple)
-        hx = [each[:, goes_on] for each in (hidden_state if is_pair else (hidden_state,))]
-        return self.rnn(x, tuple(hx) if is_pair else hx[0], reset=reset.view(batch, num_steps).T)[0]
+        return self.rnn(x, hidden_state[:, goes_on], reset=reset.view(batch, num_steps).T)[0]
 
 
 class MinGRUModel(RNNModel):
-    """Use minGRU or minLSTM layers in rsl_rl, as actor, critic or both.
+    """Use recurrent layers of this library in rsl_rl, as actor, critic or both.
 
         config["actor"]["class_name"] = "mingru.integrations.rsl_rl:MinGRUModel"
 
-    The arguments are those of rsl_rl's `RNNModel`, with "gru" as the default `rnn_type`; "lstm" is minLSTM.
-    `rnn_options` are options of `mingru.drop_in.GRULike`. The default candidate is "tanh", and
-    `residual` is True by default.
+    The arguments are those of rsl_rl's `RNNModel`, with "gru" as the only `rnn_type`. `rnn_options` are options of
+    `mingru.GRU`, or {"cell": "mingru"} or {"cell": "minlstm"} and options of that layer, by default `candidate="tanh"`
+    and `residual=True`.
 
     In an update, the trajectories are not computed as padded sequences, but in one call over the steps of the
     environments, with resets. Models are saved, loaded and exported as usual.
@@ -67,13 +63,11 @@ class MinGRUModel(RNNModel):
         rnn_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {"cell": "mingru" if rnn_type == "gru" else "minlstm", **OPTIONS, **(rnn_options or {})}
-        values.check_choice("MinGRUModel", "rnn_type", rnn_type, ("gru", "lstm"))
-        expected = "False because rsl_rl begins episodes with 0"
-        values.require("MinGRUModel", "learn_initial_state", not options.get("learn_initial_state"), expected, "True")
+        values.check_choice("MinGRUModel", "rnn_type", rnn_type, ("gru",))
         super().__init__(*args, rnn_hidden_dim=rnn_hidden_dim, **kwargs)
-        layer = drop_in.GRULike if rnn_type == "gru" else drop_in.LSTMLike
-        self.rnn = _OnePass(layer(self.obs_dim, rnn_hidden_dim, rnn_num_layers, **options))
+        options: dict[str, Any] = {"batch_first": False, **(rnn_options or {})}
+        layers = WithStatesOfTorch("MinGRUModel", self.obs_dim, rnn_hidden_dim, rnn_num_layers, **options)
+        self.rnn = _OnePass(layers)
 
     def as_jit(self) -> Any:
         """Return the module that rsl_rl exports to TorchScript."""
@@ -85,8 +79,9 @@ class MinGRUModel(RNNModel):
 
 
 def _exported(export: Callable[..., Any], *args: Any) -> Any:
-    with warnings.catch_warnings():
-        # In the block, rsl_rl takes the layers for torch's. It builds none.
-        warnings.filterwarnings("ignore", "patch: ", UserWarning)
-        with drop_in.patch():
-            return export(*args)
+    # Here, rsl_rl takes the layers for torch's. It builds none.
+    of_torch, nn.GRU = nn.GRU, WithStatesOfTorch  # type: ignore[assignment, misc]
+    try:
+        return export(*args)
+    finally:
+        nn.GRU = of_torch  # type: ignore[misc]

@@ -8,49 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import drop_in
-from ..drop_in.interface import Pair
-from . import OPTIONS, require
+from . import WithPairs, require
 
 with require("sb3-contrib", "sb3-contrib 2.9", __name__):
     from sb3_contrib.ppo_recurrent import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
 
-__all__ = [
-    "MinGRUCnnPolicy",
-    "MinGRUMultiInputPolicy",
-    "MinGRUPolicy",
-    "MinLSTMCnnPolicy",
-    "MinLSTMMultiInputPolicy",
-    "MinLSTMPolicy",
-]
+__all__ = ["MinGRUCnnPolicy", "MinGRUMultiInputPolicy", "MinGRUPolicy"]
 
 
 class _OnePass(MlpLstmPolicy):
     """Replaces the LSTMs of a policy, and the loop over its steps."""
 
-    cell = "mingru"
-    # Factor of the initial weights of the first layer.
+    # Factor of the initial weights of the first layer of a minGRU or minLSTM.
     input_gain = 1.0
 
     def __init__(self, *args: Any, lstm_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.lstm_kwargs = lstm_kwargs or {}
-        options = {"cell": self.cell, **OPTIONS, **self.lstm_kwargs}
         for name in ("lstm_actor", "lstm_critic"):
             old = getattr(self, name)
             if old is not None:
-                lstm = drop_in.LSTMLike(old.input_size, old.hidden_size, old.num_layers, **options)
-                for parameter in lstm.layers[0].parameters():
-                    if parameter.dim() > 1:
-                        parameter.data *= self.input_gain
+                options: dict[str, Any] = {"batch_first": False, **self.lstm_kwargs}
+                lstm = WithPairs(type(self).__name__, old.input_size, old.hidden_size, old.num_layers, **options)
+                first = lstm.layer.layers[0]
+                for each in (first.linear, first.align):
+                    if lstm.layer.cell != "gru" and each is not None:
+                        each.weight.data *= self.input_gain
                 setattr(self, name, lstm)
         schedule = kwargs["lr_schedule"] if "lr_schedule" in kwargs else args[2]
         self.optimizer = self.optimizer_class(self.parameters(), lr=schedule(1), **self.optimizer_kwargs)
 
     @staticmethod
     def _process_sequence(
-        features: Tensor, lstm_states: Pair, episode_starts: Tensor, lstm: drop_in.LSTMLike
-    ) -> tuple[Tensor, Pair]:
+        features: Tensor, lstm_states: tuple[Tensor, Tensor], episode_starts: Tensor, lstm: WithPairs
+    ) -> Any:
         """Return the output of all steps (N, H), and the states after the last step of each sequence."""
         batch = lstm_states[0].shape[1]
         x, starts = (torch.unflatten(each, 0, [batch, -1]).transpose(0, 1) for each in (features, episode_starts))
@@ -69,17 +60,17 @@ class _OnePass(MlpLstmPolicy):
 
 
 class MinGRUPolicy(_OnePass):
-    """Use minGRU layers in `RecurrentPPO`, for observations that are vectors.
+    """Use recurrent layers of this library in `RecurrentPPO`, for observations that are vectors.
 
         h_t = h_0 where an episode starts, else h_{t-1}, before each step; h_0 = 0
 
     Pass the class instead of the name of a policy. The arguments are those of `MlpLstmPolicy`; `lstm_kwargs` are
-    options of `mingru.drop_in.LSTMLike`. The default candidate is "tanh", and `residual` is True by default. Models are
-    saved and loaded as usual.
+    options of `mingru.GRU`, or `cell="mingru"` or "minlstm" and options of that layer, by default `candidate="tanh"`
+    and `residual=True`. Models are saved and loaded as usual.
 
-    The initial weights of the first layer are 3 times those of `torch.nn.Linear`, because observations that are not
-    normalized are often small. A subclass may have another factor as `input_gain`. It is 1 in the policies for images
-    and dictionaries.
+    The initial weights of the first layer of a minGRU or minLSTM are 3 times those of `torch.nn.Linear`, because
+    observations that are not normalized are often small. A subclass may have another factor as `input_gain`. It is 1 in
+    the policies for images and dictionaries.
 
     Examples:
         >>> from sb3_contrib import RecurrentPPO  # doctest: +SKIP
@@ -93,27 +84,8 @@ class MinGRUPolicy(_OnePass):
 
 
 class MinGRUCnnPolicy(_OnePass, CnnLstmPolicy):
-    """Use minGRU layers behind a convolutional network, for images; see `MinGRUPolicy`."""
+    """Use recurrent layers behind a convolutional network, for images; see `MinGRUPolicy`."""
 
 
 class MinGRUMultiInputPolicy(_OnePass, MultiInputLstmPolicy):
-    """Use minGRU layers for observations that are dictionaries; see `MinGRUPolicy`."""
-
-
-class MinLSTMPolicy(_OnePass):
-    """Use minLSTM layers in `RecurrentPPO`; see `MinGRUPolicy`."""
-
-    cell = "minlstm"
-    input_gain = 3.0
-
-
-class MinLSTMCnnPolicy(_OnePass, CnnLstmPolicy):
-    """Use minLSTM layers behind a convolutional network, for images; see `MinGRUPolicy`."""
-
-    cell = "minlstm"
-
-
-class MinLSTMMultiInputPolicy(_OnePass, MultiInputLstmPolicy):
-    """Use minLSTM layers for observations that are dictionaries; see `MinGRUPolicy`."""
-
-    cell = "minlstm"
+    """Use recurrent layers for observations that are dictionaries; see `MinGRUPolicy`."""

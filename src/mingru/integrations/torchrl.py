@@ -3,13 +3,11 @@
 from inspect import signature
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
-from .. import drop_in
-from . import require
+from ..check import values
+from . import CELLS, WithPairs, WithStatesOfTorch, require
 
 with require("torchrl", "torchrl 0.14", __name__):
     from torchrl.modules import GRUModule, LSTMModule
@@ -20,22 +18,24 @@ __all__ = ["MinGRUModule", "MinLSTMModule"]
 class _OnePass:
     """Replaces the layers of a module of TorchRL, and its scan with resets."""
 
-    name = "GRU"
+    layers: type[WithStatesOfTorch] = WithStatesOfTorch
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
-        kind = getattr(drop_in, f"{self.name}Like")
-        names = signature(super().__init__).parameters.keys() - signature(kind).parameters.keys()
-        of_module = {name: options.pop(name) for name in names & options.keys()}
-        layer = kind(
-            input_size, hidden_size, num_layers, **{"batch_first": True, "cell": f"min{self.name.lower()}", **options}
-        )
-        super().__init__(**{self.name.lower(): layer}, **of_module)
+        of_layer = {"cell", "num_layers", *signature(CELLS[options.get("cell", "gru")]).parameters}
+        names = options.keys() & (signature(super().__init__).parameters.keys() - of_layer)
+        of_module = {name: options.pop(name) for name in names}
+        name = type(self).__name__
+        for option in ("bidirectional", "dropout"):
+            expected = "left out, as with TorchRL's scan"
+            values.require(name, option, not options.get(option), expected, repr(options.get(option)))
+        layers = self.layers(name, input_size, hidden_size, num_layers, **options)
+        super().__init__(**{self.name: layers}, **of_module)  # type: ignore[attr-defined]
         # The form of a call with all its resets. Set here, because the constructor would compile TorchRL's own scan.
         self.recurrent_backend = "scan"
 
 
 class MinGRUModule(_OnePass, GRUModule):
-    """Apply minGRU layers to a tensordict, as TorchRL's `GRUModule` does.
+    """Apply recurrent layers of this library to a tensordict, as TorchRL's `GRUModule` does.
 
     In recurrent mode, all trajectories in the rows of a batch are computed in one call. The state before a step with
     `is_init` is 0. As in TorchRL, the state after the last step of a trajectory is written at that step; elsewhere, 0
@@ -47,8 +47,9 @@ class MinGRUModule(_OnePass, GRUModule):
         num_layers: Number of layers.
         **options: Arguments of TorchRL's module: `in_key` or `in_keys`, such as ["observation", "state"], `out_key` or
             `out_keys`, such as ["features", ("next", "state")], and `default_recurrent_mode`. `recurrent_backend`,
-            and what else chooses among TorchRL's own computations, has no effect. Others are options of
-            `mingru.drop_in.GRULike`, such as `candidate="tanh"`.
+            and what else chooses among TorchRL's own computations, has no effect. Others are options of `mingru.GRU`,
+            or `cell="mingru"` or "minlstm" and options of that layer, by default `candidate="tanh"` and
+            `residual=True`.
 
     Examples:
         >>> from tensordict import TensorDict  # doctest: +SKIP
@@ -61,54 +62,36 @@ class MinGRUModule(_OnePass, GRUModule):
         TorchRL 0.14, `torchrl/modules/tensordict_module/rnn.py`.
     """
 
+    name = "gru"
+
     def _gru_scan_with_resets(
         self, input: Tensor, hidden_in: Tensor, hidden: Tensor, is_init: Tensor
-    ) -> tuple[Tensor, ...]:
-        return _in_one_pass(self.gru, input, (hidden,), is_init)
+    ) -> tuple[Tensor, Tensor]:
+        return _in_one_pass(self.gru.layer, input, hidden, is_init)
 
 
 class MinLSTMModule(_OnePass, LSTMModule):
-    """Apply minLSTM layers to a tensordict, as TorchRL's `LSTMModule` does; see `MinGRUModule`.
+    """Apply recurrent layers to a tensordict, as TorchRL's `LSTMModule` does; see `MinGRUModule`.
 
-    The keys are those of the input and of the two states. `options` are arguments of `mingru.drop_in.LSTMLike`.
+    The keys are those of the input and of two states, which are the same.
     """
 
-    name = "LSTM"
+    name, layers = "lstm", WithPairs
 
     def _lstm_scan_with_resets(
         self, input: Tensor, hidden0_in: Tensor, hidden1_in: Tensor, hidden: tuple[Tensor, Tensor], is_init: Tensor
-    ) -> tuple[Tensor, ...]:
-        return _in_one_pass(self.lstm, input, hidden, is_init)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, states = _in_one_pass(self.lstm.layer, input, hidden[0], is_init)
+        return y, states, states
 
 
-def _in_one_pass(rnn: Any, x: Tensor, h: tuple[Tensor, ...], is_init: Tensor) -> tuple[Tensor, ...]:
-    """Return the outputs (B, S, *), and the states (B, S, L, H) at the last step of each trajectory, 0 elsewhere.
+def _in_one_pass(rnn: Any, x: Tensor, h: Tensor, is_init: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the output (B, S, H), and the states (B, S, L, H) at the last step of each trajectory, 0 elsewhere.
 
     h (L, B, H) is the state of each row.
     """
-    batch, num_steps = is_init.shape
-    if rnn.num_layers == 1 and not (rnn.residual or rnn.proj_size or rnn.bidirectional or rnn.learn_initial_state):
-        # The output is the state, and a reset sets it to 0.
-        y, _ = rnn(x, h if len(h) > 1 else h[0], reset=is_init)
-        goes_on = F.pad(~is_init[:, 1:], (0, 1)).unsqueeze(2)
-        return y, *(y.masked_fill(goes_on, 0.0).unsqueeze(2) for _ in h)
-    # The trajectories are packed, so that the layer returns the last states of all.
-    begins = is_init.clone()
-    begins[:, 0] = True
-    starts = begins.flatten().nonzero().squeeze(1)
-    lengths = starts.diff(append=starts.new_tensor([batch * num_steps]))
-    lengths, order = lengths.sort(descending=True, stable=True)
-    starts = starts[order]
-    steps = torch.arange(int(lengths[0]), device=x.device).unsqueeze(1)
-    index = (starts + steps)[steps < lengths]
-    packed = PackedSequence(x.flatten(0, 1).index_select(0, index), (steps < lengths).sum(1).cpu())
-    is_new = is_init.flatten()[starts].unsqueeze(1)
-    begin = tuple(each[:, starts // num_steps].masked_fill(is_new, 0.0) for each in h)
-    out, last = rnn(packed, begin if len(begin) > 1 else begin[0])
-    y = torch.zeros_like(out.data).index_copy(0, index, out.data)
-    states = []
-    for state in (last,) if isinstance(last, Tensor) else last:
-        by_trajectory = state.transpose(0, 1)
-        everywhere = by_trajectory.new_zeros(batch * num_steps, *by_trajectory.shape[1:])
-        states.append(everywhere.index_copy(0, starts + lengths - 1, by_trajectory))
-    return tuple(torch.unflatten(each, 0, (batch, num_steps)) for each in (y, *states))
+    states = rnn.all_states(x, h.unsqueeze(2), is_init)
+    # The output of a GRU is the state of its last layer.
+    y = states[-1] if rnn.cell == "gru" and not rnn.residual else rnn(x, h.unsqueeze(2), is_init)[0]
+    goes_on = F.pad(~is_init[:, 1:], (0, 1))
+    return y, states.permute(1, 2, 0, 3).masked_fill(goes_on[:, :, None, None], 0.0)
