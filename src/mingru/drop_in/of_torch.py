@@ -54,7 +54,8 @@ class OfTorch(ABCMeta):
         return hash(cls.of_torch) if cls.of_torch else super().__hash__()
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return cls.__subclasscheck__(type(instance))
+        # Not before a layer of ours has values: transformers would initialize it as one of torch, and fail at a norm.
+        return cls.__subclasscheck__(type(instance)) and not getattr(instance, "_is_empty", False)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
         return super().__subclasscheck__(subclass) or (cls.of_torch is not None and issubclass(subclass, cls.of_torch))
