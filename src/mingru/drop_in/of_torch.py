@@ -95,6 +95,8 @@ _OPERATORS = SimpleNamespace(gru=operators.gru, lstm=operators.lstm, gru_cell=gr
 def _computed(forward: Any) -> Any:
     """Return torch's `forward`, with its checks and errors, in which the module of torch's operators is ours."""
     names = {**forward.__globals__, "_VF": _OPERATORS}
+    # Otherwise `torch.compile`, told to compile recurrent layers, looks for the names in torch's module.
+    del names["__name__"]
     own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
     own.__doc__ = "Return what torch's layer returns."
     return own
