@@ -35,8 +35,6 @@ class DropIn(RecurrentLevels):
     cell, _start = "mingru", 0.0
     _linear_map = WeightAndBias
     _remedy_for_weights = "keep torch's layer, which mingru.drop_in.accelerate(model) computes in less time"
-    # Models of transformers 5 initialize no module with this attribute, though `isinstance` says that it is torch's.
-    _is_hf_initialized = True
     has_pair = False
     """Whether the state is the pair of an LSTM."""
     __call__: Any

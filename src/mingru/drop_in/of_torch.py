@@ -19,8 +19,6 @@ from . import operators
 
 # What `patch` builds in this context in place of these classes, innermost last.
 PATCHES: ContextVar[tuple[Any, ...]] = ContextVar("patches", default=())
-# Of a step of a GRU, from which on the kernel takes less time than torch's operators.
-_MULTIPLICATIONS = 2**20
 
 
 class OfTorch(ABCMeta):
@@ -54,7 +52,8 @@ class OfTorch(ABCMeta):
         return hash(cls.of_torch) if cls.of_torch else super().__hash__()
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return cls.__subclasscheck__(type(instance))
+        # Not before a layer of ours has values: transformers would initialize it as one of torch, and fail at a norm.
+        return cls.__subclasscheck__(type(instance)) and not getattr(instance, "_is_empty", False)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
         return super().__subclasscheck__(subclass) or (cls.of_torch is not None and issubclass(subclass, cls.of_torch))
@@ -68,15 +67,17 @@ class OfTorch(ABCMeta):
 
 @outside_of_graphs
 def gru_cell(x: Tensor, hx: Tensor, *weights: Any) -> Tensor:
-    """Compute `torch.gru_cell` by the kernel of a GRU without gradients, if there is enough to multiply.
+    """Compute `torch.gru_cell` by the kernel of a GRU without gradients, if there are many sequences and features.
 
-    Gradients take longer here than in torch, and so do small steps, whose call costs more than their products.
+    Gradients take longer here than in torch, and so do small steps, whose call costs more than their products, and
+    products with few rows.
     """
-    is_large = not torch.is_grad_enabled() and hx.numel() * (hx.size(-1) + x.size(-1)) >= _MULTIPLICATIONS
-    if is_large and not is_captured() and x.is_cpu and x.dtype in (torch.float32, torch.float64):
+    is_large = len(hx) >= 64 and hx.numel() * (hx.size(-1) + x.size(-1)) >= 2**21
+    if is_large and x.is_cpu and not torch.is_grad_enabled() and not is_captured():
         flat, (batch, inputs), size = [each for each in weights if each is not None], x.shape, hx.size(-1)
         shapes = [(batch, size), (3 * size, inputs), (3 * size, size), (3 * size,), (3 * size,)][: 1 + len(flat)]
         is_usual = [each.shape for each in (hx, *flat) if each.dtype == x.dtype and each.is_cpu] == shapes
+        is_usual = is_usual and len(flat) != 3 and x.dtype in (torch.float32, torch.float64)
         if is_usual and route.is_for_native(x, hx, *flat) and not len_torch_dispatch_stack():
             of_input, of_state, *biases = flat
             bias: Any = biases[0] + F.pad(biases[1][: 2 * size], (0, size)) if biases else None
@@ -94,6 +95,8 @@ _OPERATORS = SimpleNamespace(gru=operators.gru, lstm=operators.lstm, gru_cell=gr
 def _computed(forward: Any) -> Any:
     """Return torch's `forward`, with its checks and errors, in which the module of torch's operators is ours."""
     names = {**forward.__globals__, "_VF": _OPERATORS}
+    # Otherwise `torch.compile`, told to compile recurrent layers, looks for the names in torch's module.
+    del names["__name__"]
     own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
     own.__doc__ = "Return what torch's layer returns."
     return own
@@ -149,10 +152,10 @@ class LSTM(nn.modules.LSTM, metaclass=OfTorch):
 
 
 class GRUCell(nn.modules.GRUCell, metaclass=OfTorch):
-    """Compute a `torch.nn.GRUCell`, without gradients by the kernel of a GRU on the CPU if there is enough to multiply.
+    """Compute a `torch.nn.GRUCell`, on the CPU by the kernel of a GRU where this takes less time.
 
-    It is torch's class, as `mingru.drop_in.GRU` is. The kernel takes less time than torch's operators from B H (H + I)
-    of about a million on.
+    It is torch's class, as `mingru.drop_in.GRU` is. The kernel computes it without gradients, from 64 sequences and a
+    B H (H + I) of 2 million on.
 
     Args:
         input_size: Number of input features, I.
