@@ -30,16 +30,14 @@ The table has the ratio of speech to distortion (SI-SDR, higher is better) at th
 three seeds and half of their range, with the default options. Then come the processor seconds of training, and the
 processor time of the stream on one thread, with its Fourier transforms, as a share of the duration of the sound:
 
-                    0 dB          5 dB         10 dB   training  stream
-    noisy    0.00 ± 0.00   4.99 ± 0.00  10.00 ± 0.00
-    Wiener   0.66 ± 0.00   6.15 ± 0.00  11.17 ± 0.00
-    minGRU   2.44 ± 0.04   7.79 ± 0.04  12.77 ± 0.11     23.8 s   0.80%
-    mixed    2.83 ± 0.09   8.15 ± 0.12  13.11 ± 0.16     26.2 s   2.68%
-    nn.GRU   2.32 ± 0.11   7.67 ± 0.09  12.46 ± 0.07     43.9 s   0.50%
+                        0 dB          5 dB         10 dB   training  stream
+    noisy        0.00 ± 0.00   4.99 ± 0.00  10.00 ± 0.00
+    Wiener       0.66 ± 0.00   6.15 ± 0.00  11.17 ± 0.00
+    mingru.GRU   2.33 ± 0.07   7.65 ± 0.04  12.49 ± 0.12     13.9 s   0.48%
+    minGRU       2.41 ± 0.02   7.78 ± 0.04  12.77 ± 0.10     17.1 s   0.53%
+    mixed        2.75 ± 0.12   8.10 ± 0.13  13.07 ± 0.12     18.5 s   0.76%
 
-"mixed" is minGRU with gate="mixed". Both train in 0.6 of the time of nn.GRU, and are as good or better. In the stream,
-nn.GRU is faster: minGRU has three layers with norms, and ONNX Runtime has no operator for it. Much of the music stays.
-For speakers and music of the training, minGRU improves mixtures of 0 dB by 6.5 dB.
+mingru.GRU has two layers, and minGRU three, with norms; "mixed" is minGRU with gate="mixed". Much of the music stays.
 """
 
 import io

@@ -78,7 +78,7 @@ PROGRAMS = {
     ),
     "pixels": Program(
         "--data digits --num-steps 3 --num-parameters 1000 --batch-size 4 --seeds 0 3",
-        "digits: logistic, logistic, mingru.GRU minGRU mixed",
+        "digits: logistic logistic mingru.GRU minGRU mixed",
         smaller={"read": as_images},
     ),
     "speakers": Program(
