@@ -54,7 +54,12 @@ struct Tanh {
   template <class A, class Memo>
   MINGRU_INLINE Value<A> of(A v, Memo& memo) {
     const Fraction<A> e = memo(0, power_and_rest(A(2) * minus_absolute(v)));
-    const A inverse = A(1) / (A(1) + e.value);
+    return by(v, e, A(1) / (A(1) + e.value));
+  }
+
+  // From e = exp(-2|v|) and 1 / (1 + e).
+  template <class A>
+  MINGRU_INLINE Value<A> by(A v, const Fraction<A>& e, A inverse) {
     const A size = e.rest * inverse;
     const A far = A(4) * e.value * (inverse * inverse);
     return {v < A(0) ? -size : size, size < A(0.5) ? A(1) - size * size : far};

@@ -235,7 +235,7 @@ void share_wide_block(
 
 void pack_diagonal_blocks(const DiagonalBlocks& blocks, Storage storage, void* packed, bool is_transposed) {
   const Kernels& kernels = kernels_of(storage);
-  for_each(blocks.count, DiagonalBlocks::num_gates * blocks.size * blocks.padded, [&](int64_t block) {
+  for_each(blocks.count, blocks.num_gates * blocks.size * blocks.padded, [&](int64_t block) {
     kernels.pack_diagonal_block(blocks, packed, block, is_transposed);
   });
 }

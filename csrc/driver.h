@@ -23,7 +23,7 @@ void for_each(int64_t count, int64_t values, const F& f) {
 // because each part continues from the state of the previous part.
 void run_scan(const Scan& scan, const Part& part, bool backward);
 
-// The same for a GRU.
+// The same for a GRU or an LSTM.
 void run_diagonal_blocks(const Scan& scan, const DiagonalBlocks& blocks, const Part& part, bool backward);
 // The `parallel_for` of wide diagonal blocks.
 void share_wide_block(

@@ -1,12 +1,12 @@
 // The loops over the steps, compiled once for each instruction set (kernels_*.cpp).
 #pragma once
 
-#include "gru.h"
 #include "convert.h"
 #include "convolution.h"
 #include "lanes.h"
 #include "norm.h"
 #include "product.h"
+#include "recurrent_steps.h"
 #include "tiles.h"
 
 namespace mingru::MINGRU_ISA {

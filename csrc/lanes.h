@@ -227,7 +227,7 @@ template <class Cell, int num_inputs, class Time>
 constexpr Loops<typename Time::Accumulation> loops_in_time = {
     num_inputs, {run_lanes<Pass<Cell, num_inputs, Time, false>>, run_lanes<Pass<Cell, num_inputs, Time, true>>}};
 
-// In place of a cell whose features depend on each other; see gru.h.
+// In place of a cell whose features depend on each other; see recurrent_steps.h.
 struct WithoutLanes {};
 template <int num_inputs, class Time>
 constexpr Loops<typename Time::Accumulation> loops_in_time<WithoutLanes, num_inputs, Time> = {};

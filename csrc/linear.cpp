@@ -147,7 +147,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
            pre_activations.scalar_type() == x.scalar_type() &&
            pre_activations.numel() == operands.num_rows() * operands.num_kept()),
       call.name, ": pre_activations must be as the forward pass keeps them, or empty");
-  char* kept = pre_activations.numel() > 0 ? data_of<char>(pre_activations) : nullptr;
+  Tensor values = pre_activations;
+  // The cells of an LSTM are computed in the order of time only.
+  if (call.cell() == Cell::lstm && values.numel() == 0) {
+    values = *linear_recurrence({call.name, tensors, bits | bit(Flag::keep), min_decay}, x, weight, bias, eps).kept;
+  }
+  char* kept = values.numel() > 0 ? data_of<char>(values) : nullptr;
   auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(states, grad_out, grad_last);
   Tensor grad_x = needs_x ? operands.empty_like_x() : empty({0}, x);
   if (needs_x) operands.clear_padding(grad_x);

@@ -42,7 +42,7 @@ class LinearOperands : public Operands {
   const bool has_norm;
 
   LinearOperands(const Call& call, const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, double eps)
-      : Operands(call, x, num_outputs(call, x, any_weight)),
+      : Operands(call, x, num_outputs(call, x, any_weight), call.cell() == Cell::lstm ? 2 : 1),
         weight(as_contiguous(any_weight)),
         num_features(weight.size(1)),
         num_columns(weight.size(0)),
@@ -52,8 +52,8 @@ class LinearOperands : public Operands {
         is_centered_(call.has(Flag::layer_norm)),
         eps_(eps),
         x_(in_memory_order(x)) {
-    if (call.cell() == Cell::gru) recurrent_.emplace(call, h, scan.num_features);
-    // The scan adds a bias of float32 or float64, unless the cell is timed or a GRU, or the product adds it at no cost.
+    if (call.cell() >= Cell::gru) recurrent_.emplace(call, h, scan.num_features);
+    // The scan adds a bias of float32 or float64, unless the cell is timed or has recurrent weights, or the product adds it at no cost.
     if (bias && (weight.element_size() < 4 || recurrent_ || scan.dt.data || scan.log_bound < 0 || is_in_tiles())) {
       STD_TORCH_CHECK(
           bias->is_cpu() && bias->numel() == num_columns && bias->scalar_type() == weight.scalar_type(), call.name,

@@ -126,14 +126,35 @@ struct AtOnce {
   }
 };
 
-// sigma(x), and sigma(-x), because 1 - sigma(x) would cancel.
-template <class A, class Memo>
-MINGRU_INLINE Fraction<A> logistic(A x, Memo& memo) {
-  const A p = memo(0, power(minus_absolute(x)));
-  const A large = A(1) / (A(1) + p);
+// sigma(x), and sigma(-x), because 1 - sigma(x) would cancel, from p = exp(-|x|) and 1 / (1 + p).
+template <class A>
+MINGRU_INLINE Fraction<A> logistic_by(A x, A p, A large) {
   const A small = p * large;
   const bool left = x < A(0);
   return {left ? small : large, left ? large : small};
+}
+
+template <class A, class Memo>
+MINGRU_INLINE Fraction<A> logistic(A x, Memo& memo) {
+  const A p = memo(0, power(minus_absolute(x)));
+  return logistic_by(x, p, A(1) / (A(1) + p));
+}
+
+// Replaces numbers from 1 to 2 by their inverses. A division takes as long as several products.
+template <class A>
+MINGRU_INLINE void invert(A& a, A& b) {
+  const A inverse = A(1) / (a * b), of_a = b * inverse;
+  b = a * inverse;
+  a = of_a;
+}
+
+template <class A>
+MINGRU_INLINE void invert(A& a, A& b, A& c) {
+  A both = a * b;
+  const A first = a;
+  invert(both, c);
+  a = b * both;
+  b = first * both;
 }
 
 // log(1 + q) for 0 <= q <= 1. The coefficients minimize the maximum relative error, which is 4e-8.

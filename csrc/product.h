@@ -128,7 +128,7 @@ static void multiply_part(const RegisterProduct<A>& product, int64_t first) {
     const A* left = product.left + part * product.left_part_stride + first * product.row_stride;
     const A* right = product.right + part * product.right_part_stride;
     for (int64_t k = 0; k < product.depth; ++k, left += product.left_stride, right += product.right_stride) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int chain = 0; chain < chains; ++chain) {
         // One by one, because GCC keeps an array that is copied as a whole in memory.
         Vector<A> values[vectors];

@@ -14,8 +14,8 @@ int64_t num_features(const Call& call, const Tensors& inputs) {
   STD_TORCH_CHECK(
       static_cast<int64_t>(inputs.size()) == count, call.name, ": the cell takes ", count, " inputs, got ", inputs.size());
   STD_TORCH_CHECK(
-      !call[Argument::lengths] && !call.has(Flag::output_gate) && !call.is_mixture() && call.cell() != Cell::gru,
-      call.name, ": lengths, output gates, mixtures and GRUs need the linear map");
+      !call[Argument::lengths] && !call.has(Flag::output_gate) && !call.is_mixture() && call.cell() < Cell::gru,
+      call.name, ": lengths, output gates, mixtures, GRUs and LSTMs need the linear map");
   int64_t features = 1;
   for (int64_t dim = call[Argument::batch_sizes] ? 1 : 2; dim < inputs[0].dim(); ++dim) features *= inputs[0].size(dim);
   return features;

@@ -25,7 +25,8 @@ enum class Storage { float32, float64, bfloat16, float16 };
   CELL(mingru_quaternion, 2, true, QuaternionMinGRU)           \
   CELL(minlstm, 3, true, MinLSTM)                              \
   CELL(minlstm_unnormalized, 3, false, UnnormalizedMinLSTM)    \
-  CELL(gru, 3, false, WithoutLanes)
+  CELL(gru, 3, false, WithoutLanes)                            \
+  CELL(lstm, 4, false, WithoutLanes)
 
 // Of an entry of such a list, for an enum.
 #define MINGRU_NAME(name, ...) name,
@@ -42,8 +43,8 @@ enum class Activation { MINGRU_ACTIVATIONS(MINGRU_NAME) count };
 // The tensors of a call: the fields of `Start` and `Layout` in src/mingru/ops/call.py. The first two are not optional.
 enum class Argument { h, initial_state, reset, dt, recurrent, recurrent_bias, batch_sizes, lengths, count };
 
-constexpr int most_inputs = 3;
-// With the output gate, which comes after the inputs of the cell.
+constexpr int most_inputs = 3;  // of a cell with lanes
+// With the output gate, which comes after the inputs of the cell. An LSTM has none.
 constexpr int most_parts = most_inputs + 1;
 // A state of this size stays in the first-level cache while the inputs are read.
 constexpr int64_t most_features = 512;
@@ -84,8 +85,8 @@ struct Scan {
   // (N), in the accumulation dtype. All are null if there is no bias.
   const void* biases[most_parts];
   Sequence out;  // the states
-  // Of a GRU whose forward pass keeps what backward needs: the sums of its candidates. The inputs become gates and
-  // candidates. Null otherwise.
+  // Of a forward pass that keeps what backward needs: of a GRU the sums of its candidates, of an LSTM the cells before the
+  // steps. The inputs become gates and candidates. Null otherwise.
   Sequence sums;
   // Forward, with an output gate: the states times silu(gate). It may be `out`. Null without an output gate.
   Sequence gated;
@@ -183,21 +184,20 @@ struct Convolution {
   int64_t num_tasks() const { return ceil_div(num_rows(), task_rows); }
 };
 
-// The recurrent weights U of a GRU: `count` diagonal blocks of `size`, or in whole groups of `padded`, as
+// The recurrent weights U of an LSTM or a GRU: `count` diagonal blocks of `size`, or in whole groups of `padded`, as
 // recurrent_weights.h packs them: r = sigma(x_r + U_r h), z = sigma(x_z + U_z h) and
 // h_t = (1 - z) tanh(x_c + r (U_c h + bias)) + z h, with h = h_{t-1}. All are in the accumulation dtype.
 struct DiagonalBlocks {
-  static constexpr int64_t num_gates = 3;
   // From so many features on, threads share each step of all batch elements, and backward the totals.
   static constexpr int64_t least_wide = 192;
   // For threads, the batch elements of a part are divided into at most so many groups, each with totals of its own. It is
   // constant, so that sums do not depend on the number of threads.
   static constexpr int64_t most_totals = 8, per_group = 4;
   static constexpr int64_t most_together = 64;
-  int64_t size, count, padded;
+  int64_t num_gates, size, count, padded;
   // As the caller has them, and packed. A call of one step may have those of the caller only.
   const void *given, *weights, *transposed, *biases;
-  // Backward only: the gradients of weights and biases, (totals, count, 3 padded + 1, padded). Null if not needed.
+  // Backward only: the gradients of weights and biases, (totals, count, num_gates padded + 1, padded). Null if not needed.
   void* totals;
   // Calls f with ranges of [0, count). Null: the caller calls it with all.
   void (*parallel_for)(

@@ -25,13 +25,13 @@ class Acceleration(NamedTuple):
 
 
 def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
-    """Let each `torch.nn.GRU` and `GRUCell`, and each packed `torch.nn.LSTM`, of a model take less time on the CPU.
+    """Let each `torch.nn.GRU`, `GRUCell` and `LSTM` of a model take less time on the CPU.
 
     The layers stay the same objects with the same parameters, names, `state_dict`, hooks, states and outputs. Only
-    their class becomes that of `mingru.drop_in`, a subclass, which computes a GRU by the kernels, and the packed
-    sequences of an LSTM by torch's code for padded ones, where these take less time. On other devices, in other dtypes,
-    in graphs, under autocast and transforms, it computes what torch does. A copied or saved model stays accelerated, so
-    a program that loads the whole model needs this package: call this with `undo=True` before saving it for others.
+    their class becomes that of `mingru.drop_in`, a subclass, which computes by the kernels where these take less time.
+    On other devices, in other dtypes, in graphs, under autocast and transforms, it computes what torch does. A copied
+    or saved model stays accelerated, so a program that loads the whole model needs this package: call this with
+    `undo=True` before saving it for others.
     `torch.jit.script` gives the layers their own class again.
 
     Args:
@@ -41,7 +41,7 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
     Returns:
         An `Acceleration`, which can be printed. `changed` has (qualified name, layer) for each layer whose class was
         changed, `left` has (qualified name, layer, reason) for each other recurrent layer of torch: layers that were
-        changed before, subclasses, scripted layers, `torch.nn.LSTMCell`, and LSTMs that no faster code computes.
+        changed before, subclasses, scripted layers, `torch.nn.LSTMCell`, and LSTMs with `proj_size`.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module, or `undo` is not a bool.
@@ -83,8 +83,7 @@ def _why_slow(layer: Any) -> str:
     """Return why torch computes a layer as fast, or ""."""
     reasons = {
         "torch computes it as fast": isinstance(layer, nn.modules.LSTMCell),
-        "torch has no faster code for projections": getattr(layer, "proj_size", 0) > 0,
-        "torch computes more than 512 inputs as fast": isinstance(layer, nn.modules.LSTM) and layer.input_size > 512,
+        "there is no kernel for projections": getattr(layer, "proj_size", 0) > 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 

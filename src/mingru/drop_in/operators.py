@@ -11,26 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import autograd, route
-from ..ops.backends.native import is_slower
+from ..ops.backends.native import is_slower, is_slower_lstm
 from ..ops.call import Call, Layout, Start, spec_of
 from ..ops.graph import is_captured
+from ..ops.layout import is_packing
 from ..ops.names_of_torch import len_torch_dispatch_stack, outside_of_graphs
-
-# What is added to the gates i, f, g, o of an LSTM where a sequence has ended: i is 0, and f is 1, so c stays.
-_ENDED = (-1e5, 1e5, 0.0, 0.0)
 
 
 @outside_of_graphs
 def gru(x: Tensor, *args: Any) -> Any:
     """Compute `torch.gru` by the kernels of a GRU where these take less time."""
-    found = None if is_captured() else _gru(x, *_with_batch_sizes(args))
+    found = None if is_captured() else _computed("gru", x, *_with_batch_sizes(args))
     return torch.gru(x, *args) if found is None else found
 
 
 @outside_of_graphs
 def lstm(x: Tensor, *args: Any) -> Any:
-    """Compute `torch.lstm` of packed sequences as of padded ones, for which torch has faster code."""
-    found = None if is_captured() else _lstm(x, *_with_batch_sizes(args))
+    """Compute `torch.lstm` by the kernels of an LSTM where these take less time."""
+    found = None if is_captured() else _computed("lstm", x, *_with_batch_sizes(args))
     return torch.lstm(x, *args) if found is None else found
 
 
@@ -39,142 +37,86 @@ def _with_batch_sizes(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (None, *args) if isinstance(args[1], list) else (*args, False)
 
 
-def _is_usual(x: Tensor, states: tuple[Tensor, ...], flat: list[Any], num_layers: int, directions: int) -> bool:
+def _computed(cell: str, x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], _: bool, *options: Any) -> Any:
+    """Return what torch's operator of the cell returns, or None if that takes less time or may do something else."""
+    num_layers, dropout, training, bidirectional, batch_first = options
+    directions, states = 2 if bidirectional else 1, (hx,) if cell == "gru" else hx
+    if x.dtype not in (torch.float32, torch.float64) or not isinstance(states, (tuple, list)) or states[0].dim() != 3:
+        return None
+    is_trained, steps = torch.is_grad_enabled(), x.size(int(batch_first)) if batch_sizes is None else len(batch_sizes)
+    batch, features = states[0].shape[1:]
+    # Torch computes packed sequences of one length as padded ones.
+    is_padded = batch_sizes is None or len(x) == batch * steps
+    is_fused = bool(cell == "lstm" and is_padded and x.dtype == torch.float32 and torch.backends.mkldnn.enabled)
+    if cell == "lstm" and is_slower_lstm(x.size(-1), features, batch, steps, is_fused, is_trained):
+        return None
+    if cell == "gru" and is_slower(features, steps, x.dtype, is_trained):
+        return None
+    rows, sizes = (3 if cell == "gru" else 4) * features, [x.size(-1), *[directions * features] * (num_layers - 1)]
+    shapes = [[(rows, size), (rows, features), (rows,), (rows,)] for size in sizes for _ in range(directions)]
+    if not _is_usual(cell, x, batch_sizes, states, flat, shapes, batch_first):
+        return None
+    # Copies of what backward needs here and not in torch, because a program may change it until then. The backward of
+    # oneDNN needs all, and refuses what has changed.
+    is_copied, per = is_trained and not is_fused, len(flat) // len(shapes)
+    layout = Layout(batch_sizes is None, batch_sizes)
+    x = x.transpose(0, 1) if batch_first else x
+    is_kept = is_copied and not all(weight.requires_grad for weight in flat[1::per])
+    before = (torch.stack([*states], 2) if len(states) > 1 or is_kept else hx.unsqueeze(2)).unbind()
+    lasts = []
+    for first in range(0, num_layers * directions, directions):
+        outs = []
+        for at in range(first, first + directions):
+            weights = flat[at * per : (at + 1) * per]
+            out, last = _recurrence(cell, x, before[at], weights, at > first, layout, is_copied)
+            outs.append(out)
+            lasts.append(last)
+        x = torch.cat(outs, -1) if directions == 2 else outs[0]
+        if first < (num_layers - 1) * directions and dropout * training > 0:
+            x = F.dropout(x, dropout)
+    if is_copied and x.requires_grad and directions == 1:
+        x = x.clone()
+    out = x.transpose(0, 1) if batch_first else x
+    return out, *(torch.stack(each) for each in zip(*(last.unbind(1) for last in lasts), strict=True))
+
+
+def _is_usual(
+    cell: str, x: Tensor, batch_sizes: Any, states: Any, flat: Any, shapes: list[Any], batch_first: bool
+) -> bool:
     """Return whether eager code may compute these tensors: on the CPU, of one dtype, in the shapes of torch's."""
-    every, features, per = (x, *states, *flat), states[0].size(-1), len(flat) // (num_layers * directions)
-    if not route.is_for_native(*every) or len_torch_dispatch_stack() or x.numel() == 0:
+    every = (x, *states, *flat)
+    if not route.is_for_native(*every, batch_sizes) or len_torch_dispatch_stack() or x.numel() == 0:
         return False
     if (
         not all(each is not None and each.is_cpu and each.dtype == x.dtype for each in every)
         or x.layout != torch.strided
     ):
         return False
-    rows = (3 if len(states) == 1 else 4) * features
-    sizes = [x.size(-1), *[directions * features] * (num_layers - 1)]
-    shapes = [[(rows, size), (rows, features), (rows,), (rows,)][:per] * directions for size in sizes]
-    return [each.shape for each in flat] == [*chain(*shapes)]
-
-
-def _layers(run: Any, x: Tensor, num_layers: int, directions: int, dropout: float) -> tuple[Tensor, ...]:
-    """Return the outputs of stacked layers, and the last states. `run` computes one layer in one direction."""
-    states = []
-    for first in range(0, num_layers * directions, directions):
-        outs, *lasts = zip(*(run(x, at) for at in range(first, first + directions)), strict=True)
-        states.append(lasts)
-        x = torch.cat(outs, -1) if directions == 2 else outs[0]
-        if first < (num_layers - 1) * directions and dropout > 0:
-            x = F.dropout(x, dropout)
-    return x, *(torch.cat([*chain(*each)]) for each in zip(*states, strict=True))
-
-
-def _gru(x: Tensor, batch_sizes: Any, hx: Tensor, flat: list[Any], _: bool, *options: Any) -> Any:
-    num_layers, dropout, training, bidirectional, batch_first = options
-    directions, steps = 2 if bidirectional else 1, x.size(int(batch_first)) if batch_sizes is None else len(batch_sizes)
-    if x.dtype not in (torch.float32, torch.float64) or is_slower(hx.size(-1), steps, x.dtype, torch.is_grad_enabled()):
-        return None
-    if not _is_usual(x, (hx,), flat, num_layers, directions):
-        return None
-    # Copies of what backward needs here and not in torch, because a program may change it until then.
-    per = len(flat) // len(hx)
-    is_kept = torch.is_grad_enabled() and not all(weight.requires_grad for weight in flat[1::per])
-    before = (hx.clone() if is_kept else hx).unsqueeze(2).unbind()
-    layout = Layout(batch_sizes is None, batch_sizes)
-
-    def run(x: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        return _recurrence(x, before[at], flat[at * per : (at + 1) * per], at % directions == 1, layout)
-
-    x = x.transpose(0, 1) if batch_first else x
-    out, last = _layers(run, x, num_layers, directions, dropout * training)
-    if out.requires_grad and directions == 1:
-        out = out.clone()
-    return out.transpose(0, 1) if batch_first else out, last
-
-
-def _recurrence(x: Tensor, before: Tensor, weights: list[Any], reverse: bool, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Compute a layer in one direction from a state (B, 1, H). Return its outputs and last state, (1, B, H)."""
-    of_input, of_state, *biases = weights
-    size = of_state.size(-1)
-    bias: Any = biases[0] + F.pad(biases[1][: 2 * size], (0, size)) if biases else None
-    of_candidate = biases[1][2 * size :] if biases else None
-    if torch.is_grad_enabled():
-        of_candidate = None if of_candidate is None else of_candidate.clone()
-        of_input = of_input if x.requires_grad else of_input.clone()
-    start = Start(before, before, None, None, of_state, of_candidate)
-    call = Call(spec_of("gru", "tanh", reverse, 0.0), [x, of_input, bias], start, layout)
-    out, last = autograd.run_kernel("linear_kernel", "native", call, True)
-    return out, last.transpose(0, 1)
-
-
-def _lstm(x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], has_bias: bool, *options: Any) -> Any:
-    num_layers, dropout, training, bidirectional, _ = options
-    directions, is_onednn = 2 if bidirectional else 1, torch.backends.mkldnn.enabled and x.dtype == torch.float32
-    if batch_sizes is None or not is_onednn or len(hx) != 2 or hx[0].shape != hx[1].shape:  # with a projection
-        return None
-    h = hx[0]
-    if not is_padded_faster(x.size(-1), h.size(-1), h.size(1), len(batch_sizes), len(x)):
-        return None
-    if not _is_usual(x, hx, flat, num_layers, directions):
-        return None
-    per, chunks = len(flat) // len(h), _chunks(batch_sizes.tolist())
-    takes, puts, last, ended = _rows(batch_sizes, chunks)
-    closed = x.new_tensor(_ENDED).repeat_interleave(h.size(-1)).unsqueeze(1)
-    # Copies, because a program may change states until backward, as the biases.
-    h_0, c_0 = (each.clone(memory_format=torch.contiguous_format).split(1) for each in hx)
-
-    def run(x: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
-        x, (of_input, of_state, *biases) = F.pad(x, (0, 0, 0, 1)), flat[at * per : (at + 1) * per]
-        weights = [torch.cat([of_input, closed], 1), of_state, *(each.clone() for each in biases)]
-        h, c, outs, stopped = h_0[at], c_0[at], [], []
-        for first, end, count in chunks:
-            h, (c, *rest) = h[:, :count], c.split([count, c.size(1) - count], 1)
-            stopped += rest
-            rows = F.embedding(takes[at % directions][first:end, :count], x)
-            steps = torch.cat([rows, ended[first:end, :count]], -1)
-            out, h, c = torch.lstm(steps, (h, c), weights, has_bias, 1, 0.0, training, False, False)
-            outs.append(out.flatten(0, 1))
-        every = torch.cat(outs)
-        return F.embedding(puts[at % directions], every), every[last], torch.cat([c, *reversed(stopped)], 1)
-
-    return _layers(run, x, num_layers, directions, dropout * training)
-
-
-def is_padded_faster(inputs: int, features: int, batch: int, steps: int, rows: int) -> bool:
-    """Return whether padded chunks of packed sequences take less time than torch's steps, of `rows` in all.
-
-    Torch computes sequences of one length as padded ones itself. Otherwise, a step costs it the calls of operators, and
-    with gradients a part of all steps; padding costs products of the states and inputs.
-    """
-    if rows == batch * steps or inputs > 512:
+    if batch_sizes is None:
+        batch = x.size(1 - int(batch_first))
+    elif batch_sizes.dtype == torch.int64 and batch_sizes.is_cpu and is_packing(batch_sizes, len(x)):
+        batch = int(batch_sizes[0])
+    else:
         return False
-    if torch.is_grad_enabled():
-        return 400 * (steps - 10) >= batch * features
-    return steps >= 100 and batch * features <= 1600 and rows >= 0.4 * batch * steps
+    of_states = [(len(shapes), batch, states[0].size(-1))] * (1 if cell == "gru" else 2)
+    of_weights = chain(*(each[: len(flat) // len(shapes)] for each in shapes))
+    return [each.shape for each in (*states, *flat)] == [*of_states, *of_weights]
 
 
-def _chunks(sizes: list[int]) -> list[tuple[int, int, int]]:
-    """Divide packed steps into chunks (first step, end, sequences), so that less is padded than a call costs."""
-    cuts = [0]
-    for step, size in enumerate(sizes):
-        ended = sizes[cuts[-1]] - size
-        if ended > size and ended * (len(sizes) - step) > 128:
-            cuts.append(step)
-    return [(first, end, sizes[first]) for first, end in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
-
-
-def _rows(batch_sizes: Tensor, chunks: list[tuple[int, int, int]]) -> Any:
-    """Return where the steps of padded sequences are in packed data, and reverse; last steps; and which have ended."""
-    step, sequence = torch.arange(len(batch_sizes)).unsqueeze(1), torch.arange(chunks[0][2])
-    goes_on = sequence < batch_sizes.unsqueeze(1)
-    length = goes_on.sum(0)
-    first, backward = batch_sizes.cumsum(0) - batch_sizes, (length - 1 - step).clamp_(0)
-    # After its end, a sequence has the row of zeros that follows the data: a product of its last step may be infinite.
-    takes = [
-        torch.where(goes_on, rows, goes_on.sum())
-        for rows in (first.unsqueeze(1) + sequence, first[backward] + sequence)
-    ]
-    place, begin = torch.zeros_like(backward), 0
-    for start, end, count in chunks:
-        place[start:end, :count] = torch.arange(begin, begin + (end - start) * count).view(-1, count)
-        begin += (end - start) * count
-    puts = place[goes_on], place.gather(0, backward)[goes_on]
-    return takes, puts, place.gather(0, length.unsqueeze(0) - 1), (~goes_on).unsqueeze(2).float()
+def _recurrence(
+    cell: str, x: Tensor, before: Tensor, weights: list[Any], reverse: bool, layout: Layout, is_copied: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute a layer in one direction from its states, (B, 1, H) or (B, 2, H). Return its outputs and last states."""
+    bias: Any = None
+    of_candidate, (of_input, of_state, *biases) = None, weights
+    if biases and cell == "gru":
+        size = 2 * of_state.size(-1)
+        bias, of_candidate = biases[0] + F.pad(biases[1][:size], (0, size // 2)), biases[1][size:]
+        of_candidate = of_candidate.clone() if is_copied else of_candidate
+    elif biases:
+        bias = biases[0] + biases[1]
+    if is_copied and not x.requires_grad:
+        of_input = of_input.clone()
+    start = Start(before, before, None, None, of_state, of_candidate)
+    call = Call(spec_of(cell, "tanh", reverse, 0.0), [x, of_input, bias], start, layout)
+    return autograd.run_kernel("linear_kernel", "native", call, True)

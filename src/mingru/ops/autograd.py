@@ -212,6 +212,8 @@ def _again(name: str, backend: str, spec: Spec, time_first: bool, *tensors: Any)
     if call.start.reset is None:
         # The initial state was not saved, and nothing reads it.
         call = call._replace(start=call.start._replace(initial_state=call.start.h))
+    if spec.cell == "lstm":
+        return block_recurrence.lstm_by_torch(call)
     if name != "linear_kernel":
         return composed(backend, call)
     (x, weight, bias), layout = call.tensors, call.layout

@@ -158,6 +158,23 @@ def in_onnx(call: Call) -> States:
     return out, as_dtype(last, start.h.dtype)
 
 
+def lstm_by_torch(call: Call) -> States:
+    """Compute an LSTM, whose states are (B, 2, H), by `torch.lstm`; the tensors are x, (S, B, I) or packed, and others.
+
+    As of packed sequences, because the code for padded ones has no second derivatives.
+    """
+    (x, weight, bias), recurrent, batch_sizes = call.tensors, call.start.recurrent, call.layout.batch_sizes
+    # One direction in reverse is the second of two with equal weights.
+    num, shape = 1 + call.spec.reverse, x.shape[:-1]
+    if batch_sizes is None:
+        batch_sizes = torch.full([shape[0]], shape[1], device="cpu")
+    weights = [weight, recurrent, *([] if bias is None else [bias, torch.zeros_like(bias)])] * num
+    before = [each.expand(num, *each.shape) for each in call.start.h.unbind(1)]
+    options: Any = weights, bias is not None, 1, 0.0, False, num == 2
+    out, *last = torch.lstm(x.flatten(0, -2), batch_sizes, before, *options)
+    return out.chunk(num, 1)[-1].view(*shape, -1), torch.stack([each[-1] for each in last], 1)
+
+
 def blocks_of(weight: Tensor, size: int) -> Tensor:
     """Return the blocks of recurrent weights of torch.nn.GRU, (3 H, H), as (3 H, K): the inverse of `dense`."""
     by_block = weight.reshape(3, -1, size, weight.size(1) // size, size)

@@ -128,6 +128,7 @@ CELL_NUMBERS, _activations, _flags, INSTRUCTION_NUMBERS = (
     {name: number for number, name in enumerate(names.split())} for names in _listed
 )
 _GROUP, _FIRST_FLAG = int(_group), int(_first_flag)
+_ISA = os.environ.get("MINGRU_ISA") or ("" if _WHY_NOT else torch.ops.mingru.instruction_sets().split()[-1])
 if _WHY_NOT is None:
     # In this order, `arguments` numbers them.
     assert [*_flags] == _ORDER, "the flags of csrc/call.h have another order"
@@ -144,6 +145,22 @@ def is_slower(features: int, steps: int, dtype: torch.dtype, with_gradients: boo
     sizes with one thread and AVX-512 or AVX2, on an AMD and, by MKL's choice of kernels, as on an Intel.
     """
     return steps < (20 if dtype == torch.float64 else 6 if with_gradients else 10) * (2 if features >= 128 else 1)
+
+
+def is_slower_lstm(inputs: int, features: int, batch: int, steps: int, is_fused: bool, with_gradients: bool) -> bool:
+    """Return whether an LSTM takes longer than `torch.lstm`, which `is_fused` if oneDNN computes it.
+
+    oneDNN is about as fast without AVX-512; without gradients, unless there are few sequences or more inputs than
+    features; and with gradients if a part of the features that are computed together is missing. From 2,800 random
+    sizes, as of a GRU.
+    """
+    if not is_fused:
+        return steps < 10 or (features < 4 and not with_gradients)
+    if with_gradients:
+        is_faster = inputs >= 8 and (features % _GROUP == 0 or batch <= 8)
+    else:
+        is_faster = batch <= 4 and features < 192
+    return _ISA != "avx512" or steps < 40 or not (is_faster or inputs >= max(128, 2 * features))
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
@@ -219,7 +236,7 @@ def _linear_recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bo
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-_CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, "gru")]
+_CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, "gru", "lstm")]
 _ALL = dict.fromkeys(("packed", "lengths", "autocast", "whole"), True)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,

@@ -1,4 +1,4 @@
-// The loops over the steps of a GRU whose features see each other in blocks, or all: the diagonal blocks of its
+// The loops over the steps of a GRU or an LSTM, whose features see each other in blocks, or all: the diagonal blocks of its
 // recurrent weights. A task has one block of features, of some batch elements; the features are lanes, and each weight is
 // loaded once for all batch elements whose sums are in registers.
 #pragma once
@@ -12,8 +12,6 @@
 
 namespace mingru::MINGRU_ISA {
 
-static_assert(most_vectors == DiagonalBlocks::num_gates, "a product has the vectors of all gates");
-
 // Copies columns as tiles.h does, for other numbers and processors. A line of the cache is read at once.
 template <class A>
 static void pack_lanes(const A* from, int64_t stride, int64_t count, int64_t depth, A* to, int64_t to_stride) {
@@ -26,29 +24,33 @@ static void pack_lanes(const A* from, int64_t stride, int64_t count, int64_t dep
   }
 }
 
-// Copies the weights of a block in this order: (padded / lanes, size, gates, lanes), where a vector has the weights from one
-// feature to some. Transposed, from some features to one, (padded / (lanes vectors), gates, size, vectors, lanes).
+// The gates whose sums are in registers together: all of a GRU, two of an LSTM, because fewer rows of four would be slower.
+constexpr int gates_together(int64_t num_gates) { return num_gates % most_vectors == 0 ? most_vectors : 2; }
+
+// Copies the weights of a block in this order: (padded / lanes, gates / together, size, together, lanes), where a vector has
+// the weights from one feature to some. Transposed, from some features to one, (padded / (lanes vectors), gates, size,
+// vectors, lanes).
 template <class A>
 static void pack_diagonal_block(const DiagonalBlocks& blocks, void* packed, int64_t block, bool is_transposed) {
   constexpr int64_t lanes = per_register<A>;
-  const int64_t size = blocks.size, padded = blocks.padded;
-  A* to = static_cast<A*>(packed) + block * DiagonalBlocks::num_gates * size * padded;
+  const int64_t size = blocks.size, padded = blocks.padded, num_gates = blocks.num_gates;
+  A* to = static_cast<A*>(packed) + block * num_gates * size * padded;
   const A* weights = static_cast<const A*>(blocks.given) + block * size * size;
   const int64_t gate_stride = blocks.count * size * size;
   for (int64_t lane = 0; is_transposed && lane < padded; lane += most_vectors * lanes) {
     const int64_t width = least_of(most_vectors * lanes, padded - lane), count = least_of(width, size - lane);
-    for (int64_t row = 0; row < DiagonalBlocks::num_gates * size; ++row, to += width) {
+    for (int64_t row = 0; row < num_gates * size; ++row, to += width) {
       const A* from = weights + row / size * gate_stride + row % size * size + lane;
       for (int64_t i = 0; i < width; ++i) to[i] = i < count ? from[i] : A(0);
     }
   }
   for (int64_t lane = 0; !is_transposed && lane < padded; lane += lanes) {
-    const int64_t count = least_of(lanes, size - lane), stride = DiagonalBlocks::num_gates * lanes;
-    for (int64_t gate = 0; gate < DiagonalBlocks::num_gates; ++gate) {
+    const int64_t count = least_of(lanes, size - lane), together = gates_together(num_gates);
+    for (int64_t gate = 0; gate < num_gates; ++gate) {
       const A* from = weights + gate * gate_stride + lane * size;
-      pack_lanes(from, size, count, size, to + gate * lanes, stride);
+      pack_lanes(from, size, count, size, to + gate % together * lanes, together * lanes);
+      if (gate % together == together - 1) to += size * together * lanes;
     }
-    to += size * stride;
   }
 }
 
@@ -67,13 +69,119 @@ MINGRU_INLINE Fraction<A> from_signed(A x) {
   return {is_rest ? large : small, is_rest ? small : large};
 }
 
-template <class T>
-class GRUSteps {
+// A group of values of a step: the inputs of the cell, which `activate` replaces by what backward needs, and one value more.
+template <class A, int num_gates>
+struct StepValues {
+  alignas(64) A copies[num_gates + 1][group];
+  A* lanes[num_gates + 1];
+};
+
+// Inputs: reset gate r, update gate z and candidate c. Kept: the gates and the candidate, and the candidate's sum, which
+// the reset gate multiplies.
+struct GRUCell {
+  static constexpr int num_gates = 3, num_states = 1;
+
+  // Sets a group of the next state. `sums` are the products of the previous state, `padded` values from gate to gate.
+  template <bool is_kept, class A>
+  MINGRU_INLINE void activate(
+      const StepValues<A, num_gates>& values, A* next, const A* state, A*, const A* sums, int64_t padded, const A* biases) {
+    const A *r_sum = sums, *z_sum = r_sum + padded, *c_sum = z_sum + padded;
+    A *r = values.lanes[0], *z = values.lanes[1], *c = values.lanes[2], *kept_sum = values.lanes[3];
+    MINGRU_LANES
+    for (int64_t i = 0; i < group; ++i) {
+      AtOnce at_once;
+      const Fraction<A> open = logistic(r[i] + r_sum[i], at_once), keep = logistic(z[i] + z_sum[i], at_once);
+      const A sum = c_sum[i] + biases[i], candidate = Tanh().of(c[i] + open.value * sum, at_once).value;
+      next[i] = next_state(keep, state[i], keep.rest * candidate);
+      if constexpr (is_kept) r[i] = as_signed(open), z[i] = as_signed(keep), c[i] = candidate, kept_sum[i] = sum;
+    }
+  }
+
+  // Sets the gradients of a group of the inputs and of the products. That of the state, `carried`, becomes the part of the
+  // previous state's gradient that does not pass the weights.
+  template <class A>
+  MINGRU_INLINE void differentiate(
+      const StepValues<A, num_gates>& values, A* const* grads, A* sums, int64_t padded, const A* before, const A* grad,
+      A* carried, A*) {
+    const A *r = values.lanes[0], *z = values.lanes[1], *c = values.lanes[2], *sum = values.lanes[3];
+    A *r_sum = sums, *z_sum = r_sum + padded, *c_sum = z_sum + padded;
+    MINGRU_LANES
+    for (int64_t i = 0; i < group; ++i) {
+      const Fraction<A> open = from_signed(r[i]), keep = from_signed(z[i]);
+      const A of_state = grad[i] + carried[i];
+      const A of_candidate = of_state * keep.rest * (A(1) - c[i] * c[i]);
+      grads[0][i] = r_sum[i] = of_candidate * sum[i] * open.value * open.rest;
+      grads[1][i] = z_sum[i] = of_state * (before[i] - c[i]) * keep.value * keep.rest;
+      grads[2][i] = of_candidate;
+      c_sum[i] = of_candidate * open.value;
+      carried[i] = of_state * keep.value;
+    }
+  }
+};
+
+// Inputs: input gate i, forget gate f, candidate g and output gate o. The second state, `cell`, is changed in place. Kept:
+// the gates and the candidate, and the cell before the step.
+struct LSTMCell {
+  static constexpr int num_gates = 4, num_states = 2;
+
+  template <bool is_kept, class A>
+  MINGRU_INLINE void activate(
+      const StepValues<A, num_gates>& values, A* next, const A*, A* cell, const A* sums, int64_t padded, const A*) {
+    const A *i_sum = sums, *f_sum = i_sum + padded, *g_sum = f_sum + padded, *o_sum = g_sum + padded;
+    A *i = values.lanes[0], *f = values.lanes[1], *g = values.lanes[2], *o = values.lanes[3], *kept = values.lanes[4];
+    MINGRU_LANES
+    for (int64_t k = 0; k < group; ++k) {
+      const A i_x = i[k] + i_sum[k], f_x = f[k] + f_sum[k], g_x = g[k] + g_sum[k], o_x = o[k] + o_sum[k];
+      const A i_p = power(minus_absolute(i_x)), f_p = power(minus_absolute(f_x)), o_p = power(minus_absolute(o_x));
+      const Fraction<A> g_p = power_and_rest(A(2) * minus_absolute(g_x));
+      A of_i = A(1) + i_p, of_f = A(1) + f_p, of_g = A(1) + g_p.value;
+      invert(of_i, of_f, of_g);
+      const Fraction<A> in = logistic_by(i_x, i_p, of_i), keep = logistic_by(f_x, f_p, of_f);
+      const A candidate = Tanh::by(g_x, g_p, of_g).value;
+      const A before = cell[k], after = keep.value * before + in.value * candidate;
+      const Fraction<A> c_p = power_and_rest(A(2) * minus_absolute(after));
+      A of_o = A(1) + o_p, of_c = A(1) + c_p.value;
+      invert(of_o, of_c);
+      const Fraction<A> out = logistic_by(o_x, o_p, of_o);
+      next[k] = out.value * Tanh::by(after, c_p, of_c).value;
+      cell[k] = after;
+      if constexpr (is_kept) {
+        i[k] = as_signed(in), f[k] = as_signed(keep), g[k] = candidate, o[k] = as_signed(out), kept[k] = before;
+      }
+    }
+  }
+
+  template <class A>
+  MINGRU_INLINE void differentiate(
+      const StepValues<A, num_gates>& values, A* const* grads, A* sums, int64_t padded, const A*, const A* grad, A* carried,
+      A* of_cell) {
+    const A *i = values.lanes[0], *f = values.lanes[1], *g = values.lanes[2], *o = values.lanes[3];
+    const A* before = values.lanes[4];
+    A *i_sum = sums, *f_sum = i_sum + padded, *g_sum = f_sum + padded, *o_sum = g_sum + padded;
+    MINGRU_LANES
+    for (int64_t k = 0; k < group; ++k) {
+      AtOnce at_once;
+      const Fraction<A> in = from_signed(i[k]), keep = from_signed(f[k]), out = from_signed(o[k]);
+      const Value<A> shown = Tanh().of(keep.value * before[k] + in.value * g[k], at_once);
+      const A of_state = grad[k] + carried[k];
+      const A of_sum = of_cell[k] + of_state * out.value * shown.slope;
+      grads[0][k] = i_sum[k] = of_sum * g[k] * in.value * in.rest;
+      grads[1][k] = f_sum[k] = of_sum * before[k] * keep.value * keep.rest;
+      grads[2][k] = g_sum[k] = of_sum * in.value * (A(1) - g[k] * g[k]);
+      grads[3][k] = o_sum[k] = of_state * shown.value * out.value * out.rest;
+      carried[k] = 0;
+      of_cell[k] = of_sum * keep.value;
+    }
+  }
+};
+
+template <class T, class Cell>
+class RecurrentSteps {
   using A = Accumulated<T>;
 
  public:
   // Of the batch elements [begin, end).
-  GRUSteps(
+  RecurrentSteps(
       const Scan& scan, const DiagonalBlocks& blocks, const Part& part, int64_t block, int64_t begin, int64_t end,
       bool is_backward)
       : scan_(scan),
@@ -94,20 +202,20 @@ class GRUSteps {
     if (is_backward && blocks.rows_together() > 2 * together_) chunk_ = blocks.rows_together() / together_;
     chunk_ = least_of(chunk_, count_);
     const int64_t rows = chunk_ * together_;
-    memory_.reset(new Line[ceil_div((together_ + rows * (1 + num_gates)) * padded_ * sizeof(A), sizeof(Line))]);
+    const int64_t count = num_states * together_ + rows * (1 + num_gates);
+    memory_.reset(new Line[ceil_div(count * padded_ * sizeof(A), sizeof(Line))]);
     states_ = reinterpret_cast<A*>(memory_.get());
-    others_ = states_ + together_ * padded_;
+    cells_ = states_ + (num_states - 1) * together_ * padded_;
+    others_ = cells_ + together_ * padded_;
     products_ = others_ + rows * padded_;
-    for (int64_t n = 0; n < together_; ++n) {
-      copy(states_ + n * padded_, is_first_ ? (is_backward ? scan.grad_last : scan.h) : end_of_pass(), n);
-    }
+    for (int64_t n = 0; n < together_; ++n) set_states(is_first_ ? (is_backward ? scan.grad_last : scan.h) : end_of_pass(), n);
   }
 
   void forward() {
     for (int64_t done = 0; done < count_; ++done) {
       go_to(done);
       for (int64_t n = 0; n < together_; ++n) {
-        if (is_reset(n, done)) copy(states_ + n * padded_, scan_.initial_state, n);
+        if (is_reset(n, done)) set_states(scan_.initial_state, n);
       }
       each(padded_ / group, together_ * num_gates * group * size_, [&](int64_t begin, int64_t end) {
         // Each step begins with the weights that the one before read last, which are still in the cache.
@@ -152,15 +260,14 @@ class GRUSteps {
   }
 
  private:
-  static constexpr int64_t num_gates = DiagonalBlocks::num_gates;
-  // The gates and the candidate, in place of the inputs, and the candidate's sum, which the reset gate multiplies.
-  static constexpr int64_t num_values = num_gates + 1;
+  static constexpr int num_gates = Cell::num_gates, num_states = Cell::num_states;
+  using Values = StepValues<A, num_gates>;
 
   // Where a sequence has its values of the present step, in numbers after the first of the block. All inputs, and their
   // gradients, have equal places.
   struct Place {
     bool exists, has_next;
-    int64_t input, next_input, out, sum, grad_out;
+    int64_t input, next_input, out, sum, next_sum, grad_out;
   };
 
   // Calls f with ranges of [0, count), by several threads if there are enough multiplications.
@@ -202,19 +309,27 @@ class GRUSteps {
       at.input = index(scan_.inputs[0], n, position), at.out = index(scan_.out, n, position);
       if (at.has_next) at.next_input = index(scan_.inputs[0], n, position_of(n, done + 1));
       if (scan_.sums.data) at.sum = index(scan_.sums, n, position);
+      if (scan_.sums.data && at.has_next) at.next_sum = index(scan_.sums, n, position_of(n, done + 1));
       if (is_backward_) at.grad_out = index(scan_.grad_out, n, position);
     }
   }
 
   // Where the state after the pass, or its gradient, is written.
   void* end_of_pass() const { return is_backward_ ? scan_.grad_h : scan_.last; }
-  A* state_of(const void* states, int64_t n) const {
-    return static_cast<A*>(const_cast<void*>(states)) + (batch_ + n) * scan_.state_stride + block_ * size_;
+  A* state_of(const void* states, int64_t n, int index = 0) const {
+    const int64_t before = (batch_ + n) * num_states + index;
+    return static_cast<A*>(const_cast<void*>(states)) + before * scan_.num_features + block_ * size_;
   }
-  void copy(A* to, const void* states, int64_t n) const { std::memcpy(to, state_of(states, n), size_ * sizeof(A)); }
+  A* carried_of(int64_t n, int index) const { return (index == 0 ? states_ : cells_) + n * padded_; }
+  void copy(A* to, const void* states, int64_t n, int index = 0) const {
+    std::memcpy(to, state_of(states, n, index), size_ * sizeof(A));
+  }
+  void set_states(const void* states, int64_t n) const {
+    for (int k = 0; k < num_states; ++k) copy(carried_of(n, k), states, n, k);
+  }
   void finish() const {
     for (int64_t n = 0; n < together_; ++n) {
-      std::memcpy(state_of(end_of_pass(), n), states_ + n * padded_, size_ * sizeof(A));
+      for (int k = 0; k < num_states; ++k) std::memcpy(state_of(end_of_pass(), n, k), carried_of(n, k), size_ * sizeof(A));
     }
   }
 
@@ -255,13 +370,16 @@ class GRUSteps {
     }
     const A* weights = static_cast<const A*>(blocks_.weights) + block_ * num_gates * size_ * padded_;
     constexpr int64_t lanes = per_register<A>;
-    RegisterProduct<A> product{from, padded_, 1, 0, nullptr, num_gates * lanes, 0, size_, nullptr, num_gates * padded_,
+    constexpr int together = gates_together(num_gates);
+    RegisterProduct<A> product{from, padded_, 1, 0, nullptr, together * lanes, 0, size_, nullptr, num_gates * padded_,
                                padded_, false};
     for (int64_t own = begin; own < end; own += lanes) {
       const int64_t lane = is_reversed ? begin + end - lanes - own : own;
-      product.right = weights + lane * num_gates * size_;
-      product.out = products_ + lane;
-      multiply_in_registers<A, 1>(product, rows, most_vectors);
+      for (int gate = 0; gate < num_gates; gate += together) {
+        product.right = weights + (lane * num_gates + gate * lanes) * size_;
+        product.out = products_ + gate * padded_ + lane;
+        multiply_in_registers<A, 1, together>(product, rows, together);
+      }
     }
   }
 
@@ -285,20 +403,17 @@ class GRUSteps {
     }
     for (int64_t n = 0; n < together_; ++n) {
       if (!is_reset(n, first + step)) continue;
-      A *total = state_of(scan_.grad_initial_state, n), *carried = states_ + n * padded_;
-      for (int64_t i = lane; i < least_of(last, size_); ++i) {
-        total[i] += carried[i];
-        carried[i] = 0;
+      for (int k = 0; k < num_states; ++k) {
+        A *total = state_of(scan_.grad_initial_state, n, k), *carried = carried_of(n, k);
+        for (int64_t i = lane; i < least_of(last, size_); ++i) {
+          total[i] += carried[i];
+          carried[i] = 0;
+        }
       }
     }
   }
 
-  // A group of the values of a step, in the places of its inputs and sum, or in copies.
-  struct Values {
-    alignas(64) A copies[num_values][group];
-    A* lanes[num_values];
-  };
-
+  // In the places of the inputs and the sum, or in copies.
   MINGRU_INLINE_MEMBER void read(Values& values, const Place& at, int64_t lane) const {
     for (int k = 0; k < num_gates; ++k) {
       values.lanes[k] = get(values.copies[k], data(scan_.inputs[k]) + at.input, lane);
@@ -306,23 +421,8 @@ class GRUSteps {
       if (at.has_next) MINGRU_PREFETCH(data(scan_.inputs[k]) + at.next_input + lane);
     }
     A* const copy = values.copies[num_gates];
+    if (scan_.sums.data && at.has_next) MINGRU_PREFETCH(data(scan_.sums) + at.next_sum + lane);
     values.lanes[num_gates] = scan_.sums.data ? get(copy, data(scan_.sums) + at.sum, lane) : copy;
-  }
-
-  // Sets a group of the next state. If they are kept, the gates and the candidate replace the inputs, r, z and c.
-  template <bool is_kept>
-  MINGRU_INLINE_MEMBER void activate(
-      const Values& values, A* next, const A* state, const A* r_sum, const A* biases) const {
-    const A *z_sum = r_sum + padded_, *c_sum = z_sum + padded_;
-    A *r = values.lanes[0], *z = values.lanes[1], *c = values.lanes[2], *kept_sum = values.lanes[3];
-    MINGRU_LANES
-    for (int64_t i = 0; i < group; ++i) {
-      AtOnce at_once;
-      const Fraction<A> open = logistic(r[i] + r_sum[i], at_once), keep = logistic(z[i] + z_sum[i], at_once);
-      const A sum = c_sum[i] + biases[i], candidate = Tanh().of(c[i] + open.value * sum, at_once).value;
-      next[i] = next_state(keep, state[i], keep.rest * candidate);
-      if constexpr (is_kept) r[i] = as_signed(open), z[i] = as_signed(keep), c[i] = candidate, kept_sum[i] = sum;
-    }
   }
 
   // Computes features of the next states.
@@ -339,7 +439,8 @@ class GRUSteps {
       for (int64_t lane = begin; lane < end; lane += group) {
         Values values;
         read(values, at, lane);
-        activate<is_kept>(values, next + lane, state + lane, products_of(n) + lane, biases_at(lane));
+        A* const cell = cells_ + n * padded_ + lane;
+        Cell::template activate<is_kept>(values, next + lane, state + lane, cell, products_of(n) + lane, padded_, biases_at(lane));
         put(data(scan_.out) + at.out, next + lane, lane);
         for (int k = 0; is_kept && k < num_gates; ++k) put(data(scan_.inputs[k]) + at.input, values.lanes[k], lane);
         if (is_kept) put(data(scan_.sums) + at.sum, values.lanes[num_gates], lane);
@@ -361,12 +462,12 @@ class GRUSteps {
   }
 
   // Replaces a group of a row of products by their gradients, which are 0 without the step, and writes those of the step's
-  // inputs. The gradient of the state becomes the part of the previous state's gradient that does not pass the weights.
+  // inputs.
   void differentiate(int64_t n, int64_t index, int64_t lane) const {
     const Place& at = places_[n];
-    A *r_sum = products_of(index) + lane, *z_sum = r_sum + padded_, *c_sum = z_sum + padded_;
+    A* const sums = products_of(index) + lane;
     if (!at.exists) {
-      for (A* each : {r_sum, z_sum, c_sum}) std::memset(each, 0, group * sizeof(A));
+      for (int k = 0; k < num_gates; ++k) std::memset(sums + k * padded_, 0, group * sizeof(A));
       return;
     }
     const A* before = others_ + index * padded_ + lane;
@@ -374,21 +475,12 @@ class GRUSteps {
     alignas(64) A next[group], grad_copy[group], grad_copies[num_gates][group];
     A *const grad = get(grad_copy, data(scan_.grad_out) + at.grad_out, lane), *grads[num_gates];
     read(values, at, lane);
-    if (!scan_.sums.data) activate<true>(values, next, before, r_sum, biases_at(lane));
-    for (int k = 0; k < num_gates; ++k) grads[k] = place(grad_copies[k], data(scan_.grad_inputs[k]) + at.input, lane);
-    const A *r = values.lanes[0], *z = values.lanes[1], *c = values.lanes[2], *sum = values.lanes[3];
-    A* carried = states_ + n * padded_ + lane;
-    MINGRU_LANES
-    for (int64_t i = 0; i < group; ++i) {
-      const Fraction<A> open = from_signed(r[i]), keep = from_signed(z[i]);
-      const A of_state = grad[i] + carried[i];
-      const A of_candidate = of_state * keep.rest * (A(1) - c[i] * c[i]);
-      grads[0][i] = r_sum[i] = of_candidate * sum[i] * open.value * open.rest;
-      grads[1][i] = z_sum[i] = of_state * (before[i] - c[i]) * keep.value * keep.rest;
-      grads[2][i] = of_candidate;
-      c_sum[i] = of_candidate * open.value;
-      carried[i] = of_state * keep.value;
+    if constexpr (num_states == 1) {
+      if (!scan_.sums.data) Cell::template activate<true>(values, next, before, next, sums, padded_, biases_at(lane));
     }
+    for (int k = 0; k < num_gates; ++k) grads[k] = place(grad_copies[k], data(scan_.grad_inputs[k]) + at.input, lane);
+    A *const carried = carried_of(n, 0) + lane, *const of_cell = cells_ + n * padded_ + lane;
+    Cell::differentiate(values, grads, sums, padded_, before, grad, carried, of_cell);
     for (int k = 0; k < num_gates; ++k) put(data(scan_.grad_inputs[k]) + at.input, grads[k], lane);
   }
 
@@ -405,6 +497,7 @@ class GRUSteps {
         }
       }
     });
+    if (num_states > 1) return;  // all biases of an LSTM are those of its inputs
     A* of_biases = totals + num_gates * padded_ * padded_;
     for (int64_t k = 0; k < rows; ++k) {
       for (int64_t i = 0; i < padded_; ++i) of_biases[i] += products_of(k)[2 * padded_ + i];
@@ -422,8 +515,9 @@ class GRUSteps {
     char bytes[64];
   };
   std::unique_ptr<Line[]> memory_;
-  // (together, padded): the states, or backward the gradients that are carried to the step before.
-  A* states_;
+  // (together, padded): the states, or backward the gradients that are carried to the step before; the second states, or
+  // without them the first.
+  A *states_, *cells_;
   // Forward: the next states, and the products, (together, gates, padded). Backward, of so many steps that are computed
   // together: the previous states, and the products, which the gradients of the products replace.
   A *others_, *products_;
@@ -434,14 +528,16 @@ template <class A>
 static void run_diagonal_block(
     const Scan& scan, const DiagonalBlocks& blocks, const Part& part, int64_t block, int64_t begin, int64_t end,
     bool is_backward, void* totals) {
-  with_type<A>(scan.storage, [&](auto type) {
-    const int64_t most = blocks.sequences_together();
-    for (int64_t last; begin < end; begin = last) {
-      last = least_of(begin + most, end);
-      GRUSteps<decltype(type)> steps(scan, blocks, part, block, begin, last, is_backward);
+  const auto run = [&](auto type, auto cell) {
+    // In equal parts.
+    for (int64_t parts = ceil_div(end - begin, blocks.sequences_together()), last; parts > 0; --parts, begin = last) {
+      last = begin + ceil_div(end - begin, parts);
+      RecurrentSteps<decltype(type), decltype(cell)> steps(scan, blocks, part, block, begin, last, is_backward);
       is_backward ? steps.backward(static_cast<A*>(totals)) : steps.forward();
     }
-  });
+  };
+  if (scan.cell == mingru::Cell::lstm) return run(A(), LSTMCell());
+  with_type<A>(scan.storage, [&](auto type) { run(type, GRUCell()); });
 }
 
 }  // namespace mingru::MINGRU_ISA
