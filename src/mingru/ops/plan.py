@@ -71,7 +71,9 @@ def _record(module: Any, modules: list[Any], recorded: Recording) -> tuple[list[
         recorded.require(cls in FORWARDS, each._compiled_call_impl is None, not any(map(vars(each).get, HOOKS)))
         recorded.require(_methods(cls).isdisjoint(vars(each)))
     states = [(index, 0) for index in range(module.num_states)]
-    _, found = module._trace(Traced(recorded), states)
+    # Also inside of what a device context is spared, because `Traced` sees operations by their functions.
+    with names_of_torch.EnableTorchFunction():
+        _, found = module._trace(Traced(recorded), states)
     recorded.require(found == states)
     return recorded.finish()
 
