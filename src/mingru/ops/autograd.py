@@ -220,7 +220,8 @@ def _again(name: str, backend: str, spec: Spec, time_first: bool, *tensors: Any)
         x = without_padding(x, layout.lengths, time_first)
     if spec.norm:
         x = normalized(x, spec.norm, spec.eps)
-    inputs = list(F.linear(x, weight, bias).chunk(CELLS[spec.cell].num_inputs + spec.output_gate, -1))
+    x = x if weight is None else F.linear(x, weight, bias)
+    inputs = list(x.chunk(CELLS[spec.cell].num_inputs + spec.output_gate, -1))
     gate = inputs.pop() if spec.output_gate else None
     parts = [composed(backend, part) for part in divided(call._replace(tensors=inputs))]
     return gated(joined(parts, layout), gate)

@@ -176,7 +176,7 @@ class LayerPlan:
 
     def _is_as_then(self) -> bool:
         """Return whether no attributes but notes have changed."""
-        now = self._now
+        now: list[Any] = self._now
         if self._notes:
             now = [*now]
             for index, names in self._notes.items():
