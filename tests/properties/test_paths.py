@@ -7,6 +7,7 @@ are tests. What is given and what is trained change from row to row, so that eve
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mingru
 from mingru import GRU, MinGRU, MinLSTM, drop_in
+from mingru.ops import autograd
 
 
 def wrapped(way: str, kind: Any, *sizes: Any, **options: Any) -> Any:
@@ -145,6 +147,17 @@ def in_a_device_context(row: Row) -> Any:
     return outputs, row.grads(outputs)
 
 
+def changed_in_place(row: Row) -> Any:
+    out, *states = row.call(row.x)
+    outputs = [out.add_(1).relu_(), *states]
+    return outputs, row.grads(outputs)
+
+
+def changed_in_place_without_a_copy(row: Row) -> Any:
+    with mock.patch.object(autograd, "COPIED", 0):
+        return changed_in_place(row)
+
+
 def without_gradients(row: Row) -> Any:
     with torch.no_grad():
         return row.call(row.x)
@@ -164,7 +177,7 @@ def compiled_dynamic(row: Row) -> Any:
 
 
 EAGER = [first, second, batched, forward_mode, mapped, mapped_gradient, checkpointed]
-EAGER += [without_gradients, in_a_device_context]
+EAGER += [without_gradients, changed_in_place, changed_in_place_without_a_copy, in_a_device_context]
 # What a compiled call must be equal to is the same call in eager mode.
 COMPILED = [compiled_static, compiled_dynamic]
 SHIFTS = {kind: index for index, kind in enumerate([*EAGER, *COMPILED])}
