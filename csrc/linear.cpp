@@ -75,7 +75,7 @@ void mingru::map_rows(
 }
 
 Outputs mingru::linear_recurrence(
-    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double eps, Outputs outputs) {
+    const Call& call, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, double eps, Outputs outputs) {
   LinearOperands operands(call, x, weight, bias, eps);
   if (!outputs.out) {
     // The largest tensor first: glibc's malloc then gives less memory back to the system, whose new pages take long.
@@ -94,8 +94,9 @@ Outputs mingru::linear_recurrence(
   for (const Slice& slice : operands.slices(false)) {
     operands.enter(slice);
     if (slice.num_rows > 0) {
-      char* pre_activations = operands.pre_activations_of(slice, kept);
-      operands.map(pre_activations, operands.rows_of(slice), slice);
+      const void* rows = operands.rows_of(slice);
+      char* pre_activations = operands.pre_activations_of(slice, kept, rows);
+      if (pre_activations != rows) operands.map(pre_activations, rows, slice);
       operands.set_sequences(scan.inputs, pre_activations, slice, operands.num_columns);
       operands.set_sums(kept, slice);
     }
@@ -107,7 +108,7 @@ Outputs mingru::linear_recurrence(
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_recurrence_forward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t bits,
+    const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t bits,
     double min_decay, double eps) {
   const auto [out, last, kept, states] =
       linear_recurrence({"linear_recurrence_forward", tensors, bits, min_decay}, x, weight, bias, eps);
@@ -133,7 +134,7 @@ Tensor multiply_matrices(const Tensor& left, const Tensor& right, const MaybeTen
 // Returns the gradients of x, weight and bias (empty if not needed), h, initial_state, dt (for each group of features), and
 // of the recurrent weights and their bias.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, const Tensor& states,
+    const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const Tensors& tensors, const Tensor& states,
     const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t bits, double min_decay,
     double eps) {
   const Call call{"linear_recurrence_backward", tensors, bits, min_decay};
@@ -169,11 +170,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     const void* rows = !kept || needs_weight || operands.has_norm ? operands.rows_of(slice) : nullptr;
     char* pre = operands.pre_activations_of(slice, kept);
     if (!kept) operands.map(pre, rows, slice);
-    char* to = static_cast<char*>(grads_scratch.at_least(operands.bytes_of_columns(count)));
     operands.set_sequences(scan.inputs, pre, slice, columns);
-    operands.set_sequences(scan.grad_inputs, to, slice, columns);
     operands.set_sums(kept, slice);
-    operands.run_part(slice.part, true);
+    const auto run = [&](void* grads) {
+      operands.set_sequences(scan.grad_inputs, static_cast<char*>(grads), slice, columns);
+      operands.run_part(slice.part, true);
+    };
+    if (!weight && needs_x) {
+      operands.set_grad_rows(slice, grad_x, run);
+      continue;
+    }
+    void* to = grads_scratch.at_least(operands.bytes_of_columns(count));
+    run(to);
 
     const Tensor grads = matrix(to, count, columns, x);
     if (needs_x) {
@@ -195,10 +203,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def("multiply(Tensor left, Tensor right, Tensor? added) -> Tensor");
   library.def(
-      "linear_recurrence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int bits, float min_decay, "
+      "linear_recurrence_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor[] call, int bits, float min_decay, "
       "float eps=0) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, Tensor states, "
+      "linear_recurrence_backward(Tensor x, Tensor? weight, Tensor? bias, Tensor[] call, Tensor states, "
       "Tensor pre_activations, Tensor grad_out, Tensor grad_last, int bits, float min_decay, float eps=0) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -35,9 +35,11 @@ struct Outputs {
   MaybeTensor out, last, kept, states;
 };
 
-// The bias may be absent. `eps` is that of the norm, if the call has one. The outputs are allocated unless `out` and `last` are given.
+// Without a weight, x has the pre-activations. The bias may be absent. `eps` is that of the norm, if the call has one. The
+// outputs are allocated unless `out` and `last` are given.
 Outputs linear_recurrence(
-    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double eps = 0, Outputs outputs = {});
+    const Call& call, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, double eps = 0,
+    Outputs outputs = {});
 
 // Returns the output and the last state of a causal convolution of x (B, S, N), with x added if it `adds_x`. Both are
 // allocated unless given.

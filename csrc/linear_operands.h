@@ -22,15 +22,17 @@ struct Slice {
   int64_t row, num_rows;
 };
 
-// The number of features of the states.
-int64_t num_outputs(const Call& call, const Tensor& x, const Tensor& weight) {
+// The number of features of the states. Without a weight, x has the pre-activations.
+int64_t num_outputs(const Call& call, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias) {
   const int64_t num_parts = call.num_parts(), factor = num_parts * (call.is_mixture() ? 2 : 1);
+  const bool is_map = weight && weight->dim() == 2 && weight->is_cpu() && weight->scalar_type() == x.scalar_type() &&
+                      weight->size(1) == x.size(-1);
+  const int64_t columns = is_map ? weight->size(0) : x.size(-1);
   STD_TORCH_CHECK(
-      x.dim() == (call[Argument::batch_sizes] ? 2 : 3) && weight.dim() == 2 && weight.is_cpu() &&
-          weight.scalar_type() == x.scalar_type() && weight.size(0) % factor == 0 && weight.size(1) == x.size(-1) &&
-          x.numel() > 0,
+      x.dim() == (call[Argument::batch_sizes] ? 2 : 3) && (is_map || (!weight && !bias)) &&
+          columns % factor == 0 && x.numel() > 0,
       call.name, ": x must be (B, S, I), not empty, and weight (num_parts N, I), of the same dtype");
-  return weight.size(0) / num_parts;
+  return columns / num_parts;
 }
 
 // The operands of the recurrence and of its linear map. x is a matrix in the order of memory, copied only if neither x
@@ -39,13 +41,14 @@ class LinearOperands : public Operands {
  public:
   const Tensor weight;
   const int64_t num_features, num_columns;
-  const bool has_norm;
+  const bool has_map, has_norm;
 
-  LinearOperands(const Call& call, const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, double eps)
-      : Operands(call, x, num_outputs(call, x, any_weight), call.cell() == Cell::lstm ? 2 : 1),
-        weight(as_contiguous(any_weight)),
-        num_features(weight.size(1)),
-        num_columns(weight.size(0)),
+  LinearOperands(const Call& call, const Tensor& x, const MaybeTensor& any_weight, const MaybeTensor& bias, double eps)
+      : Operands(call, x, num_outputs(call, x, any_weight, bias), call.cell() == Cell::lstm ? 2 : 1),
+        weight(any_weight ? as_contiguous(*any_weight) : x),
+        num_features(x.size(-1)),
+        num_columns(any_weight ? weight.size(0) : num_features),
+        has_map(any_weight),
         has_norm(call.has(Flag::rms_norm) || call.has(Flag::layer_norm)),
         is_transposed_(!has_lengths() && !is_packed() && !x.is_contiguous() && x.stride(0) < x.stride(1)),
         time_major_(is_packed() || (!has_lengths() && call.has(Flag::time_first) != is_transposed_)),
@@ -125,14 +128,16 @@ class LinearOperands : public Operands {
     }
   }
 
-  // The pre-activations of a slice: those that are kept, or memory for them.
-  char* pre_activations_of(const Slice& slice, char* kept) const {
+  // The pre-activations of a slice: those that are kept, its rows if there is no map and they are only read, or memory.
+  char* pre_activations_of(const Slice& slice, char* kept, const void* read_rows = nullptr) const {
     if (kept) return kept + bytes_of_columns(slice.row);
+    if (!has_map && read_rows) return static_cast<char*>(const_cast<void*>(read_rows));
     return static_cast<char*>(pre_activations_scratch_.at_least(bytes_of_columns(slice.num_rows)));
   }
 
-  // The linear map of a slice's rows.
+  // The linear map of a slice's rows, or a copy, because backward writes into it.
   void map(void* out, const void* rows, const Slice& slice) const {
+    if (!has_map) return static_cast<void>(std::memcpy(out, rows, slice.num_rows * row_bytes()));
     map_rows(out, rows, slice.num_rows, x_, weight, bias_);
   }
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from options import CALLS, CANDIDATES, CELLS, DOUBLE, EXACT, GATED, TIGHT, cover, named, steps_of  # noqa: F401
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils import _pytree as pytree
 
 import mingru
@@ -162,6 +163,39 @@ class Case:
         one = {name: each[index : index + 1, :length] for name, each in given.items() if name != "h"}
         pairs = zip(given.get("h") or [], self.state_dims, strict=False)
         return one | ({"h": [state.narrow(dim, index, 1) for state, dim in pairs]} if given.get("h") else {})
+
+
+class LowRank(nn.Module):
+    """A linear map, and an addition of low rank."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, (rows, columns) = linear, linear.weight.shape
+        self.down = nn.Parameter(torch.randn(2, columns, dtype=linear.weight.dtype) / 4)
+        self.up = nn.Parameter(torch.randn(rows, 2, dtype=linear.weight.dtype) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + x @ self.down.t() @ self.up.t()
+
+
+def on_maps(wrap: Callable[[nn.Module, str, nn.Linear], Any]) -> Callable[[nn.Module], None]:
+    """Return a function that wraps each linear map of a module, with its owner and its name."""
+
+    def run(module: nn.Module) -> None:
+        for owner in list(module.modules()):
+            for name, each in list(owner.named_children()):
+                if type(each) is nn.Linear:
+                    wrap(owner, name, each)
+
+    return run
+
+
+# Ways in which a program wraps linear maps, so that they must be called as modules.
+WRAPS = {
+    "hook": on_maps(lambda owner, name, linear: linear.register_forward_hook(lambda *_: None)),
+    "low rank": on_maps(lambda owner, name, linear: setattr(owner, name, LowRank(linear))),
+    "parametrized": on_maps(lambda owner, name, linear: register_parametrization(linear, "weight", nn.Tanh())),
+}
 
 
 def tensors(outputs: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import BLOCKS, CASES, case, needs_kernels, parametrized, tensors, with_threads
+from cases import BLOCKS, CASES, WRAPS, case, needs_kernels, parametrized, tensors, with_threads
 from torch import nn
 
 import mingru
@@ -100,6 +100,14 @@ def test_modules(case):
     if case.name == "MinGRU":
         given = {"lengths": torch.tensor([3, 2]), "dt": case.args(2, 3)["dt"]}
         assert kept_by(in_inference(lambda x, h: module(x, h, **given), x), 300) < LEAST_LEAK
+
+
+@pytest.mark.parametrize("way", WRAPS)
+def test_wrapped_maps(way):
+    module, x = mingru.GRU(3, 4), torch.randn(2, 3, 3)
+    WRAPS[way](module)
+    assert kept_by(lambda: module(x)[0].sum().backward() or module.zero_grad(), 60) < LEAST_LEAK
+    assert kept_by(in_inference(module, x), 300) < LEAST_LEAK
 
 
 def test_language_models_and_packed_sequences():

@@ -199,9 +199,10 @@ def _with_dynamic_shapes(
 
 
 def _enlarged(dynamic: Iterable[int], x: Tensor) -> Tensor:
-    """Return x with dynamic dimensions of size 1 doubled, because the exporter would fix them."""
+    """Return x with dynamic dimensions of at least 2, because the exporter would fix a size of 0 or 1."""
     for dim in dynamic:
-        x = torch.cat([x, x], dim) if x.shape[dim] == 1 else x
+        sizes = [2 if at == dim else size for at, size in enumerate(x.shape)]
+        x = torch.cat([x, x], dim) if x.shape[dim] == 1 else x.new_zeros(sizes) if x.shape[dim] == 0 else x
     return x
 
 
@@ -258,9 +259,10 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
     target = Path(path)
     remedy = "create the folder first"
     require(_NAME, "path", target.parent.is_dir(), "in an existing folder", repr(str(target)), remedy)
+    require(_NAME, "path", not target.is_dir(), "of a file", repr(str(path)), "add a name, such as 'model.onnx'")
     for package in ("onnx", "onnxscript"):
         imported(package, _NAME, "onnx")
-    return args, target
+    return args, target.resolve()
 
 
 def _checked_example(example_inputs: object) -> tuple[Any, ...]:

@@ -352,6 +352,17 @@ def test_a_model_of_tokens(is_ours, kind, path):
     assert_equal(Session(path)(tokens, state), [out, last], **TOLERANCE)
 
 
+def test_an_empty_example_an_empty_chunk_and_a_link(path):
+    model, h, link = mingru.MinGRU(3, 4, 2), torch.randn(2, 3, 1, 4), path.with_name("link.onnx")
+    link.symlink_to(path)
+    export(model, (torch.zeros(0, 5, 3), h[:, :0]), link)
+    assert link.is_symlink() and not path.is_symlink()
+    for steps in (0, 1, 4):
+        x = torch.randn(3, steps, 3)
+        with torch.no_grad():
+            assert_equal(Session(path)(x, h), model(x, h), **TOLERANCE)
+
+
 class Fails(torch.nn.Module):
     """Not by its numbers, but by what it does with them."""
 
@@ -390,4 +401,6 @@ def test_bad_calls(path):
     for message, (model, example, options) in BAD_CALLS.items():
         refuses(ValueError, f"^export.onnx: .*{message}", export, model, example, path, **options)
     refuses(ValueError, r"MinGRU: x must be \(B, S, 3\)", export, RNN, torch.zeros(2, 5, 4), path)
+    for folder in (path.parent, ""):
+        refuses(ValueError, "path must be of a file, got .*; add a name", export, RNN, X, folder)
     assert not path.exists()

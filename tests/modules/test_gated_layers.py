@@ -164,6 +164,14 @@ def test_weights_that_say_enough():
         refuses(RuntimeError, "residual='highway' cannot be used", cell.load_state_dict, highway)
 
 
+@pytest.mark.parametrize(("option", "value"), [("residual", True), ("candidate", "tanh"), ("min_decay", 0.5)])
+def test_options_that_a_program_has_changed(option, value):
+    rnn = mingru.MinGRU(4, 4)
+    setattr(rnn.layers[0], option, value)
+    rnn.load_state_dict(rnn.state_dict())
+    refuses(RuntimeError, f"trained with {option}={value!r} ", mingru.MinGRU(4, 4).load_state_dict, rnn.state_dict())
+
+
 # Initial states
 
 

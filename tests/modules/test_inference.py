@@ -239,6 +239,8 @@ STILL_IN_ONE = [
     ("MinGRU", "layers.0.residual", False),
     ("plain", f"{LINEAR}._parameters", dict(nn.Linear(DIMS, 2 * DIMS)._parameters)),
     ("Block", "_modules", MODULES["Block"]()._modules),
+    ("Block", "attributes", lambda module, linear: setattr(module, "__dict__", vars(MODULES["Block"]()))),
+    ("plain", "attributes of a map", lambda _, linear: setattr(linear, "__dict__", vars(nn.Linear(DIMS, 2 * DIMS)))),
 ]
 
 
@@ -391,6 +393,25 @@ def test_both_modes_have_a_plan_which_keeps_nothing_alive(name):
 
 
 @each_module
+def test_what_a_program_notes_changes_no_plan_and_is_not_kept(name):
+    module = made(name)
+    x = planned(module)
+    plans, found = module._plans, []
+    for value in (torch.randn(DIMS), torch.randn(DIMS), 1, 2, None, [torch.ones(DIMS)]):
+        # Also a name that code of this package has for something else.
+        module.h = value
+        for part in module.modules():
+            vars(part)["hidden"] = value
+        assert is_in_one(module, x) and module._plans == plans
+        found += [weakref.ref(value)] if isinstance(value, torch.Tensor) else []
+    module.h = module.hidden = torch.randn(DIMS)
+    assert_same_as_one_by_one(module.train(), x)
+    found.append(weakref.ref(module.h))
+    del module.h, module.hidden, value
+    assert not any(each() for each in found)
+
+
+@each_module
 def test_states_of_every_shape(name):
     module = made(name)
     x = planned(module)
@@ -446,10 +467,12 @@ def test_contexts_in_which_modules_are_called_one_by_one(name):
     assert not any(map(inside, (*others, BaseTorchFunctionMode())))
     # A device context changes no operation, except together with another mode.
     for device in ("cpu", "meta"):
+        module._plans = ()  # the plan is made inside
         with torch.device(device):
             assert inside(torch.no_grad(), reset=torch.ones(2, 3, dtype=torch.bool, device="cpu"))
             assert not inside(BaseTorchFunctionMode())
     torch.set_default_device("meta")
+    module._plans = ()
     try:
         assert inside(torch.no_grad())
     finally:

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from cases import assert_equal, graded, with_threads
+from cases import WRAPS, assert_equal, graded, with_threads
 from options import CALLS, cover, lengths_of, named
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -18,7 +18,7 @@ FACTORS = {
     "steps": [1, 2, 65, 300],
     "dtype": [torch.float64, torch.float32, torch.bfloat16, torch.float16],
     **CALLS,
-    **{name: [True, False] for name in ("bias", "bidirectional", "recompute", "norm")},
+    **{name: [True, False] for name in ("bias", "bidirectional", "recompute", "norm", "hook")},
 }
 # From 192 features on, threads share a step of all sequences, and 128 rows are summed.
 WIDE = FACTORS | {"block_size": [192, 200], "num_blocks": [1, 2], "batch": [1, 33], "steps": [1, 2, 19]}
@@ -48,6 +48,9 @@ def test_equals_the_reference(row):
     options = {name: row[name] for name in ("block_size", "bias", "batch_first", "bidirectional", "recompute")}
     options["norm"] = "rms" if row["norm"] else None
     rnn = mingru.GRU(3, row["block_size"] * row["num_blocks"], **options, dtype=dtype)
+    if row["hook"]:
+        # Then the kernel takes pre-activations.
+        WRAPS["hook"](rnn)
     # Few different ones, because the reference computes those of one length together.
     lengths = lengths_of(3, steps, 1)[torch.arange(batch) % 3]
     h = torch.randn(1 + rnn.bidirectional, batch, 1, rnn.hidden_dims).to(torch.promote_types(dtype, torch.float32))

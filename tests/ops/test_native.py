@@ -83,9 +83,14 @@ def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, rev
         ("recurrence_forward", (apart, *call)),
         ("recurrence_backward", (pre, backward[0], out, *grad, bits, min_decay)),
         ("linear_recurrence_forward", (x, weight, bias, *with_lengths)),
+        ("linear_recurrence_forward", (torch.randn(*leading, parts), None, None, *with_lengths)),
         ("causal_conv_forward", conv),
         ("causal_conv_backward", (*conv, torch.randn(3, 20, 5), last)),
         ("linear_recurrence_backward", (x, weight, bias, with_lengths[0], out, product, *grad, *with_lengths[1:])),
+        (
+            "linear_recurrence_backward",
+            (torch.randn(*leading, parts), None, None, with_lengths[0], out, product, *grad, *with_lengths[1:]),
+        ),
     ):
         run = getattr(torch.ops.mingru, operator)
         torch.library.opcheck(run.default, args, test_utils=checks)
@@ -128,6 +133,10 @@ def test_operators_refuse_what_would_read_past_the_end():
         with pytest.raises(RuntimeError, match="linear_recurrence_forward: lengths must be"):
             torch.ops.mingru.linear_recurrence_forward(x, weight, None, *call)
 
+    # Pre-activations, which have no bias.
+    for x, bias in ((torch.randn(3, 20, 9), None), (gate, torch.randn(10)), (torch.randn(3, 20, 10), torch.randn(10))):
+        call = x, None, bias, *call_of("mingru", h, h)
+        refuses(RuntimeError, "linear_recurrence_forward: x must be", torch.ops.mingru.linear_recurrence_forward, *call)
     x, weight, state = torch.randn(3, 20, 4), torch.randn(3, 4), torch.randn(1, 3, 2, 4)
     call = call_of("linear_scan", state, state)[:2]
     for wrong in (

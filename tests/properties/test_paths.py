@@ -5,11 +5,13 @@ are tests. What is given and what is trained change from row to row, so that eve
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from cases import DOUBLE, Case, assert_equal, case, small_chunks, stack, tensors
+from cases import DOUBLE, WRAPS, Case, assert_equal, case, small_chunks, stack, tensors
 from options import lengths_of, steps_of
 from torch import Tensor
 from torch.func import grad, jvp, vmap
@@ -18,6 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 import mingru
 from mingru import GRU, MinGRU, MinLSTM, drop_in
+from mingru.ops import autograd
+
+
+def wrapped(way: str, kind: Any, *sizes: Any, **options: Any) -> Any:
+    module = kind(*sizes, **options)
+    WRAPS[way](module)
+    return module
+
 
 PATHS = [
     case("map", MinGRU, 4, 8),
@@ -40,6 +50,9 @@ PATHS = [
     case("blocks with norm", GRU, 4, 8, norm="rms", residual=True, bidirectional=True),
     case("step of one block", GRU, 4, 8),
     case("step", MinGRU, 4, 8, 2, norm="rms", residual=True),
+    case("blocks, hooked", partial(wrapped, "hook", GRU), 4, 8, 2, block_size=4),
+    case("blocks of low rank", partial(wrapped, "low rank", GRU), 4, 8, norm="rms", bidirectional=True),
+    case("one block, parametrized", partial(wrapped, "parametrized", GRU), 4, 4, residual=True),
     case("projection", drop_in.LSTMLike, 4, 8, proj_size=2, batch_first=True, cell="mingru"),
     case("convolution", mingru.models.Block, 4, conv=3, mlp=2),
     case("convolution of a mixture", mingru.models.Block, 4, conv=2, expansion=2, gate="mixed"),
@@ -128,6 +141,23 @@ def checkpointed(row: Row) -> Any:
     return row.grads(checkpoint(row.call, row.x, use_reentrant=False))
 
 
+def in_a_device_context(row: Row) -> Any:
+    with torch.device("meta"):
+        outputs = row.call(row.x)
+    return outputs, row.grads(outputs)
+
+
+def changed_in_place(row: Row) -> Any:
+    out, *states = row.call(row.x)
+    outputs = [out.add_(1).relu_(), *states]
+    return outputs, row.grads(outputs)
+
+
+def changed_in_place_without_a_copy(row: Row) -> Any:
+    with mock.patch.object(autograd, "COPIED", 0):
+        return changed_in_place(row)
+
+
 def without_gradients(row: Row) -> Any:
     with torch.no_grad():
         return row.call(row.x)
@@ -146,7 +176,8 @@ def compiled_dynamic(row: Row) -> Any:
     return compiled(row, True)
 
 
-EAGER = [first, second, batched, forward_mode, mapped, mapped_gradient, checkpointed, without_gradients]
+EAGER = [first, second, batched, forward_mode, mapped, mapped_gradient, checkpointed]
+EAGER += [without_gradients, changed_in_place, changed_in_place_without_a_copy, in_a_device_context]
 # What a compiled call must be equal to is the same call in eager mode.
 COMPILED = [compiled_static, compiled_dynamic]
 SHIFTS = {kind: index for index, kind in enumerate([*EAGER, *COMPILED])}

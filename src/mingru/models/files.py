@@ -45,7 +45,16 @@ def load(cls: Any, folder_or_name: str | os.PathLike[str], revision: str | None,
         config = json.loads(config_path.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or config.pop("model", None) != cls.__name__:
             raise ValueError(f"{CONFIG} is of something else")
-        frozen = config.pop("frozen", [])
+        frozen, num_layers = config.pop("frozen", []), config.get("num_layers")
+        if type(frozen) is not list or not all(type(name) is str for name in frozen):
+            raise ValueError(f"frozen must be a list of names, got {frozen!r}")
+        tensors = safetensors.load_file(weights_path)
+        dtypes = {str(x.dtype) for x in tensors.values() if x.is_floating_point()}
+        if len(dtypes) > 1:
+            raise ValueError(f"the tensors must have one dtype, got {' and '.join(sorted(dtypes))}")
+        # Each layer has tensors. To build so many takes long.
+        if type(num_layers) is int and num_layers > len(tensors):
+            raise ValueError(f"num_layers is {num_layers}, and the file has {len(tensors)} tensors")
         # On the device "meta", whatever the file says, nothing is allocated before the shapes are compared.
         options = {name: value for name, value in config.items() if name != "mingru"} | {"device": "meta"}
         model = cls(**options)
@@ -53,7 +62,7 @@ def load(cls: Any, folder_or_name: str | os.PathLike[str], revision: str | None,
         weights = model.state_dict()
         weights.clear()
         # Copies, because these tensors are the file's memory, which changes if another program writes to the file.
-        weights.update((name, x.to(device, copy=True)) for name, x in safetensors.load_file(weights_path).items())
+        weights.update((name, x.to(device, copy=True)) for name, x in tensors.items())
         model.load_state_dict(weights, assign=True)
     except Exception as error:
         expected, why = "a complete model that save_pretrained wrote", " ".join(str(error).split())

@@ -137,10 +137,11 @@ def note_values(module: Any, state_dict: dict[str, Any], prefix: str, metadata: 
     """Note whether all parameters get values: models of transformers load one after the other, also without values."""
     is_whole = {prefix + name for name, _ in module.named_parameters()} <= state_dict.keys()
     module._is_empty = module._is_empty and not is_whole
-    key = f"{prefix}layers.0.{key_of('residual')}"
-    if module.role == "step" and key in state_dict and int(state_dict[key]) == MARKS["residual"].index(True):
-        # A cell returns the state, which does not include the residual of a layer. The map of a highway has more rows.
-        del state_dict[key]
+    if module.role == "step":
+        # A cell returns the state, which does not include the residual of a layer; a highway has weights of its own.
+        mark = state_dict.get(key := f"{prefix}layers.0.{key_of('residual')}")
+        if mark is not None and (mark.is_meta or MARKS["residual"][int(mark)] is True):
+            del state_dict[key]
 
 
 def refuse_other_cells(level: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
@@ -183,11 +184,13 @@ class Saved(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Again, because the buffers are undefined after `to_empty` and `skip_init`.
+        # Again, because the buffers are undefined after `to_empty` and `skip_init`, and options may have changed.
         for option, number in marks_in(self).items():
-            mark = destination.get(prefix + key_of(option))
+            mark = destination.get(key := prefix + key_of(option))
             if mark is not None:
-                destination[prefix + key_of(option)] = torch.full_like(mark, number)
+                destination[key] = torch.full_like(mark, number)
+            elif number and option in OF_LEVELS:
+                destination[key] = torch.tensor(number, device=next(self.parameters()).device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
         for step in self._loading:

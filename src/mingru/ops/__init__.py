@@ -21,7 +21,7 @@ from .graph import scripted_as
 from .in_cache import Map
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
 from .linear_map import LINEAR_MAPS, are_recomputed, gated
-from .names_of_torch import is_tracing
+from .names_of_torch import is_symbolic, is_tracing
 from .scan import LinearScan, in_accumulation_dtype
 from .shape import States, as_dtype
 from .traced import Traced
@@ -88,7 +88,11 @@ def linear_recurrence(
             own = [x, torch.eye(x.size(-1), dtype=x.dtype, device=x.device), None]
         return block_recurrence.in_onnx(Call(spec, own, start, layout))
     if call is None:
-        inputs = list(linear(x).chunk(CELLS[spec.cell].num_inputs + output_gate, -1))
+        x = linear(x)
+        found = _of_gru(backend, Call(spec, [x], start, layout), recompute)
+        if found is not None:
+            return found
+        inputs = list(x.chunk(CELLS[spec.cell].num_inputs + output_gate, -1))
         gate = inputs.pop() if output_gate else None
         return gated(_run(backend, Call(spec, inputs, start, layout)), gate)
     return autograd.run_kernel("linear_kernel", backend, call, not are_recomputed(spec.cell, x, recompute))
@@ -109,6 +113,19 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layo
     return run(call) if sizes is None else in_cache.in_slices(run, call, of, sizes)
 
 
+def _of_gru(backend: str, call: Call, recompute: bool | None = None) -> States | None:
+    """Compute the recurrence of a GRU from its pre-activations, side by side in one tensor, by a kernel if possible."""
+    if call.spec.cell != "gru":
+        return None
+    # The kernel's sizes would depend on the values of lengths, which a captured graph does not know.
+    lengths = call.layout.lengths if is_symbolic() else None
+    fused = route.fused_with(None, backend, call if lengths is None else block_recurrence.kept_in_padding(call))
+    if fused is None:
+        return None
+    out, last = autograd.run_kernel("linear_kernel", backend, fused, recompute is not True)
+    return out if lengths is None else without_padding(out, lengths, call.layout.time_first), last
+
+
 def _run(backend: str, call: Call) -> States:
     if is_tracing() or call.tensors[0].numel() == 0:
         return torch_in_graphs.traced_recurrence(*call)
@@ -117,6 +134,10 @@ def _run(backend: str, call: Call) -> States:
         return step or joined([_run(backend, each) for each in divided(call)], call.layout)
     kernel = route.kernel_of(backend, call)
     if kernel is None:
+        whole = [torch.cat(call.tensors, -1)] if call.spec.cell == "gru" else call.tensors
+        found = _of_gru(backend, call._replace(tensors=whole))
+        if found is not None:
+            return found
         return autograd.composed(backend, call)
     if kernel.packed or (call.layout.batch_sizes is None and call.layout.lengths is None):
         return autograd.run_kernel("kernel", backend, call, False)

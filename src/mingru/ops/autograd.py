@@ -176,6 +176,10 @@ class KernelCall(NamedTuple):
     """Whether the pre-activations are kept for the backward pass."""
 
 
+# With fewer values, a copy of the output takes less time than to count its changes.
+COPIED = 1 << 14
+
+
 class Recurrence(torch.autograd.Function):
     """Compute a recurrence by the kernels of a backend. Second derivatives are computed by `composed`."""
 
@@ -184,6 +188,16 @@ class Recurrence(torch.autograd.Function):
         name, backend, spec, time_first, keep = call
         kernel: Kernel = getattr(backend_of(backend), name)
         out, last, kept, *states = kernel.forward(spec, tensors, time_first, keep)
+        ctx.changes = None
+        # Not `out` itself: torch refuses a backward pass whose tensors a program has changed in place.
+        if states or is_compiling():
+            pass
+        elif out.numel() < COPIED:
+            states, out = [out], out.clone()
+        else:
+            # With the count of the changes of `out`, and nothing of its memory.
+            states, ctx.changes = [out.data], out.detach()
+            ctx.changes.data, ctx.num_changes = out.new_empty(0), out._version
         ctx.call, ctx.is_transposed = call, kept is not None and is_transposed(tensors[FIRST_INPUT])
         ctx.save_for_backward(*(states or [out]), kept, *tensors)
         return out, last
@@ -199,6 +213,8 @@ class Recurrence(torch.autograd.Function):
         if kept is not None and is_transposed(tensors[FIRST_INPUT]) != ctx.is_transposed:
             kept = kept.new_empty(0)
         kernel: Kernel = getattr(backend_of(backend), name)
+        if ctx.changes is not None and ctx.changes._version != ctx.num_changes:
+            states = kernel.forward(spec, tensors, time_first, None)[0]
         return None, *kernel.backward(spec, tensors, time_first, (states, kept, *grad), needs)
 
 
@@ -222,7 +238,8 @@ def _again(name: str, backend: str, spec: Spec, time_first: bool, *tensors: Any)
         x = without_padding(x, layout.lengths, time_first)
     if spec.norm:
         x = normalized(x, spec.norm, spec.eps)
-    inputs = list(F.linear(x, weight, bias).chunk(CELLS[spec.cell].num_inputs + spec.output_gate, -1))
+    x = x if weight is None else F.linear(x, weight, bias)
+    inputs = list(x.chunk(CELLS[spec.cell].num_inputs + spec.output_gate, -1))
     gate = inputs.pop() if spec.output_gate else None
     parts = [composed(backend, part) for part in divided(call._replace(tensors=inputs))]
     return gated(joined(parts, layout), gate)

@@ -102,6 +102,18 @@ def _all_steps(h: Tensor, steps: _Steps, own: _Own) -> States:
     return torch.cat([before, last.unsqueeze(0)])[1:], last
 
 
+def kept_in_padding(call: Call) -> Call:
+    """Return the same call of pre-activations side by side without lengths: update gates keep the state in padding."""
+    (x,), start, (time_first, _, lengths) = call.tensors, call.start, call.layout
+    assert lengths is not None
+    padding = padding_of(lengths, x.transpose(0, 1) if time_first else x)
+    padding = padding.t() if time_first else padding
+    r, z, c = x.chunk(3, -1)
+    z = z.masked_fill(padding.unsqueeze(-1), torch.finfo(x.dtype).max)
+    reset = None if start.reset is None else start.reset & ~padding
+    return Call(call.spec, [torch.cat([r, z, c], -1)], start._replace(reset=reset), Layout(time_first))
+
+
 def dense(weight: Tensor) -> Tensor:
     """Return recurrent weights (3 H, K) as those of torch.nn.GRU, (3 H, H), with 0 outside of the blocks."""
     size, features = weight.size(1), weight.size(0) // 3
@@ -188,6 +200,10 @@ def by_torch(spec: Spec, given: Any, time_first: bool, keep: bool | None = None)
     """
     call = from_flat(spec, given, time_first)
     (x, weight, bias), start, lengths = call.tensors, call.start, call.layout.lengths
+    if weight is None:
+        # Finite, because torch.gru has a linear map, whose products with 0 must be 0.
+        finite = torch.finfo(x.dtype)
+        x, weight = x.clamp(finite.min, finite.max), torch.eye(x.size(-1), dtype=x.dtype, device=x.device)
     with without_autocast(x):
         if x.is_meta or (lengths is not None and not lengths.any()):
             # There are no values of resets and lengths, or torch would refuse an empty sequence.

@@ -72,7 +72,7 @@ class Call(NamedTuple):
 
     spec: Spec
     tensors: list[Tensor]
-    """The inputs of the cell, which are its pre-activations; for a kernel of a linear map, x, weight and bias."""
+    """The inputs of the cell, its pre-activations. For a kernel of a linear map: x, and weight and bias or None."""
     start: Start
     layout: Layout
 

@@ -47,7 +47,9 @@ len_torch_function_stack = _of_torch("_C._len_torch_function_stack", _yes)
 get_function_stack_at = _of_torch("_C._get_function_stack_at", _yes)
 # The context sees each operation of the pass, which takes longer.
 DisableTorchFunction = _of_torch("_C.DisableTorchFunction", nullcontext)
-# The same, and `nn.Linear` is called as a module.
+# A module whose first call is in a device context gets no plan.
+EnableTorchFunction = _of_torch("_C._EnableTorchFunction", nullcontext)
+# No module runs as one operator, and `nn.Linear` is called as a module.
 has_any_global_hook = _of_torch("nn.modules.module._has_any_global_hook", _yes)
 # Each call asks for the device's own autocast, which takes longer.
 is_any_autocast_enabled = _of_torch("_C._is_any_autocast_enabled", _yes)

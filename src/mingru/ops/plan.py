@@ -52,14 +52,21 @@ def _methods(cls: Any) -> frozenset[str]:
     return frozenset(name for name in dir(cls) if callable(getattr(cls, name, None)))
 
 
+# Functions to which a name is given as a string, and types of notes that need no care before they change.
+_BY_NAME, _CONSTANTS = {"getattr", "setattr", "vars"}, {bool, int, float, str, type(None)}
+
+
 @functools.cache
 def _names(cls: Any) -> frozenset[str]:
-    """Return all names in the code of a class. An attribute of another name was set by the program, for itself."""
+    """Return all attributes that the code of a class may name. Another one is a note: a program set it for itself."""
     found = {*dir(cls)}
     values = [getattr(value, "fget", value) for each in cls.__mro__ for value in vars(each).values()]
     codes = [inspect.unwrap(each).__code__ for each in values if hasattr(each, "__code__")]
     for code in codes:
-        found |= {*code.co_names, *code.co_varnames, *(each for each in code.co_consts if isinstance(each, str))}
+        num_arguments = code.co_argcount + code.co_kwonlyargcount if code.co_name == "__init__" else 0
+        found |= {*code.co_names, *code.co_varnames[:num_arguments]}
+        if not _BY_NAME.isdisjoint(code.co_names):
+            found |= {each for each in code.co_consts if isinstance(each, str)}
         codes += [each for each in code.co_consts if inspect.iscode(each)]
     return frozenset(found)
 
@@ -71,7 +78,9 @@ def _record(module: Any, modules: list[Any], recorded: Recording) -> tuple[list[
         recorded.require(cls in FORWARDS, each._compiled_call_impl is None, not any(map(vars(each).get, HOOKS)))
         recorded.require(_methods(cls).isdisjoint(vars(each)))
     states = [(index, 0) for index in range(module.num_states)]
-    _, found = module._trace(Traced(recorded), states)
+    # Also inside of what a device context is spared, because `Traced` sees operations by their functions.
+    with names_of_torch.EnableTorchFunction():
+        _, found = module._trace(Traced(recorded), states)
     recorded.require(found == states)
     return recorded.finish()
 
@@ -114,10 +123,11 @@ class LayerPlan:
         self.is_trained = not any(getattr(each, "checkpoint", False) and each.training for each in modules)
         specs = [each.spec for directions in scans for each in directions]
         self.is_for_gpu = all(spec.cell in KEEPING and not spec.output_gate for spec in specs)
-        # The attributes of each module, and copies of them.
+        # The attributes of each module; copies of them without the notes; the names of notes, by index of the module.
         watched = [each for each in modules if type(each) is not nn.ModuleList]
         self._now, self._types_now = list(map(vars, watched)), list(map(type, watched))
-        self._then = list(map(dict, self._now))
+        self._then, self._notes = list(map(dict, self._now)), dict[int, set[str]]()
+        self._finds_notes()
         self.hooks = list(itertools.chain(*(map(each.get, HOOKS, repeat({})) for each in self._now)))
         # No other module gets more modules and keeps its attributes.
         self._lists = [each._modules for each in modules if type(each) in (nn.ModuleList, nn.Sequential)]
@@ -126,7 +136,13 @@ class LayerPlan:
         # same is there, because the plan keeps neither modules nor weights.
         self._num_weights = len(used)
         owned = [owned[at] for at in (*used, *{*range(len(owned))}.difference(used))]
-        owned += [(each._modules, name) for each in modules for name in each._modules]
+        children = [(each._modules, name) for each in modules for name in each._modules]
+        children.sort(key=lambda place: place[0][place[1]] is None)
+        found = [place[name] for place, name in children if place[name] is not None]
+        # The modules among them, and whose attributes these must be.
+        self._modules = slice(len(owned), len(owned) + len(found))
+        self._attributes = [vars(module), *map(vars, found)]
+        owned += children
         owned += [(vars(each), "_modules") for each in modules if type(each) is nn.ModuleList]
         owned += [(vars(each), "_parameters") for each in modules if each._parameters]
         self._places = tuple(zip(*owned, strict=True))
@@ -143,28 +159,43 @@ class LayerPlan:
     def forget(self) -> None:
         """Forget all modules, after which the plan is made again."""
         self._type, self._places, self.hooks, self._lists = None, (), [], []
-        self._now, self._then, self._types_now = [], [], []
+        self._now, self._then, self._types_now, self._notes, self._attributes = [], [], [], {}, []
 
     def weights_now(self, module: nn.Module) -> list[Tensor] | None:
         """Return the weights of the instructions, or None if something has changed."""
         try:
-            if (self._now == self._then or self._has_notes()) and type(module) is self._type:
+            if self._is_as_then() and type(module) is self._type:
                 values: list[Any] = list(map(operator.getitem, *self._places))
-                if list(map(id, values)) == self._ids and list(map(type, values)) == self._types:
+                is_same = list(map(id, values)) == self._ids and list(map(type, values)) == self._types
+                own = map(vars, (module, *values[self._modules]))
+                if is_same and all(map(operator.is_, own, self._attributes)):
                     return values[: self._num_weights] if list(map(len, self._lists)) == self._lengths else None
         except Exception:
-            pass  # values that cannot be compared, such as tensors, are new, or a parameter was deleted
+            pass  # values that cannot be compared are new, or a parameter was deleted
         return None
 
-    def _has_notes(self) -> bool:
-        """Return whether only attributes have changed that the program has set for itself."""
-        for now, then, cls in zip(self._now, self._then, self._types_now, strict=True):
-            changed = {key for key in now.keys() | then.keys() if now.get(key, self) is not then.get(key, self)}
-            if not changed.isdisjoint(_names(cls)):
-                return False
-            then.clear()
-            then.update(now)
-        return True
+    def _is_as_then(self) -> bool:
+        """Return whether no attributes but notes have changed."""
+        now: list[Any] = self._now
+        if self._notes:
+            now = [*now]
+            for index, names in self._notes.items():
+                now[index] = now[index].copy()
+                for name in names:
+                    now[index].pop(name, None)
+        return now == self._then or (self._finds_notes() and self._is_as_then())
+
+    def _finds_notes(self) -> bool:
+        """Return whether there are more notes. They are then neither compared nor kept alive."""
+        found = False
+        for index, (now, then, cls) in enumerate(zip(self._now, self._then, self._types_now, strict=True)):
+            for name in (now.keys() | then.keys()) - _names(cls) - self._notes.get(index, set()):
+                value = now.get(name, self)
+                if type(value) not in _CONSTANTS or value != then.get(name, self):
+                    self._notes.setdefault(index, set()).add(name)
+                    then.pop(name, None)
+                    found = True
+        return found
 
     def is_open(self) -> bool:
         """Return whether the instructions compute what the modules would compute if they were called now."""

@@ -175,7 +175,10 @@ def kernel_of(name: str, call: Call) -> Kernel | None:
 def fused_with(
     linear: Any, name: str, call: Call, norm: nn.Module | None = None, output_gate: bool = False
 ) -> Call | None:
-    """Return the call of a fused kernel that computes the recurrence of linear(norm(x)), or None."""
+    """Return the call of a fused kernel that computes the recurrence of linear(norm(x)), or None.
+
+    Without a linear map, x has the pre-activations of a GRU, side by side.
+    """
     spec, (x,), start, layout = call
     kernel = backend_of(name).linear_kernel
     has_more = norm is not None or output_gate
@@ -186,16 +189,21 @@ def fused_with(
     # The kernel's sizes depend on the values of lengths, which a captured graph does not know.
     if layout.lengths is not None and (not kernel.lengths or is_symbolic()):
         return None
-    if type(linear) not in LINEAR_MAPS or is_hooked(linear):
+    of_map: list[Any] = [None, None]
+    if linear is not None:
+        if type(linear) not in LINEAR_MAPS or is_hooked(linear):
+            return None
+        # Its attributes, because something else than a parameter may have their names.
+        of_map = [linear.weight, linear.bias]
+        if of_map[0] is None:
+            return None
+    if not are_ordinary(x, *of_map, *start[2:]) or not x.is_floating_point() or x.numel() == 0:
         return None
-    # Its attributes, because something else than a parameter may have their names.
-    weight, bias = linear.weight, linear.bias
-    if weight is None or not are_ordinary(x, weight, bias, *start[2:]):
-        return None
-    if not x.is_floating_point() or x.numel() == 0 or (bias is not None and bias.shape != weight.shape[:1]):
-        return None
+    if linear is None:
+        return Call(spec, [x, *of_map], start, layout)
+    weight, bias = of_map
     # The product with the weight of a norm would broadcast.
-    if weight.shape[1:] != x.shape[-1:]:
+    if weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     if is_autocast(x):
         # For few rows, as in a step, `linear` is faster, because autocast casts its weights once for all calls.

@@ -162,7 +162,11 @@ class _Nodes:
         )
         if not self.is_fixed or self.num_steps % size:
             out = op.Slice(out, self.integers(0), count, self.integers(2))
-        last = op.Slice(out, self.integers(-1), self.integers(1 << 62), self.integers(2))
+        end = self.integers(-1), self.integers(1 << 62), self.integers(2)
+        last = op.Slice(out, *end)
+        if not self.is_fixed:
+            # The state of no steps stays.
+            last = op.Slice(op.Concat(h, last, axis=2), *end)
         out = self._flipped(out, 2) if reverse else out
         return tuple(self._parts_last(each, of_space, len(spaces)) for each in (out, last))
 

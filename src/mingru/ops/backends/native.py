@@ -62,6 +62,9 @@ def _register_shapes() -> None:
     def flag(bits: int, name: str) -> bool:
         return bits & FLAGS[name] != 0
 
+    def rows_of(x: Tensor, weight: Tensor | None) -> int:
+        return x.shape[-1] if weight is None else weight.shape[0]
+
     def of_start(call: list[Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
         h, has_reset = call[0], flag(bits, "has_reset")
         # Each cell of a mixture has its own groups.
@@ -89,24 +92,24 @@ def _register_shapes() -> None:
         return out.new_empty(*out.shape[:num_leading], num_grads), *of_start(call, rest[2])
 
     def linear_recurrence_forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], bits: int, *numbers: float
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, call: list[Tensor], bits: int, *numbers: float
     ) -> tuple[Tensor, ...]:
         h, *leading = call[0], *x.shape[:-1]
         # No captured graph has lengths, which would make the number of rows depend on data.
         num_kept = math.prod(leading) if flag(bits, "keep") else 0
         num_sums = h.shape[-1] if flag(bits, "has_recurrent") else 0
-        out, kept = x.new_empty(*leading, h.shape[-1]), x.new_empty(num_kept, weight.shape[0] + num_sums)
+        out, kept = x.new_empty(*leading, h.shape[-1]), x.new_empty(num_kept, rows_of(x, weight) + num_sums)
         return out, h.new_empty(h.shape), kept, x.new_empty(out.shape if flag(bits, "keep_states") else 0)
 
     def linear_recurrence_backward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, call: list[Tensor], *rest: Any
     ) -> tuple[Tensor, ...]:
         bits = rest[4]
         grad_x = x.new_empty(x.shape if flag(bits, "needs_x") else 0)
         if flag(bits, "needs_x") and is_transposed(x):
             grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
-        grad_weight = weight.new_empty(weight.shape[0] if flag(bits, "needs_weight") else 0, weight.shape[1])
-        grad_bias = weight.new_empty(1 if flag(bits, "needs_bias") else 0, weight.shape[0])
+        grad_weight = x.new_empty(rows_of(x, weight) if flag(bits, "needs_weight") else 0, x.shape[-1])
+        grad_bias = x.new_empty(1 if flag(bits, "needs_bias") else 0, rows_of(x, weight))
         return grad_x, grad_weight, grad_bias, *of_start(call, bits), *of_recurrent(call, bits)
 
     def causal_conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any) -> States:

@@ -1,0 +1,135 @@
+"""Speed without a clock: in which kinds of call our kernels compute the recurrences, of each class.
+
+A profile names the operators of a call. A recurrence is computed by our kernels if they are among them, and if more
+time steps need no more operators. Where this is not so, class and kind of call are in `OUTSIDE`, with the reason.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, HIDDEN, INPUT, WRAPS, Case, case, needs_kernels, tensors
+from torch import nn
+from torch.func import functional_call, jvp, vmap
+from torch.utils.checkpoint import checkpoint
+
+import mingru
+
+pytestmark = needs_kernels
+
+
+def hooked(module: nn.Module, x: Any) -> Any:
+    module.register_forward_hook(lambda *_: None)
+    return module(x)
+
+
+def noted(module: Any, x: Any) -> Any:
+    module.hidden = module(x)
+    return module(x)
+
+
+def in_a_device_context(module: nn.Module, x: Any) -> Any:
+    with torch.device("meta"):
+        return module(x)
+
+
+def autocast(module: nn.Module, x: Any) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return module(x)
+
+
+def with_lengths(module: nn.Module, x: Any) -> Any:
+    batch_dim = 0 if getattr(module, "batch_first", True) else 1
+    return module(x, lengths=torch.tensor([x.shape[1 - batch_dim], 3]))
+
+
+def without_gradients(module: nn.Module, x: Any) -> Any:
+    with torch.no_grad():
+        return module(x)
+
+
+def changed_weights(module: nn.Module, x: Any) -> Any:
+    return functional_call(module, {name: 2 * each for name, each in module.named_parameters()}, (x,))
+
+
+def compiled(module: nn.Module, x: Any) -> Any:
+    return torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+
+
+def compiled_with_lengths(module: nn.Module, x: Any) -> Any:
+    return with_lengths(torch.compile(module, fullgraph=True, backend="aot_eager"), x)
+
+
+EAGER = {
+    "plain": lambda module, x: module(x),
+    "hook of the module": hooked,
+    "note": noted,
+    "device context": in_a_device_context,
+    "autocast": autocast,
+    "lengths": with_lengths,
+    "no gradients": without_gradients,
+    "functional_call": changed_weights,
+    "checkpoint": lambda module, x: checkpoint(module, x, use_reentrant=False),
+    "bfloat16": lambda module, x: module.bfloat16()(x.bfloat16()),
+    "vmap": lambda module, x: vmap(module)(torch.stack([x, x])),
+    "jvp": lambda module, x: jvp(lambda x: tensors(module(x))[0], (x,), (x,)),
+    "subclass": lambda module, x: module(x.as_subclass(type("Other", (torch.Tensor,), {}))),
+} | {way: lambda module, x, wrap=wrap: wrap(module) or module(x) for way, wrap in WRAPS.items()}
+COMPILED = {"compiled": compiled, "compiled with lengths": compiled_with_lengths}
+# Their paths are those of others.
+FEW = "2d", "3d", "1dGRUCell", "signed", "rotation"
+ROWS = [
+    *(each for each in CASES[:-1] if not any(part in each.name for part in FEW)),
+    case("GRU of one block", mingru.GRU, INPUT, HIDDEN, bidirectional=True, norm="rms"),
+    case("Block of GRU", mingru.models.Block, INPUT, cell="gru", conv=2),
+]
+OF_GRU = ("GRU", "GRU of one block", "Block of GRU")
+TRANSFORMED = "transforms need differentiable operations, and a GRU has one for each step"
+OUTSIDE = {
+    **{(name, way): TRANSFORMED for name in OF_GRU for way in ("vmap", "jvp")},
+    **{(name, "subclass"): "a tensor subclass sees the operations of each step" for name in OF_GRU},
+}
+
+
+def operators(way: Any, case: Case, is_compiled: bool) -> list[list[str]]:
+    """Return the names of all operators of a call and its backward pass, with 6 and 12 steps."""
+    calls = [(case.make(), case.args(2, steps)["x"].requires_grad_()) for steps in (6, 12)]
+    for module, x in calls if is_compiled else []:
+        way(module, x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for module, x in calls:
+            with torch.profiler.record_function("call"):
+                out = tensors(way(module, x))[0]
+            if out.requires_grad:
+                out.float().sum().backward()
+    found: list[list[str]] = []
+    for event in sorted(profile.events(), key=lambda event: event.time_range.start):
+        if event.name == "call":
+            found.append([])
+        elif "::" in event.name:
+            found[-1].append(event.name)
+    return found
+
+
+def pairs(ways: Any, cases: list[Case]) -> Any:
+    found = [(case, way) for case in cases for way in ways if "lengths" not in way or "lengths" in case.takes]
+    return pytest.mark.parametrize(
+        ("case", "way"), [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in found]
+    )
+
+
+def check(case: Case, ways: Any, way: str) -> None:
+    few, many = operators(ways[way], case, ways is COMPILED)
+    is_inside = len(few) == len(many) and any(name.startswith("mingru::") for name in few)
+    assert is_inside == ((case.name, way) not in OUTSIDE)
+
+
+@pairs(EAGER, ROWS)
+def test_our_kernels_compute_it(case, way):
+    check(case, EAGER, way)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pairs(COMPILED, [each for each in ROWS if each.name in ("MinGRU", "GRU")])
+def test_our_kernels_compute_it_in_a_graph(case, way):
+    check(case, COMPILED, way)
