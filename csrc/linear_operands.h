@@ -56,7 +56,8 @@ class LinearOperands : public Operands {
         eps_(eps),
         x_(in_memory_order(x)) {
     if (call.cell() >= Cell::gru) recurrent_.emplace(call, h, scan.num_features);
-    // The scan adds a bias of float32 or float64, unless the cell is timed or has recurrent weights, or the product adds it at no cost.
+    // The scan adds a bias of float32 or float64, unless the cell is timed or has recurrent weights, or the product adds
+    // it at no cost.
     if (bias && (weight.element_size() < 4 || recurrent_ || scan.dt.data || scan.log_bound < 0 || is_in_tiles())) {
       STD_TORCH_CHECK(
           bias->is_cpu() && bias->numel() == num_columns && bias->scalar_type() == weight.scalar_type(), call.name,
