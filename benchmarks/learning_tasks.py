@@ -84,6 +84,14 @@ class Adding(Task):
         return 100 * ((out - y)[:, -1].abs() < 0.04).float().mean().item()
 
 
+class Maximum(Adding):
+    """Compare: the larger of two marked ones of 50 numbers; right if within 0.04."""
+
+    def draw(self, part, num, g):
+        x = super().draw(part, num, g)[0]
+        return x, only_last(x.prod(2).amax(1, keepdim=True), 50)
+
+
 class Modulo(Task):
     """Count: the sum of all numbers so far, modulo 3, at each of 40 time steps."""
 
@@ -109,6 +117,34 @@ class S3(Task):
         return x, torch.stack(y, 1)
 
 
+class Automaton(Task):
+    """Follow: the state, one of 30, of an automaton in which each of 4 symbols is a random map, at 24 time steps."""
+
+    num_inputs, num_outputs, num_steps = 4, 30, 600
+    maps = torch.randint(30, (4, 30), generator=torch.Generator().manual_seed(0))
+
+    def draw(self, part, num, g):
+        x, states = torch.randint(4, (num, 24), generator=g), [torch.zeros(num, dtype=torch.long)]
+        for each in x.unbind(1):
+            states.append(self.maps[each, states[-1]])
+        return x, torch.stack(states[1:], 1)
+
+
+class Registers(Task):
+    """Compute: one of four numbers, modulo 5, after 1 or another is added to it, at each of 20 time steps."""
+
+    num_inputs, num_outputs, num_steps = 16, 5, 600
+
+    def draw(self, part, num, g):
+        x, numbers, y = torch.randint(16, (num, 20), generator=g), torch.zeros(num, 4, dtype=torch.long), []
+        for each in x.unbind(1):
+            to, other = (each // 4).unsqueeze(1), (each % 4).unsqueeze(1)
+            added = numbers.gather(1, other).where(to != other, 1)
+            y.append((numbers.gather(1, to) + added) % 5)
+            numbers = numbers.scatter(1, to, y[-1])
+        return x, torch.cat(y, 1)
+
+
 class Brackets(Task):
     """Count up and down: the depth of brackets, at most 8, at each of 40 time steps, a third of which are others."""
 
@@ -132,6 +168,20 @@ class Recall(Task):
         values, asked = torch.randint(6, (num, 3), generator=g), torch.randint(3, (num, 1), generator=g)
         x = torch.cat([torch.stack([keys, values + 6], 2).flatten(1), keys.gather(1, asked)], 1)
         return x, only_last(values.gather(1, asked).squeeze(1), 7)
+
+
+class Overwriting(Task):
+    """Recall: the last of 6 values of one of 6 keys; a third of 24 time steps asks, and the others overwrite one."""
+
+    num_inputs, num_outputs, num_steps = 42, 6, 600
+
+    def draw(self, part, num, g):
+        keys, values = (torch.randint(6, (num, 24), generator=g) for _ in range(2))
+        asked, known, y = torch.rand(num, 24, generator=g) < 1 / 3, torch.full((num, 6), -100), []
+        for key, value, is_asked in zip(keys.t(), values.t(), asked.t(), strict=True):
+            y.append(known.gather(1, key.unsqueeze(1)).squeeze(1).where(is_asked, -100))
+            known = known.where(is_asked.unsqueeze(1), known.scatter(1, key.unsqueeze(1), value.unsqueeze(1)))
+        return torch.where(asked, 36 + keys, 6 * keys + values), torch.stack(y, 1)
 
 
 class Negation(Task):
@@ -350,8 +400,9 @@ class CartPole(Task):
         return 100 * self.play(model, 256, part, is_greedy=True)[-1].float().mean().item()
 
 
-CLASSES = Copying, Adding, Modulo, S3, Brackets, Recall, Negation, Oscillators, Waves, Weather, Vowels, Digits, MNIST1D
-TASKS = {cls.__name__.lower(): cls for cls in (*CLASSES, Sounds, Text, CartPole)}
+SYMBOLS = Copying, Adding, Maximum, Modulo, S3, Automaton, Registers, Brackets, Recall, Overwriting, Negation
+SERIES = Oscillators, Waves, Weather, Vowels, Digits, MNIST1D, Sounds, Text, CartPole
+TASKS = {cls.__name__.lower(): cls for cls in SYMBOLS + SERIES}
 
 
 def installed(package):

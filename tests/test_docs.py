@@ -1,5 +1,6 @@
 """The pages: hooks of mkdocs, tables of results, and the code and links of guides and README."""
 
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -157,9 +158,24 @@ def test_the_tables_of_learning_are_what_the_command_wrote(monkeypatch):
     page = "".join(path.read_text(encoding="utf-8") for path in learning.PAGES)
     assert learning.measure.filled(page, "learning", learning.tables(found)) == page, "run it with --page"
     assert page.count("<!-- learning: end -->") == len(learning.tables(found))
-    # The model to begin with is the one of the rule.
-    of_start = [row.split(" | ")[2] for row in learning.table(found, learning.TABLES["start"]).splitlines()[2:]]
-    assert len(of_start) == len(learning.TASKS) + 1 and "**" not in "".join(of_start)
+    # The claim on the page is that of the table.
+    counts = learning.table(found, [learning.GRU, learning.OWN], learning.EQUAL).split(" | ")[-1].strip(" |").split("/")
+    assert "ahead in {} of 20 tasks, equal in {} and behind in {}".format(*counts) in " ".join(page.split())
+
+
+# The answer after some symbols.
+ANSWERS = {
+    "automaton": lambda task, row: functools.reduce(lambda state, symbol: task.maps[symbol, state].item(), row, 0),
+    "overwriting": lambda _, row: next((each % 6 for each in reversed(row) if each // 6 == row[-1] - 36), -100),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_answers_of_tasks(name, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS.parent / "benchmarks")
+    task = load("benchmarks/learning_tasks.py").TASKS[name]()
+    for row, answers in zip(*(each.tolist() for each in task.draw(0, 9, torch.Generator())), strict=True):
+        assert [ANSWERS[name](task, row[: at + 1]) for at in range(len(row))] == answers
 
 
 def test_the_tables_of_speed_are_what_the_command_wrote(monkeypatch):

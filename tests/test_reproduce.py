@@ -7,15 +7,13 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.reproduce import chomsky, common, copying, layers, page, speed, words
+from benchmarks.reproduce import chomsky, common, copying, page, words
 
 # A program, its options, and the numbers of runs and of rows in its table.
 SHORT = {
     "copying": (copying, "--layers 1 --num-steps 2 --num-test 8 --seq-len 32", 2, 2),
     "chomsky": (chomsky, "--num-steps 2 --num-test 8 --models minGRU nn.GRU --tasks parity --seeds 3 4", 6, 2 * 2),
     "words": (words, "--num-steps 2 --models minGRU nn.GRU --tasks S3 --seeds 3", 2, 2),
-    "layers": (layers, "--steps 1 2 --num-test 8", 5, 5),
-    "speed": (speed, "--lengths 4 --seconds 0.001 --hidden-dims 4", 2, 2),
 }
 
 
@@ -25,7 +23,7 @@ def test_a_short_run_is_recorded_and_not_repeated(name, tmp_path, monkeypatch, c
     monkeypatch.setattr(words, "LENGTHS", (8, 16, 24, 32))
     monkeypatch.setattr(chomsky, "FAR", (40, 44))
     path, threads = tmp_path / f"{name}.json", torch.get_num_threads()
-    arguments = [*options.split(), "--json", str(path), *(["--seeds", "3"] if name in ("copying", "layers") else [])]
+    arguments = [*options.split(), "--json", str(path), *(["--seeds", "3"] if name == "copying" else [])]
     program.main(arguments)
     found = json.loads(path.read_text())
     assert len(found["runs"]) == count == len(capsys.readouterr().out.splitlines())
@@ -36,26 +34,21 @@ def test_a_short_run_is_recorded_and_not_repeated(name, tmp_path, monkeypatch, c
 
     program.main(arguments)
     assert capsys.readouterr().out == "" and json.loads(path.read_text()) == found
-    monkeypatch.setattr(common, "where", lambda: {**found["where"], "processor": "other"})
-    with pytest.raises(SystemExit, match="name a new file by --json"):
-        program.main(arguments)
-    monkeypatch.setattr(common, "where", lambda: found["where"])
-    with pytest.raises(SystemExit, match="name a new file by --json"):
-        program.main([*arguments, "--device", "other"])
+    for processor, device in ((found["where"]["processor"], "other"), ("other", "cpu")):
+        monkeypatch.setattr(common, "where", lambda each=processor: {**found["where"], "processor": each})
+        with pytest.raises(SystemExit, match="name a new file by --json"):
+            program.main([*arguments, "--device", device])
     torch.set_num_threads(threads)
 
 
-def naive(task, symbols):
-    """Return the output of a task for a list of symbols."""
-    if task == "parity":
-        return sum(symbols) % 2
-    if task == "even pairs":
-        return sum(a != b for a, b in itertools.pairwise(symbols)) % 2
-    if task == "cycle navigation":
-        return sum({0: 0, 1: 1, 2: -1}[symbol] for symbol in symbols) % 5
-    if task == "majority":
-        return int(symbols.count(1) > symbols.count(0))
-    return eval("".join("01234+-*"[symbol] for symbol in symbols).rstrip("+-*")) % 5
+# The output of a task for a list of symbols.
+NAIVE = {
+    "parity": lambda symbols: sum(symbols) % 2,
+    "even pairs": lambda symbols: sum(a != b for a, b in itertools.pairwise(symbols)) % 2,
+    "cycle navigation": lambda symbols: sum((0, 1, -1)[symbol] for symbol in symbols) % 5,
+    "majority": lambda symbols: int(symbols.count(1) > symbols.count(0)),
+    "modular arithmetic": lambda symbols: eval("".join("01234+-*"[each] for each in symbols).rstrip("+-*")) % 5,
+}
 
 
 @pytest.mark.parametrize("task", chomsky.TASKS)
@@ -70,7 +63,7 @@ def test_the_outputs_of_formal_languages(task):
     for longest in (10, 11):
         tokens, targets = chomsky.sample_of(task, (3, longest))(40, generator)
         for row, outputs in zip(tokens.tolist(), targets.tolist(), strict=True):
-            assert outputs == [naive(task, row[:length]) for length in range(3, longest + 1)]
+            assert outputs == [NAIVE[task](row[:length]) for length in range(3, longest + 1)]
     assert set(targets.flatten().tolist()) == set(range(5 if task in ("cycle navigation", "modular arithmetic") else 2))
 
 
@@ -97,7 +90,6 @@ def test_accuracy_and_training():
         return tokens, tokens[:, -2:]
 
     torch.manual_seed(0)
-    assert abs(layers.num_parameters(layers.model_of("minGRU, 3 layers", 60_000, "cpu")) - 60_000) < 1000
     model = common.build(common.LAYERS["minGRU"], 8, 1, 4, "cpu")
     assert common.accuracy(model, sample, 100, 0) < 0.6
     found = dict(common.training(model, sample, 60, 32, 0.05, 0))
@@ -108,8 +100,7 @@ def test_the_package_of_a_folder_must_be_there(tmp_path):
     with pytest.raises(SystemExit, match="pip install --no-deps --target"):
         words.layers("mingru-scans log", str(tmp_path))
     (tmp_path / "mingru").mkdir()
-    source = "def MinGRUStack(*args, **options):\n    return (args, options)\n"
-    (tmp_path / "mingru" / "__init__.py").write_text(source, encoding="utf-8")
+    (tmp_path / "mingru" / "__init__.py").write_text("MinGRUStack = lambda *args, **options: (args, options)\n")
     assert words.layers("mingru-scans log", str(tmp_path)) == ((64, 64), {"n_layers": 1, "mixer": "log"})
 
 
@@ -138,5 +129,3 @@ def test_the_page_of_the_site_has_the_main_results():
     rotation, signed, plain = percent("words", [f"S3: {name}" for name in names], 3)
     assert f"in {rotation} by rotations and {signed} by signed gates" in text
     assert f"the default minGRU in {plain}" in text
-    counts = percent("layers", [f"minGRU, {count} layer{'s' * (count > 1)}" for count in (2, 3, 4, 1)], 2)
-    assert f"have {min(counts[:3])} to {max(counts[:3])} after 1,500, and one layer {counts[3]}" in text

@@ -17,7 +17,7 @@ from .common import RESULTS
 
 PAGE = Path(__file__).with_name("README.md")
 Runs = dict[str, dict[str, Any]]
-# Feng et al. 2024: accuracy in % and its standard deviation; how many times as fast as a loop in Python.
+# Feng et al. 2024: accuracy in % and its standard deviation.
 PAPER = {
     "minGRU, 1 layers": "37.0 ± 2.3",
     "minGRU, 2 layers": "96.8 ± 3.2",
@@ -26,7 +26,6 @@ PAPER = {
     "minLSTM, 2 layers": "85.7 ± 5.8",
     "minLSTM, 3 layers": "96.0 ± 2.8",
 }
-PAPER_SPEED = {"GRU, 512": "175", "LSTM, 512": "235", "GRU, 4096": "1324", "LSTM, 4096": "1361"}
 # mingru-scans 0.2.0, accuracy in % at 1,024 time steps.
 PUBLISHED = {
     "parity: nn.GRU": "100.0",
@@ -80,14 +79,13 @@ def chomsky(runs: Runs, settings: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def cells(group: list[dict[str, Any]], most: int) -> list[str]:
-    """Return the accuracies of the runs, which are lists."""
-    return [cell(list(values), most) for values in zip(*(run["accuracy"] for run in group), strict=True)]
-
-
 def words(runs: Runs, _: dict[str, Any]) -> str:
     groups, most = by_seed(runs)
-    rows = [[*key.split(": "), *cells(groups[key], most), PUBLISHED.get(key, "")] for key in sorted(groups)]
+    rows = []
+    for key in sorted(groups):
+        lengths = zip(*(run["accuracy"] for run in groups[key]), strict=True)
+        cells = [cell(list(values), most) for values in lengths]
+        rows.append([*key.split(": "), *cells, PUBLISHED.get(key, "")])
     return markdown(["task", "model", "64", "256", "512", "1,024", "published, 1,024"], rows)
 
 
@@ -101,25 +99,8 @@ def groups(runs: Runs, _: dict[str, Any]) -> str:
     return markdown(["task", "model", "training steps", "64", "256", "512", "1,024"], rows)
 
 
-def layers(runs: Runs, settings: dict[str, Any]) -> str:
-    groups, most = by_seed(runs)
-    rows = [[key, f"{group[0]['parameters']:,}", *cells(group, most)] for key, group in groups.items()]
-    return markdown(["model", "parameters", *(f"{count:,} steps" for count in settings["steps"])], rows)
-
-
-def speed(runs: Runs, _: dict[str, Any]) -> str:
-    rows = []
-    for key, run in runs.items():
-        kind, length = key.split(", ")
-        ms = run["ms"]
-        ratios = [f"{ms[name] / ms['minimal']:.1f}" for name in ("layer", "loop")]
-        rows.append([f"min{kind}", f"{int(length):,}", f"{ms['minimal']:.1f}", *ratios, PAPER_SPEED.get(key, "")])
-    rows.sort(key=lambda row: row[0])
-    return markdown(["layer", "length", "ms", "nn.GRU or nn.LSTM", "loop", "loop, paper (GPU)"], rows)
-
-
 TABLES = {"copying": copying, "chomsky": chomsky, "gates": chomsky, "words": words, "groups": groups}
-TABLES |= {"blocks": groups, "layers": layers, "speed": speed}
+TABLES |= {"blocks": groups}
 
 
 def text_of(name: str, found: dict[str, Any]) -> str:
