@@ -60,7 +60,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "sequential"]
 LENGTHS = [2**power for power in range(4, 17)]
 BATCH, FEATURES, SLOW_MS = 8, 256, 3000.0
-ACCELERATED = "nn.GRU, accelerated"
 PEER, START, MIXED, BLOCKS = "minGRU-pytorch", "mingru.GRU", 'MinGRU, gate="mixed"', "blocks of 64"
 # Left out where models have two layers, and what these are compared with.
 OF_ONE, OTHERS = (PEER, "mingru", LINEAR), (GRU, "nn.LSTM", BLOCKS, MIXED)
@@ -366,27 +365,27 @@ def export(name, module, shape, path):
         torch.onnx.export(module.eval(), given, path, dynamo=True, external_data=False, verbose=False, **options)
 
 
-def against_gru(args, timer):
-    """Print times of nn.GRU / those of its weights in mingru.GRU and of the layer accelerated: inference ; training."""
+def against_torch(args, timer):
+    """Print times of nn.GRU / those of its weights in mingru.GRU, and of torch's layers / accelerated: two passes."""
     shapes, found = [(batch, steps) for steps in (1, 20, 200) for batch in (1, 8, 32, 64)], {}
     for dims in args.gru:
-        modules = {GRU: nn.GRU(dims, dims, batch_first=True)}
-        modules |= {
-            "mingru.GRU": mingru.GRU.from_torch(modules[GRU]),
-            ACCELERATED: deepcopy(modules[GRU]),
-        }
-        drop_in.accelerate(modules[ACCELERATED])
+        modules = {f"nn.{kind.__name__}": kind(dims, dims, batch_first=True) for kind in (nn.GRU, nn.LSTM)}
+        modules |= {f"{name}, accelerated": deepcopy(module) for name, module in modules.items()}
+        for name in modules.keys() - {GRU, "nn.LSTM"}:
+            drop_in.accelerate(modules[name])
+        modules["mingru.GRU"] = mingru.GRU.from_torch(modules[GRU])
         for shape in shapes:
             table = of_modules("", torch.randn(*shape, dims, requires_grad=True), modules)
             found[dims, shape] = time_both(timer, table)
-    for name in ("mingru.GRU", ACCELERATED):
-        rows = [[str(dims), *(ratios(found[dims, shape], name) for shape in shapes)] for dims in args.gru]
-        print_table(f"nn.GRU / {name}, threads: {args.threads}", ["H", *map(str, shapes)], rows)
+    for name in modules.keys() - {GRU, "nn.LSTM"}:
+        base = "nn.LSTM" if "LSTM" in name else GRU
+        rows = [[str(dims), *(ratios(found[dims, shape], base, name) for shape in shapes)] for dims in args.gru]
+        print_table(f"{base} / {name}, threads: {args.threads}", ["H", *map(str, shapes)], rows)
     return {f"{dims}, {shape}": each for (dims, shape), each in found.items()}
 
 
-def ratios(found, name):
-    return " ; ".join(f"{of_torch / own:.2f}" for of_torch, own in zip(found[GRU], found[name], strict=True))
+def ratios(found, base, name):
+    return " ; ".join(f"{of_torch / own:.2f}" for of_torch, own in zip(found[base], found[name], strict=True))
 
 
 GROUPS = {each.__name__: each for each in (one_layer, family, steps, half, products, model, tagger, deploy)}
@@ -515,7 +514,7 @@ def main():
     add("--longest", type=int, nargs="*", default=[40, 400], help="sentences of the tagger (default: 40 400)")
     add("--seconds", type=float, default=4.0, help="time for each set of calls (default: %(default)s)")
     add("--rounds", type=int, default=5, help="minimum rounds of these calls (default: %(default)s)")
-    add("--gru", type=int, nargs="+", metavar="H", help="compare nn.GRU with itself accelerated, for these features")
+    add("--gru", type=int, nargs="+", metavar="H", help="compare torch's layers with themselves accelerated")
     add("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     if unknown := [name for name in args.groups if name not in GROUPS]:
@@ -527,7 +526,7 @@ def main():
     if args.page:
         page(args, timer)
     elif args.gru:
-        results = against_gru(args, timer)
+        results = against_torch(args, timer)
     elif args.sweep or args.plot:
         results = sweep(timer)
         if args.plot:
