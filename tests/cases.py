@@ -369,7 +369,7 @@ CASES = [
     case("MinGRU (quaternion)", mingru.MinGRU, INPUT, HIDDEN, gate="quaternion", min_decay=0.3),
     *(conv(f"MinConv{dims}dGRU", dims, num_layers=2, stride=[1, 2], norm="group") for dims in (1, 2, 3)),
     stack("Stack", *SEVERAL),
-    case("GRU", mingru.GRU, INPUT, HIDDEN, 2, block_size=2),
+    case("mingru.GRU", mingru.GRU, INPUT, HIDDEN, 2, block_size=2),
     case("MinGRUCell", mingru.MinGRUCell, INPUT, HIDDEN),
     case("MinLSTMCell", mingru.MinLSTMCell, INPUT, HIDDEN, candidate="tanh", normalize=False),
     *(conv(f"MinConv{dims}dGRUCell", dims) for dims in (1, 2, 3)),

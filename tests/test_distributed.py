@@ -238,7 +238,7 @@ def refusals(four, pairs):
         ({"module": torch.nn.Linear(3, 4)}, error, "... or a module that contains one, got Linear"),
         ({"module": mingru.MinGRUCell(3, 4)}, error, f"{wrong} MinGRUCell; "),
         ({"module": mingru.drop_in.GRULike(3, 4, cell="mingru")}, error, f"{wrong} mingru.drop_in.GRULike; "),
-        ({"module": mingru.GRU(3, 4)}, error, f"{wrong} GRU; "),
+        ({"module": mingru.GRU(3, 4)}, error, f"{wrong} mingru.GRU; "),
         ({"module": parallel}, error, f"{wrong} MinGRU that is already parallel"),
     ]
     assert_refused(lambda module=rnn, mesh=four: parallelize_module(module, mesh, SequenceParallel()), cases)

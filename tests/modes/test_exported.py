@@ -51,7 +51,7 @@ def test_export(case, exported):
     check(case, program.module(), module)
 
 
-@mode("torch.export, strict, with resets (GRU: the length of the example)", [])
+@mode("torch.export, strict, with resets (mingru.GRU: the length of the example)", [])
 def test_export_strictly(case):
     module = case.make()
     program = export(case, module, True, strict=True).module()

@@ -266,7 +266,7 @@ def test_scripted_modules_refuse_what_would_pass_unseen(module, calls):
 # Traced
 
 
-@mode("torch.jit.trace", [*FEW, "GRU", "models.Block"])
+@mode("torch.jit.trace", [*FEW, "mingru.GRU", "models.Block"])
 @pytest.mark.parametrize(("count", "size"), [(1, (1, 1)), (2, (2, 7)), (3, (1, 17))])
 def test_trace(case, count, size):
     """Batch and length are those of each call, also where the trace saw but one sequence or one step."""

@@ -314,7 +314,7 @@ def test_int8_by_torchao(case):
 
 @mode(
     "per-sample hooks (Opacus)",
-    marks=[("GRU", pytest.mark.xfail(reason="Opacus has no sampler for recurrent weights.", strict=True))],
+    marks=[("mingru.GRU", pytest.mark.xfail(reason="Opacus has no sampler for recurrent weights.", strict=True))],
 )
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed:UserWarning")
 def test_opacus(case):
