@@ -74,8 +74,6 @@ def _computed(cell: str, x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], 
         x = torch.cat(outs, -1) if directions == 2 else outs[0]
         if first < (num_layers - 1) * directions and dropout * training > 0:
             x = F.dropout(x, dropout)
-    if is_copied and x.requires_grad and directions == 1:
-        x = x.clone()
     out = x.transpose(0, 1) if batch_first else x
     return out, *(torch.stack(each) for each in zip(*(last.unbind(1) for last in lasts), strict=True))
 
