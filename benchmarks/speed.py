@@ -3,7 +3,7 @@
     pip install ".[bench]"                                 # in a clone of the repository
     python benchmarks/speed.py                             # one layer and its recurrence, by shape
     python benchmarks/speed.py steps family                # other groups of tables, which --help lists
-    python benchmarks/speed.py --gru 32 64 128 256 512     # nn.GRU as it is, and accelerated, by shape
+    python benchmarks/speed.py --gru 64 128 256 512        # nn.GRU and nn.LSTM as they are, and accelerated, by shape
     python benchmarks/speed.py --sweep --plot speed.png    # time by sequence length, and the README's picture
     python benchmarks/speed.py --page                      # time relative to MinGRU by shape and threads, in 8
                                                            # minutes; writes docs/speed.md and docs/speed.json

@@ -50,7 +50,7 @@ def _computed(cell: str, x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], 
     is_fused = bool(cell == "lstm" and is_padded and x.dtype == torch.float32 and torch.backends.mkldnn.enabled)
     if cell == "lstm" and is_slower_lstm(x.size(-1), features, batch, steps, is_fused, is_trained):
         return None
-    if cell == "gru" and is_slower(features, steps, x.dtype, is_trained):
+    if cell == "gru" and is_slower(features, batch, steps, x.dtype, is_trained):
         return None
     rows, sizes = (3 if cell == "gru" else 4) * features, [x.size(-1), *[directions * features] * (num_layers - 1)]
     shapes = [[(rows, size), (rows, features), (rows,), (rows,)] for size in sizes for _ in range(directions)]

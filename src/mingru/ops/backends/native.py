@@ -141,26 +141,28 @@ FLAGS = {name: 1 << _FIRST_FLAG + number for name, number in _flags.items()}
 NUMBERS = {(cell, name): n | m << 8 for cell, n in CELL_NUMBERS.items() for name, m in _activations.items()}
 
 
-def is_slower(features: int, steps: int, dtype: torch.dtype, with_gradients: bool) -> bool:
+def is_slower(features: int, batch: int, steps: int, dtype: torch.dtype, with_gradients: bool) -> bool:
     """Return whether a GRU of one block takes longer than `torch.gru`: for few steps.
 
-    What comes before the steps, such as copies of large matrices, takes longer than the steps save. From 2,500 random
+    What comes before the steps, such as copies of large matrices, takes longer than the steps save. From 3,000 random
     sizes with one thread and AVX-512 or AVX2, on an AMD and, by MKL's choice of kernels, as on an Intel.
     """
-    return steps < (20 if dtype == torch.float64 else 6 if with_gradients else 10) * (2 if features >= 128 else 1)
+    least = 20 if dtype == torch.float64 else 6 if with_gradients else 10
+    return steps < least * (4 if batch == 1 and features >= 256 and not with_gradients else 2 if features >= 128 else 1)
 
 
 def is_slower_lstm(inputs: int, features: int, batch: int, steps: int, is_fused: bool, with_gradients: bool) -> bool:
     """Return whether an LSTM takes longer than `torch.lstm`, which `is_fused` if oneDNN computes it.
 
     oneDNN is about as fast without AVX-512; without gradients, unless there are few sequences or more inputs than
-    features; and with gradients if a part of the features that are computed together is missing. From 2,800 random
-    sizes, as of a GRU.
+    features; and with gradients between few and many sequences, or if a part of the features that are computed together
+    is missing. From 3,000 random sizes, as of a GRU.
     """
     if not is_fused:
         return steps < 10 or (features < 4 and not with_gradients)
     if with_gradients:
-        is_faster = inputs >= 8 and (features % _GROUP == 0 or batch <= 8)
+        is_many = features % _GROUP == 0 and (batch >= 32 or features <= 64)
+        is_faster = inputs >= 8 and (batch <= 4 or is_many)
     else:
         is_faster = batch <= 4 and features < 192
     return _ISA != "avx512" or steps < 40 or not (is_faster or inputs >= max(128, 2 * features))
