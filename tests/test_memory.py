@@ -112,9 +112,12 @@ def test_wrapped_maps(way):
 
 def test_language_models_and_packed_sequences():
     lm, rnn = mingru.models.LanguageModel(5, 4, 2, conv=2, mlp=2), mingru.MinGRU(4, 4)
-    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(2, 3, 4), torch.tensor([3, 2]), batch_first=True)
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(2, 30, 4), torch.tensor([30, 2]), batch_first=True)
     for call in (in_inference(lm, torch.randint(5, (2, 3))), in_inference(rnn, packed)):
         assert kept_by(call, 300) < LEAST_LEAK
+    for rnn in (mingru.drop_in.GRU(4, 4), mingru.drop_in.LSTM(4, 4)):
+        assert kept_by(in_inference(rnn, packed), 300) < LEAST_LEAK
+        assert kept_by(lambda rnn=rnn: rnn(packed)[0].data.sum().backward() or rnn.zero_grad(), 60) < LEAST_LEAK
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])

@@ -3,9 +3,9 @@
 import pytest
 import reference
 import torch
-from cases import WRAPS, assert_equal, graded, with_threads
+from cases import WRAPS, assert_equal, graded, tensors, with_threads
 from options import CALLS, cover, lengths_of, named
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import mingru
 
@@ -98,14 +98,17 @@ def test_long_sequences_are_accurate():
     assert (rnn(x)[0] - wide(x.double())[0]).abs().max() < 1e-5
 
 
-def test_threads_do_not_change_the_results():
+@pytest.mark.parametrize("packed", [False, True])
+def test_threads_do_not_change_the_results(packed):
     """With one input. The sums of torch's products, such as of the gradient of its weight, depend on the threads."""
     rnn, x = mingru.GRU(1, 64, block_size=16), torch.randn(9, 300, 1)
-    weights = [weight for name, weight in rnn.named_parameters() if not name.endswith("linear.weight")]
+    if packed:
+        x, rnn = pack_sequence([each[at:] for at, each in enumerate(x)]), mingru.drop_in.LSTM(1, 64)
+    weights = [each for name, each in rnn.named_parameters() if not name.endswith(("linear.weight", "weight_ih_l0"))]
 
     def results():
-        out, h = rnn(x)
-        return [out, h, *torch.autograd.grad(out.square().sum(), weights)]
+        out, *others = tensors(rnn(x))
+        return [out, *others, *torch.autograd.grad(out.square().sum(), weights)]
 
     one, two = with_threads((1, 2), results)
     assert len(weights) == 3 and all(map(torch.equal, one, two))
