@@ -108,9 +108,9 @@ class GRU(nn.modules.GRU, metaclass=OfTorch):
 
     It is torch's class: its constructor, `forward`, weights, `state_dict`, initialization, errors and repr, and
     `isinstance(rnn, torch.nn.GRU)` is true. In float32 it computes by the kernels from 10 time steps on, in training
-    from 6 on, and in float64 from 20 on; with 128 features or more, from twice as many. Otherwise, and on other
-    devices, in other dtypes, in graphs, under autocast and transforms, it computes what torch does. `lengths=` and
-    `reset=` are arguments of `mingru.GRU`.
+    from 6 on, and in float64 from 20 on; with 128 features or more, from twice as many, and a single sequence of 256
+    or more without gradients, from four times as many. Otherwise, and on other devices, in other dtypes, in graphs,
+    under autocast and transforms, it computes what torch does. `lengths=` and `reset=` are arguments of `mingru.GRU`.
 
     Programs and torch's tools take the class for torch's: it equals `torch.nn.GRU`, and
     `isinstance(torch.nn.GRU(3, 4), mingru.drop_in.GRU)` is true.
