@@ -71,7 +71,7 @@ picture: test
 	$(PYTHON) -m pip install --no-deps --target out/scans mingru-scans==0.2.0
 	$(PYTHON) benchmarks/speed.py --page --scans out/scans
 
-# Run the tests of every class in every mode, and write the table of docs/modes.md.
+# Run the tests of every class in every mode, and write the table of docs/more/modes.md.
 modes:
 	$(PYTHON) tests/modes/matrix.py --write
 

@@ -43,13 +43,24 @@ def on_page_markdown(markdown, page, config, files):
     # In the repository, where GitHub shows the pages, these files are beside the folder docs, and docstrings in src.
     for name, source in PAGES.items():
         markdown = markdown.replace(f"](../{source}", f"]({name}")
+    markdown = with_readme(markdown)
     return markdown.partition("<!-- on GitHub -->")[0]
+
+
+def with_readme(markdown):
+    """Return the page of the site that begins as the README does, up to how to run it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n")[2].partition("**Run it**")[0]
+    return re.sub(
+        "<!-- README -->.*<!-- README: end -->", lambda _: readme.replace("](docs/", "]("), markdown, flags=re.DOTALL
+    )
 
 
 def on_post_build(config):
     """Write llms.txt: a list of all pages, and then their text."""
     paths = sorted(Path(config.docs_dir).rglob("*.md"), key=lambda path: ("reference" in path.parts, path))
-    texts = {path.relative_to(config.docs_dir).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    texts = {
+        path.relative_to(config.docs_dir).as_posix(): with_readme(path.read_text(encoding="utf-8")) for path in paths
+    }
     guides = {name: text for name, text in texts.items() if not name.startswith("reference/")}
     links = "\n".join(f"- [{title_of(name, text)}]({address_of(name)})" for name, text in texts.items())
     parts = [f"# {config.site_name}", f"> {config.site_description}", "## Pages", links, *guides.values()]

@@ -1,6 +1,6 @@
 """Modules of every class of the library with its options, and what they are called with: the rows of the tests.
 
-tests/properties checks what holds for each row. The first rows, `CASES`, are the classes of docs/modes.md, which
+tests/properties checks what holds for each row. The first rows, `CASES`, are the classes of docs/more/modes.md, which
 tests/modes runs in every mode. In the others, every two values of two options meet in one row.
 """
 

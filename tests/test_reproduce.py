@@ -122,7 +122,7 @@ def test_the_page_of_the_site_has_the_main_results():
         values = [[run["accuracy"] if index is None else run["accuracy"][index] for run in runs[key]] for key in keys]
         return [f"{100 * sum(each) / len(each):.0f}%" for each in values]
 
-    text = " ".join((page.PAGE.parents[2] / "docs" / "reproduction.md").read_text(encoding="utf-8").split())
+    text = " ".join((page.PAGE.parents[2] / "docs" / "more" / "reproduction.md").read_text(encoding="utf-8").split())
     one, two, three = percent("copying", [f"minGRU, {count} layers" for count in (1, 2, 3)])
     assert f"reach {one}, {two} and {three}" in text
     names = ("mingru-scans rotation", "mingru-scans signed", "minGRU")

@@ -38,7 +38,7 @@ class Sessions:
         UserWarning: `model` is in training mode, in which dropout would change the outputs.
 
     All methods can be called from several threads; they wait for each other. Two chunks of one session can not be in
-    one step, because nothing would say which comes first.
+    one step, because nothing would say which comes first. NaN in x stays in the state of its session: reject it before.
 
     Examples:
         >>> from mingru.streaming import Sessions
@@ -52,7 +52,7 @@ class Sessions:
     """
 
     def __init__(self, model: nn.Module, slots: int) -> None:
-        expected, remedy = "a layer or model with initial(batch)", "derive it from mingru.modules.Layer"
+        expected, remedy = "a layer or model with initial(batch)", "give it a method that returns its first state"
         is_known = hasattr(model, "initial") and getattr(model, "role", None) != "step"
         require("Sessions", "model", is_known, expected, type(model).__name__, remedy, TypeError)
         expected = "of one direction, because a reverse direction needs future steps"

@@ -1,4 +1,4 @@
-"""Run every class in every mode, and print the table of docs/modes.md: python tests/modes/matrix.py [--write]"""
+"""Run every class in every mode, and print the table of docs/more/modes.md: python tests/modes/matrix.py [--write]"""
 
 import re
 import sys
@@ -11,7 +11,7 @@ sys.path.insert(0, str(FOLDER.parent))
 
 from cases import CASES  # noqa: E402
 
-PAGE = FOLDER.parent.parent / "docs" / "modes.md"
+PAGE = FOLDER.parent.parent / "docs" / "more" / "modes.md"
 MARK = "<!-- printed by tests/modes/matrix.py -->\n"
 
 

@@ -13,10 +13,10 @@ from .recurrent_levels import RecurrentLevels
 class MinGRU(RecurrentLevels, planned=True):
     """Apply a stack of minimal gated recurrent unit (minGRU) layers to a sequence.
 
-    All time steps are computed in parallel, because the gates do not see the state: it takes about half of the time of
-    `mingru.GRU`, and learns less. With the default gate, no number of layers can count, and one layer cannot
-    compare its input with its state. Begin with `GRU`, or with the options of the example: the guide "Choosing a
-    layer and its options" compares them. Each layer and direction computes
+    All time steps are computed in parallel, because the gates do not see the state: with long sequences it takes less
+    time than `mingru.GRU`, and it learns less. With the default gate, no number of layers can count, and one layer
+    cannot compare its input with its state. Begin with `GRU`, or with the options of the example: the guide "Choosing
+    a layer and its options" compares them. Each layer and direction computes
 
         z_t = sigma(W_z x_t + b_z)
         h_t = (1 - z_t) h_{t-1} + z_t g(W_h x_t + b_h)
@@ -24,8 +24,8 @@ class MinGRU(RecurrentLevels, planned=True):
     where x_t is the input of the layer, z_t the update gate and h_t the state. `mingru.functional.g` keeps the
     candidate positive: g(v) is v + 0.5 for v >= 0 and sigma(v) for v < 0.
 
-    The guide "Gates" has the equations of the other values of `gate`, which flip or turn the state so that it can
-    count. With elapsed times `dt` and a lower bound m of the decay, `min_decay`, 1 - z_t becomes r_t =
+    The guide "Gates in detail" has the equations of the other values of `gate`, which flip or turn the state so that
+    it can count. With elapsed times `dt` and a lower bound m of the decay, `min_decay`, 1 - z_t becomes r_t =
     (m + (1 - m) (1 - z_t))^dt_t, and z_t becomes 1 - r_t; see the guide "Irregular time series".
 
     `residual="highway"` computes the output y of a layer from its state and its input, without the norm, with p_t = W_p
