@@ -26,7 +26,7 @@ def test_litserve(tmp_path):
     """Two sessions are as the model, and a client that does not wait for answers loses no chunk."""
     pytest.importorskip("litserve", reason="pip install litserve")
     port = 20_000 + os.getpid() % 10_000
-    model = mingru.MinGRU(3, 16, num_layers=2).requires_grad_(False)
+    model = mingru.GRU(3, 16, num_layers=2).requires_grad_(False)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     code = re.search(r"```py\n(.*?)```", (ROOT / "docs/serving.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     (tmp_path / "server.py").write_text(code.replace("8000", str(port)).replace("slots=1000", "slots=2"))
@@ -66,7 +66,7 @@ def test_fastapi(tmp_path, monkeypatch):
     """A connection is as the model, beside others that end with an error."""
     client = pytest.importorskip("fastapi.testclient", reason="pip install fastapi httpx")
     monkeypatch.chdir(tmp_path)
-    model = mingru.MinGRU(3, 16, num_layers=2).requires_grad_(False)
+    model = mingru.GRU(3, 16, num_layers=2).requires_grad_(False)
     torch.save(model.state_dict(), "model.pt")
     text = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
     names = {}
@@ -77,16 +77,16 @@ def test_fastapi(tmp_path, monkeypatch):
         socket.send_json(chunk.tolist())
         return torch.tensor(socket.receive_json())
 
-    def fail(app, chunk):
+    def fail(app, chunk, wrong):
         with app.websocket_connect("/stream") as socket:
             torch.testing.assert_close(send(socket, chunk), model(chunk.unsqueeze(0))[0][0])
-            send(socket, chunk[:, :1])
+            send(socket, wrong)
 
     with client.TestClient(names["app"]) as app, app.websocket_connect("/stream") as a:
         out = send(a, x[0, :5])
-        for chunk in x[1:]:  # in the second slot
-            with pytest.raises(ValueError, match="x must be"):
-                fail(app, chunk)
+        for chunk, wrong in ((x[1], x[1, :, :1]), (x[2], x[2] * float("nan"))):  # in the second slot
+            with pytest.raises(ValueError, match=r"x must be|NaN"):
+                fail(app, chunk, wrong)
         torch.testing.assert_close(torch.cat([out, send(a, x[0, 5:])]), model(x[:1])[0][0])
 
 
