@@ -108,38 +108,36 @@ FLAG = [
     (3, NATIVE, ", spec.refused", r"^    more = .*"),
 ]
 REFUSED = """
+import pytest
 import torch
+import mingru
 from mingru import ops
+from mingru.modules.gru_level import GRULevel
 from mingru.ops.call import Start, spec_of
 
 x, start, spec = torch.rand(2, 5, 3), Start(*torch.zeros(2, 2, 1, 3), None), spec_of("mingru", "linear", False, 0.0)
 ops.recurrence(spec, [x, x], start)
-try:
-    ops.recurrence(spec._replace(refused=True), [x, x], start)
-except RuntimeError as error:
-    assert "recurrence_forward: refused" in str(error)
-else:
-    raise AssertionError("the kernel ignores the flag")
+GRULevel.spec, rnn = lambda *_: spec._replace(cell="gru", activation="tanh", refused=True), mingru.GRU(3, 4)
+own = [torch.no_grad()(run) if no_grad else run for no_grad in (True, False) for run in (rnn, lambda _: rnn(x[:, :1]))]
+for run in (lambda x: ops.recurrence(spec._replace(refused=True), [x, x], start), *own):
+    with pytest.raises(RuntimeError, match="forward: refused"):
+        run(x)
 """
 
 # Compares the layer with one without the factor: by a plan or not, in training, scripted, in a block, and loaded.
 HALVED = """
+import pytest
 import torch
 import mingru
 
-torch.manual_seed(0)
 half, plain = mingru.MinGRU(3, 4, output_factor=0.5), mingru.MinGRU(3, 4)
 plain.load_state_dict({key: x for key, x in half.state_dict().items() if not key.endswith("_mark")})
 x = torch.randn(2, 7, 3)
 for run in (half, torch.no_grad()(half), torch.jit.script(half)):
     torch.testing.assert_close(run(x)[0], plain(x)[0] / 2)
 mingru.models.Block(4, output_factor=0.5)(torch.randn(2, 7, 4))
-try:
+with pytest.raises(RuntimeError, match="output_factor=0.5"):
     plain.load_state_dict(half.state_dict())
-except RuntimeError as error:
-    assert "output_factor=0.5" in str(error)
-else:
-    raise AssertionError("a layer without the factor takes weights that were trained with it")
 """
 
 # Compares the layer with a minGRU whose gate has doubled weights, on the backend that is the argument.
@@ -227,7 +225,8 @@ def root(tmp_path_factory):
 def test_the_steps_name_these_files():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     recipes = {"a cell type": STEPS, "an option of a layer": OPTION, "a form": FORM, "a backend": BACKEND}
-    for heading, of in {**recipes, "a flag of a kernel": FLAG}.items():
+    recipes |= {"a function": [(1, "functional.py"), (2, "forms.py"), (3, "index.md")], "a flag of a kernel": FLAG}
+    for heading, of in recipes.items():
         _, steps = text.split(f"## Add {heading}\n")
         numbered = dict(
             re.findall(r"^(\d)\. (.*?)(?=^\d\. |^## |\Z)", steps.split("\n## ")[0], re.MULTILINE | re.DOTALL)

@@ -137,10 +137,6 @@ def check_features(case, mesh):
     assert_close(module.state_dict(), state, rtol=0, atol=0)
 
 
-def features(four, pairs):
-    on_each(FEATURES_OF_EACH, (four, pairs["sequence"]), check_features)
-
-
 def sharded_outputs(four, pairs):
     block, x = Block(8, conv=3, **DOUBLE), torch.randn(2, 5, 8, **DOUBLE)
     expected = block(x)
@@ -255,8 +251,6 @@ def refusals(four, pairs):
         ({"lengths": torch.tensor([5 * rank, 1])}, error, "MinGRU: lengths must be equal on all ranks"),
         ({"lengths": torch.tensor([21, 1])}, error, "MinGRU: lengths must be from 0 to S = 20"),
         ({"lengths": zeros[:, 0]}, TypeError, "MinGRU: lengths must be of a signed integer dtype or uint8"),
-        ({"reset": zeros > 0}, error, "MinGRU: reset must be (B, S) = (2, 5)"),
-        ({"dt": zeros}, error, "MinGRU: dt must be (B, S) = (2, 5)"),
         ({"h": torch.zeros(2, 2, 1, 4)}, error, "MinGRU: h must be ... = (1, 2, 1, 4)"),
     ]
     assert_refused(lambda x=x, **given: rnn(x, **given), cases)
@@ -295,7 +289,8 @@ CHECKS = {
     "quick": [
         *(rows(some(LAYERS, 4)), rows(some(LAYERS, 12), torch.float32), rows(some(WITHOUT_NORM, 8), torch.bfloat16)),
         *(beside_data_parallel(with_ddp), beside_data_parallel(with_fsdp), refusals, values),
-        *(features, sharded_outputs, features_refused, checkpoints),
+        lambda four, pairs: on_each(FEATURES_OF_EACH, (four, pairs["sequence"]), check_features),
+        *(sharded_outputs, features_refused, checkpoints),
     ],
     "slow": [*(generation, rows(LAYERS), rows([*STACKS[2:3], *BLOCKS[2:3]], wrap=torch.compile))],
 }
@@ -326,22 +321,3 @@ def work(rank, folder, name):
 def test_each_process_computes_its_part(name, tmp_path):
     """The processes are started once for all checks; the first error stops them, and its traceback is shown."""
     torch.multiprocessing.spawn(work, (tmp_path, name), PROCESSES)
-
-
-def die(rank, folder):
-    group(rank, folder, 2, 20)
-    rnn = parallelize_module(mingru.MinGRU(3, 4), init_device_mesh("cpu", (2,)), SequenceParallel())
-    x = torch.randn(2, 5, 3)
-    rnn(x)
-    if rank == 1:
-        os._exit(0)
-    try:
-        rnn(x)
-    except RuntimeError:
-        os._exit(7)
-
-
-def test_a_process_that_dies_ends_the_others(tmp_path):
-    with pytest.raises(torch.multiprocessing.ProcessExitedException) as caught:
-        torch.multiprocessing.spawn(die, (tmp_path,), 2)
-    assert (caught.value.error_index, caught.value.exit_code) == (0, 7)

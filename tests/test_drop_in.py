@@ -265,11 +265,3 @@ def test_apply_takes_a_layer_for_one_module():
         assert rnn.apply(seen.append) is rnn and seen == [rnn.head, rnn]
     rnn.layers[0].observer = nn.Identity()
     assert rnn.apply(seen.append) is rnn and seen[2:] == [rnn.layers[0].observer, rnn.head, rnn]
-
-
-def test_a_subclass_has_its_own_name():
-    class Other(drop_in.GRULike):
-        pass
-
-    assert repr(Other(3, 4)) == "Other(3, 4, cell='gru')"
-    refuses(ValueError, r"^Other: input must be", Other(3, 4), torch.zeros(3))

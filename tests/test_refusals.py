@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,9 +95,7 @@ KINDS = {
     "reset": ("a bool tensor", torch.bool, "of dtype torch.bool", "bool()"),
     "lengths": ("an integer tensor", torch.int64, "of a signed integer dtype or uint8", "long()"),
     "ids": ("an integer tensor (B, S)", torch.int64, "int64 or int32", "long()"),
-    **dict.fromkeys(
-        ["gate", "reset_gate", "forget", "a", "log_a"], (*NUMBERS[:2], "of a floating-point dtype", "float()")
-    ),
+    **dict.fromkeys("gate reset_gate forget a log_a".split(), (*NUMBERS[:2], "of a floating-point dtype", "float()")),
 }
 
 
@@ -165,6 +164,11 @@ def test_a_wrong_tensor(name, grad):
     values = {argument: right(argument, letters) for argument, letters in forms.items()}
     first, states = next(iter(forms)), [argument for argument in forms if argument.endswith("]")]
     listed, cases = [values[state] for state in states], []
+    if isinstance(call, torch.nn.Module):
+        assert inspect.signature(call.forward).parameters.keys() - {each[:-3] for each in states} - forms.keys() <= {
+            "dt",
+            "hx",
+        }
     for argument, letters in forms.items():
         cases += [(argument, *case) for case in wrong(argument, letters, values[argument], first)]
     no_lists = ((ValueError, listed * 2, 2 * len(listed)), (TypeError, {0: 1}, "dict"), (TypeError, 0.5, "float"))
@@ -191,12 +195,13 @@ def test_a_wrong_tensor(name, grad):
 
 # Options: what they must be, and values of wrong types and wrong values.
 
-NAMES = "options input_dims hidden_dims num_layers block_size dims vocab_size"
+NAMES = "options input_dims hidden_dims num_layers dims vocab_size"
 GATES = "one of ('sigmoid', 'signed', 'rotation', 'quaternion', 'mixed')"
-FLAGS = "bias batch_first bidirectional learn_initial_state normalize recompute residual tied checkpoint"
+FLAGS = "reverse bias batch_first bidirectional learn_initial_state normalize recompute residual tied checkpoint"
 OPTIONS = {
     **dict.fromkeys(FLAGS.split(), ("a bool", [0, 1, "False", 0.2, torch.tensor(True)], [])),
     **dict.fromkeys(NAMES.split(), ("an int|at least 1", [3.0, "2", True, None], [0, -1])),
+    "block_size": ("an int|at least 1", [3.0, True], [0, -1]),
     "conv": ("an int or None|at least 2", [3.0, True], [1]),
     "kernel_size": ("an int|at least 1", [3.0, None, "same"], [0]),
     "dropout": ("a number from 0 to 1", ["0.5", True], [1.5, -0.1, math.nan]),
@@ -215,19 +220,38 @@ OPTIONS = {
     "top_p": ("a number above 0 and at most 1", [True], [0.0, 1.01, math.nan]),
     "min_p": ("a number from 0 to 1", ["0.1"], [-0.1, 1.1]),
     "max_new_tokens": ("an int|at least 0", [5.0, True], [-1]),
+    "output_gate": (re.escape("one of ('silu', None)"), [], ["gelu", True]),
+    "activation": (r"one of \('positive', 'linear', 'tanh'(, None)?\)", [], ["relu", 1]),
+    "kind": (re.escape(GATES), [], ["tanh", None]),
+    "backend": ("one of .*'native'.*'sequential'", [], ["cuda", None]),
 }
 REQUIRED = {"input_dims": 4, "hidden_dims": 4, "kernel_size": 1, "dims": 4, "vocab_size": 9, "num_layers": 2}
 REQUIRED |= {"layers": [mingru.MinGRU(3, 4)], "prompts": torch.zeros(2, 3, dtype=torch.int64), "max_new_tokens": 3}
-LAYERS = [type(call) for name, (call, _) in CALLS.items() if name[0] in "BLM" and " " not in name]
+# What data/refusals.txt has wrong values of, or torch refuses.
+ELSEWHERE = "angle device dilation first layers padding prompts seed state stop streamer stride weight"
+# By the name in messages: what takes options, and the tensors that it is given, too.
+LAYERS = {name: (type(call), {}) for name, (call, _) in CALLS.items() if re.match("[BLM]|mingru.GRU", name)}
+FUNCTIONS = {name: each for name, each in CALLS.items() if not isinstance(each[0], torch.nn.Module)}
+OTHERS = {"Stack": (mingru.Stack, {}), "generate": (LanguageModel(9, 3, 1).generate, {})}
 
 
-@pytest.mark.parametrize("kind", [*LAYERS, mingru.Stack, LanguageModel(9, 3, 1).generate], ids=str)
-def test_a_wrong_option(kind):
-    known, name = inspect.signature(kind).parameters, "LanguageModel" if kind.__name__ == "generate" else kind.__name__
-    given = {option: value for option, value in REQUIRED.items() if option in known}
-    for option in OPTIONS.keys() & known.keys():
+@pytest.mark.parametrize("name", {**LAYERS, **FUNCTIONS, **OTHERS})
+def test_a_wrong_option(name):
+    """Of every option, which fails for one that is new."""
+    kind, forms = {**LAYERS, **FUNCTIONS, **OTHERS}[name]
+    tensors = {argument: right(argument, letters) for argument, letters in forms.items()}
+    known = {name: each for name, each in inspect.signature(kind).parameters.items() if each.kind != each.VAR_KEYWORD}
+    given = {option: value for option, value in REQUIRED.items() if option in known} | tensors
+    name = "LanguageModel" if name == "generate" else name.split()[0]
+    for option in known.keys() - tensors.keys() - {*ELSEWHERE.split()}:
         expected, types, values = OPTIONS[option]
         for error, value in [*((TypeError, each) for each in types), *((ValueError, each) for each in values)]:
-            text = rf"^{name}: {option} must be ({expected}).*, got {re.escape(repr(value))}(;|$)"
+            text = rf"^{name}: ({option} must be|backend selects) ({expected}).*, got {re.escape(repr(value))}(;|$)"
             with pytest.raises(error, match=text):
                 kind(**given | {option: value})
+
+
+def test_every_function_is_here():
+    text = Path(__file__).with_name("data").joinpath("refusals.txt").read_text("utf-8")
+    assert not [name for name in dir(functional) if name not in CALLS and f"Error: {name}: " not in text]
+    assert [name for name in ELSEWHERE.split() if not re.search(rf"Error: .*\b{name} must", text)] == ["device"]

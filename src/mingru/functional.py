@@ -409,6 +409,7 @@ def linear_scan(
         (tensor([[1.0000, 1.5000, 0.0000, 0.0000]]), tensor([[1.5000]]))
     """
     name = "linear_scan"
+    check_flag(name, "reverse", reverse)
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape and is_expandable(a.shape, b.shape):
         expected = f"(B, S, *) = {dims(b.shape)} like b"
         raise ValueError(expectation(name, "a", expected, dims(a.shape), "use a.expand_as(b), which copies nothing"))

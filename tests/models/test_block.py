@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BLOCKS, graded, needs_kernels, parametrized, with_threads
+from cases import graded, needs_kernels, with_threads
 from options import cover
 from torch import nn
 from torch.autograd import forward_ad
@@ -32,22 +32,6 @@ def test_dropout():
     torch.manual_seed(1)
     y = x + F.dropout(block.out(block.rnn(x)[0]), 0.5)
     assert_close(out, y + F.dropout(block.mlp(y), 0.5))
-
-
-@parametrized(BLOCKS)
-def test_states(case):
-    """Their shapes, the default ones, and that they do not keep the sequence."""
-    block = case.make()
-    shapes = block._state_shapes(B)
-    for num_steps in (1, 5, 500):
-        x, h = torch.randn(B, num_steps, DIMS), block.initial(B)
-        for arguments in ({}, {"reset": torch.rand(B, num_steps) < 0.3}, {"lengths": torch.tensor([1, num_steps, 1])}):
-            for with_grad in (True, False):
-                with torch.set_grad_enabled(with_grad):
-                    out, last = block(x, **arguments)
-                    assert torch.equal(block(x, tuple(h), **arguments)[0], out)
-                assert [each.shape for each in last] == [each.shape for each in h] == shapes
-                assert all(each.untyped_storage().nbytes() == each.numel() * each.element_size() for each in last)
 
 
 def laid_out(x, layout):

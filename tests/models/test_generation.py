@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from mingru.models import LanguageModel, generation, map_state
 from mingru.models.generation import Sampling
@@ -247,18 +246,6 @@ def test_the_modes_between_the_steps_of_a_stream(with_grad):
         gc.collect()
         assert modes_of(lm) == before
     assert inside == [False] * 6
-
-
-def test_training_between_the_steps_of_a_stream():
-    """No parameter or buffer becomes an inference tensor, which could not be trained."""
-    lm = make(dropout=0.1)
-    optimizer = torch.optim.SGD(lm.parameters(), lr=0.1)
-    ids = torch.stack(make_prompts(9, 9))
-    for tokens in lm.stream(ids, 4, seed=1):
-        logits, _ = lm(torch.cat([ids, tokens.unsqueeze(1)], 1)[:, -9:])
-        F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
-        optimizer.step()
-    assert all(not tensor.is_inference() for tensor in lm.state_dict().values())
 
 
 def test_two_streams_at_the_same_time_while_modes_change():

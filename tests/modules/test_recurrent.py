@@ -144,13 +144,9 @@ def test_one_block_is_the_gru_of_torch(hidden, bidirectional, bias):
     (out, h), (expected, expected_h) = rnn(x), gru(x)
     assert_close((out, h.squeeze(2)), (expected, expected_h))
     kinds, grad = ("weight", "bias") if bias else ("weight",), torch.randn_like(out) / out.numel()
-    own = [
-        getattr(each, kind)
-        for layer in rnn.layers
-        for maps in layer.maps_of_directions()
-        for kind in kinds
-        for each in maps
-    ]
+    ends = ("", "_reverse")[: 1 + bidirectional]
+    names = [f"{name}{end}.{kind}" for end in ends for kind in kinds for name in ("linear", "recurrent")]
+    own = [layer.get_parameter(name) for layer in rnn.layers for name in names]
     grads = torch.autograd.grad(expected, [x, *gru.parameters()], grad)
     # The second biases of r and z are a part of the first ones here.
     wanted = [each[-len(given) :] for each, given in zip(grads, [x, *own], strict=True)]

@@ -77,25 +77,6 @@ def test_by_hand(backend, cell, gates, candidate, h, options, expected):
     assert_close(out.flatten(), torch.tensor(expected, dtype=dtype), rtol=1e-6, atol=1e-6)
 
 
-def test_the_functions_equal_the_cells():
-    gate, candidate, h, reset = *(2 * torch.randn(3, 2, 9, 8).double()), torch.rand(2, 9) < 0.3
-    gates = {"gate": gate[..., 0::2].contiguous(), "angle": gate[..., 1::2].contiguous()}
-    # The default activation is tanh, and the default initial state that of the kind.
-    for kind, activation, state in product(("signed", "rotation", "quaternion"), (None, "positive"), (None, h[:, :1])):
-        given = gates if kind == "rotation" else {"gate": gate}
-        out = functional.mingru(**given, candidate=candidate, h=state, kind=kind, activation=activation, reset=reset)
-        expected = reference.CELLS[f"mingru_{kind}"](gate, candidate, state, reset, activation or "tanh")
-        assert_close(out, expected, **TIGHT)
-    a, b = torch.polar(torch.rand(2, 9, 3).double(), gate[..., :3]), torch.randn(2, 9, 3, dtype=torch.cdouble)
-    assert_close(functional.linear_scan(a.conj(), b), reference.linear_scan(a.conj(), b), **TIGHT)
-    # Without features.
-    args = [x[..., 0] for x in (gate.tanh(), candidate, h[:, :1])]
-    for backend in [name for name in BACKENDS if name != "triton"]:
-        assert_close(functional.mingru(*args, backend=backend), reference.mingru(*args))
-        if backend != "log":
-            assert_close(functional.linear_scan(*args, backend=backend), reference.linear_scan(*args))
-
-
 DERIVATIVES = {name: calls.FACTORS[name] for name in ("cell", "candidate", "reverse", "reset", "dt")}
 DERIVATIVES |= {"min_decay": [0.0, 0.25], "steps": [3] if INTERPRETED else [5, 18]}
 
@@ -348,17 +329,6 @@ def test_an_infinite_time_forgets(backend, cell, candidate, min_decay, dtype, us
     *grad_gates, grad_candidate, grad_h, grad_dt = torch.autograd.grad(out[..., parts:].sum(), leaves)
     assert all((grad == 0).all() for grad in (*grad_gates, grad_h, grad_dt))
     assert_close(grad_candidate[..., parts:], torch.ones_like(h)[..., parts:], **rounding)
-
-
-@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (0, 0, 4), (2, 5, 0)])
-@pytest.mark.parametrize(("backend", "cell"), each())
-def test_nothing_in_nothing_out(backend, cell, shape):
-    gate, h = torch.zeros(shape, requires_grad=True), torch.ones(shape[0], 1, shape[2], requires_grad=True)
-    reset = torch.zeros(shape[:2], dtype=torch.bool)
-    out, last = states(backend, cell, [gate] * NUM_INPUTS[cell], h, torch.full_like(h, 0.5), reset)
-    assert out.shape == shape
-    assert_close(last, h)
-    torch.autograd.grad(last.sum() + out.sum(), (h, gate))
 
 
 @grid(distance=[13] if INTERPRETED else [13, 2], reverse=[False, True])

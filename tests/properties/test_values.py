@@ -128,21 +128,6 @@ def test_a_step_reaches_its_own_sequence_up_to_a_reset(case):
     assert torch.equal(reached, expected)
 
 
-@parametrized([case for case in ROWS if not is_of_both_directions(case.module)])
-def test_a_reset_begins_a_sequence(case):
-    """Its state is that of a call without one, whatever the state was; not even NaN crosses it."""
-    module, given = case.varied(**DOUBLE), case.given(**DOUBLE)
-    given["reset"].fill_(False)
-    given["reset"][:, 2] = True
-    given["h"] = [torch.full_like(state, torch.nan) for state in given["h"]]
-    expected, last = case.call(module, **{name: each[:, 2:] for name, each in without(given, "h", "reset").items()})
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            out, states = case.call(module, **given)
-        assert out[:, :2].isnan().flatten(2).any(2).all()
-        assert_close((out[:, 2:], states), (expected, last), **TIGHT)
-
-
 # Sequences of different lengths
 
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..check.values import check_type, require
 from ..modules.layer import Layer
 from ..modules.levels import Level
-from ..ops.call import Layout, Start
+from ..ops.call import Layout, Spec, Start
 from ..ops.shape import MaybeList, States
 
 P = ParamSpec("P")
@@ -42,15 +42,15 @@ def outermost(name: str, module: nn.Module, mesh: Any) -> list[Any]:
 
 
 class Part(Level):
-    """A layer that computes a part of a recurrence."""
+    """A level that computes a part of a recurrence: other recurrences, in what is otherwise its own `forward`."""
 
     mesh: DeviceMesh
 
     def _fuses_norm(self, found: MaybeList) -> bool:
         return False  # The norm is computed before the linear map of a part.
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
-        return self._from_inputs(y, start, layout, reverse, found)
+    def _mapped(self, spec: Spec, y: Tensor, start: Start, layout: Layout) -> States:
+        return self._from_inputs(spec, y, start, layout)
 
 
 def derive(module: Any, part: type, mesh: DeviceMesh) -> None:

@@ -15,11 +15,11 @@ where `own` is the gradient of the state before the part from the outputs of the
 
 import functools
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
@@ -224,18 +224,15 @@ class _Layer(Part):
 
     def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
         calls = divided(Call(spec, inputs, start, layout))
-        return joined([self._over_ranks(own, None, x, x, first, layout) for own, x, first, _ in calls], layout)
+        return joined([self._over_ranks(each) for each in calls], layout)
 
     @eager
-    def _over_ranks(
-        self, spec: Spec, linear: Any, saved: list[Tensor], inputs: list[Tensor], start: Start, layout: Layout
-    ) -> States:
-        """Return the recurrence over all ranks. `saved`: the inputs, or x if there is `linear`."""
+    def _over_ranks(self, call: Call, num_inputs: int = 0) -> States:
+        """Return the recurrence over all ranks. With `num_inputs`, the tensors are x, and weight and bias of a map."""
+        spec, tensors, start, layout = call
         # The accumulation dtype, in which states travel.
-        h = as_dtype(start.h, accumulate_dtype(start.h.dtype))
-        parameters = [] if linear is None else [linear.weight, linear.bias]
-        given = *parameters, *flattened(start._replace(h=h), layout), *saved
-        out, last = _Recurrence.apply(self.mesh, spec, linear, inputs, layout.time_first, len(parameters), *given)  # type: ignore[no-untyped-call]
+        given = flattened(start._replace(h=as_dtype(start.h, accumulate_dtype(start.h.dtype))), layout)
+        out, last = _Recurrence.apply(self.mesh, spec, layout.time_first, num_inputs, *given, *tensors)  # type: ignore[no-untyped-call]
         return out, as_dtype(last, start.h.dtype)
 
     @eager
@@ -247,18 +244,13 @@ class _Layer(Part):
 class _LinearLayer(_Layer, RecurrentLevel):
     """A layer that stores x in place of its pre-activations if backward computes them again."""
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: list[Tensor] | None) -> States:
-        linear = self.maps()[reverse]
+    def _mapped(self, spec: Spec, y: Tensor, start: Start, layout: Layout) -> States:
+        linear = self.maps()[spec.reverse]
         is_plain = type(linear) in LINEAR_MAPS and not route.is_hooked(linear) and not is_autocast(y)
-        is_plain = is_plain and self.cell not in MIXTURES and not self.has_output_gate
-        if not (is_plain and are_recomputed(self.cell, y, self.recompute)):
-            return super()._direction(y, start, layout, reverse, found)
-        with torch.no_grad():
-            inputs = self._inputs(y, reverse)
-        out, last = self._over_ranks(self.spec(reverse), linear, [y], inputs, start, layout)
-        if found is not None:
-            found.append(out)
-        return out, last
+        is_plain = is_plain and spec.cell not in MIXTURES and not self.has_output_gate
+        if is_plain and are_recomputed(spec.cell, y, self.recompute):
+            return self._over_ranks(Call(spec, [y, linear.weight, linear.bias], start, layout), self.num_parts)
+        return super()._mapped(spec, y, start, layout)
 
 
 def _of_next_step(mesh: DeviceMesh, x: Tensor, layout: Layout) -> Tensor:
@@ -303,61 +295,57 @@ class _Recurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, mesh: DeviceMesh, spec: Spec, linear: Any, inputs: Any, time_first: bool, first: int, *args: Any
-    ) -> States:
-        _, _, start, layout = from_flat(spec, args[first:], time_first)
-        h = start.h
-        last = ops.recurrence(spec, inputs, start._replace(h=torch.zeros_like(h)), layout)[1]
-        parts, along = parts_of(spec.cell), range(mesh.size())[:: -1 if spec.reverse else 1]
-        products, lasts = _numbers(mesh, parts, _product(spec, inputs, start, layout), last)
+    def forward(ctx: Any, mesh: DeviceMesh, spec: Spec, time_first: bool, num_inputs: int, *given: Any) -> States:
+        call = _from_inputs(from_flat(spec, given, time_first), num_inputs)
+        parts, ranks, h = parts_of(spec.cell), range(mesh.size())[:: -1 if spec.reverse else 1], call.start.h
+        _, last = _run(call, torch.zeros_like(h))
+        products, lasts = _numbers(mesh, parts, _product(call), last)
         # In the order in which the state passes the ranks.
-        index = along.index(mesh.get_local_rank())
-        before = _carry(along[:index], products, lasts, to_parts(h, parts), parts)
-        after = _carry(along[index:], products, lasts, before, parts)
-        start = start._replace(h=from_parts(before, parts))
-        out, _ = ops.recurrence(spec, inputs, start, layout)
-        ctx.mesh, ctx.spec, ctx.linear, ctx.time_first, ctx.parameters = mesh, spec, linear, time_first, args[:first]
-        ctx.is_first, ctx.later = index == 0, along[index + 1 :]
+        index = ranks.index(mesh.get_local_rank())
+        before = _carry(ranks[:index], products, lasts, to_parts(h, parts), parts)
+        after = _carry(ranks[index:], products, lasts, before, parts)
+        before = from_parts(before, parts)
+        ctx.own, ctx.is_first, ctx.later = (mesh, spec, time_first, num_inputs), index == 0, ranks[index + 1 :]
         # Parameters too, so that torch refuses those that were changed since.
-        ctx.save_for_backward(products, start.h, *args[first + 1 :], *args[:first])
-        return out, from_parts(after, parts)
+        ctx.save_for_backward(products, before, *given[1:])
+        return _run(call, before)[0], from_parts(after, parts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_last: Tensor) -> Any:
-        products, *saved = ctx.saved_tensors
-        first, needs = len(ctx.parameters), [*ctx.needs_input_grad[6:]]
-        needs[first] = True
-        own = zip(saved, needs[first:], strict=False)
-        args = [x if x is None else x.detach().requires_grad_(need) for x, need in own]
-        _, tensors, start, layout = from_flat(ctx.spec, args, ctx.time_first)
+        (products, *saved), (mesh, spec, time_first, num_inputs) = ctx.saved_tensors, ctx.own
+        needs = [True, *ctx.needs_input_grad[5:]]
+        given: Any = [x if x is None else x.detach().requires_grad_(own) for x, own in zip(saved, needs, strict=True)]
         with torch.enable_grad():
-            if ctx.linear is None:
-                out, last = ops.recurrence(ctx.spec, tensors, start, layout)
-            else:
-                out, last = ops.linear_recurrence(ctx.spec, tensors[0], ctx.linear, start, layout, recompute=True)
+            out, last = _run(_from_inputs(from_flat(spec, given, time_first), num_inputs), given[0])
             # Otherwise `out` of a part without steps may need no gradient.
-            out = out + start.h.sum() if out.numel() == 0 else out
-        (of_out,) = torch.autograd.grad(out, start.h, grad_out, retain_graph=True)
+            out = out + given[0].sum() if out.numel() == 0 else out
+        (of_out,) = torch.autograd.grad(out, given[0], grad_out, retain_graph=True)
         # The gradient of the state after this part, from those of the states before the later parts and after all.
-        parts = parts_of(ctx.spec.cell)
-        deltas, of_last = _numbers(ctx.mesh, parts, of_out, grad_last)
+        parts = parts_of(spec.cell)
+        deltas, of_last = _numbers(mesh, parts, of_out, grad_last)
         delta = _carry(ctx.later[::-1], conjugate(products, parts), deltas, of_last.sum(0), parts)
-        states = (out, last), (grad_out, from_parts(delta, parts))
-        args = [*ctx.parameters, *args]
-        wanted = [x for x, need in zip(args, needs, strict=True) if x is not None and need]
-        found = iter(torch.autograd.grad(states[0], wanted, states[1], allow_unused=True))
-        grads: list[Any] = [next(found) if need else None for need in needs]
+        wanted = [x for x, own in zip(given, needs, strict=True) if x is not None and own]
+        grads = iter(torch.autograd.grad((out, last), wanted, (grad_out, from_parts(delta, parts)), allow_unused=True))
+        of_before, *others = [next(grads) if own else None for own in needs]
         # On the first rank, the gradient of the state before the whole sequence.
-        grads[first] = grads[first] if ctx.is_first else torch.zeros_like(grads[first])
-        return *[None] * 6, *grads
+        return *[None] * 4, of_before if ctx.is_first else torch.zeros_like(given[0]), *others
 
 
-def _product(spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout) -> Tensor:
+def _from_inputs(call: Call, num_inputs: int) -> Call:
+    """Return the call of the pre-activations, if the tensors are x, and weight and bias of a linear map."""
+    return call._replace(tensors=[*F.linear(*call.tensors).chunk(num_inputs, -1)]) if num_inputs else call
+
+
+def _run(call: Call, h: Tensor) -> States:
+    spec, inputs, start, layout = call
+    return ops.recurrence(spec, inputs, start._replace(h=h), layout)
+
+
+def _product(call: Call) -> Tensor:
     """Return the product of the decays of all steps; 0 if there is a reset."""
-    parts, reset = parts_of(spec.cell), padded_call(Call(spec, list(inputs), start, layout)).start.reset
-    one = from_parts(one_like(to_parts(start.h, parts), parts), parts)
+    (spec, inputs, start, layout), parts = call, parts_of(call.spec.cell)
+    reset, one = padded_call(call).start.reset, from_parts(one_like(to_parts(start.h, parts), parts), parts)
     # With candidates of 0, the state from 1 is the product.
     inputs = [*inputs[:-1], torch.zeros_like(inputs[-1])]
     _, product = ops.recurrence(spec._replace(activation="linear"), inputs, Start(one, one, None, start.dt), layout)

@@ -151,11 +151,12 @@ class ConvLevel(Level):
 
     def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
         if is_scripting():
-            return self._from_inputs(y, start, layout, reverse, found)
+            return self._from_inputs(self.spec(reverse), y, start, layout, found)
         else:
             return self._mapped(self.spec(reverse), y, start, layout)
 
     def _mapped(self, spec: Spec, y: Tensor, start: Start, layout: Layout) -> States:
+        """Compute the map and the recurrence, by one kernel if possible. `mingru.distributed` replaces this."""
         if is_autocast(y):
             start = start._replace(h=start.h.to(accumulate_dtype(y.dtype)))
         conv: Any = self.conv_reverse if spec.reverse else self.conv

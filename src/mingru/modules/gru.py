@@ -9,13 +9,27 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..check.calls import arguments_checked
-from ..check.values import check_type, name_of, require, reworded
+from ..check.values import check_type, expectation, name_of, require, reworded
+from ..ops import names_of_torch
 from ..ops.block_recurrence import blocks_of, dense
+from ..ops.linear_map import RecurrentMap
 from ..ops.route import is_hooked
+from ..ops.traced import Recording, Traced
 from .cells import RecurrentCell
 from .layer import take_weights
-from .options import Memory, Norm, arguments_of
+from .options import Memory, Norm, arguments_of, defaults_of
 from .recurrent_levels import RecurrentLevels
+
+# Options that `torch.nn.GRU` has, or that do not change what trained weights compute.
+_OF_TORCH = "input_dims hidden_dims num_layers bias batch_first dropout bidirectional device dtype".split()
+_OF_TORCH += ["block_size", "memory", "recompute"]
+
+
+class _Weights(Recording):
+    """What `forward` does, with the weights themselves, which hooks may have computed."""
+
+    def weights(self, *found: Any) -> list[Any]:
+        return [*found]
 
 
 class GRU(RecurrentLevels, planned=True):
@@ -127,8 +141,8 @@ class GRU(RecurrentLevels, planned=True):
         of r, and of z, the second is 0.
 
         Raises:
-            ValueError: The layer has a norm, a residual or a learned initial state, which `torch.nn.GRU` has not, or a
-                module in it has hooks or another `forward`. Only `recurrent` may have them.
+            ValueError: The layer has an option that `torch.nn.GRU` has not, such as a norm, or a module in it has hooks
+                or another `forward`. Only `recurrent` may have them.
 
         Examples:
             >>> rnn, x = mingru.GRU(3, 64), torch.randn(10, 128, 3)
@@ -136,22 +150,19 @@ class GRU(RecurrentLevels, planned=True):
             True
         """
         name = f"{self.name}.to_torch"
-        for option in ("norm", "residual", "learn_initial_state"):
-            value = getattr(self, option)
-            require(name, option, not value, f"left out because torch.nn.GRU has no {option}", repr(value))
-        has_bias = any(getattr(each, "bias", None) is not None for _, _, *own in self._directions() for each in own)
+        for option, default in defaults_of(self).items():
+            value = getattr(self, option, default)
+            is_known = option in _OF_TORCH or value == default
+            require(name, option, is_known, f"left out because torch.nn.GRU has no {option}", repr(value))
+        weights = self._weights(name)
+        has_bias = any(bias is not None for own in weights for bias in own[1::2])
         sizes = self.input_dims, self.hidden_dims, self.num_layers, has_bias, self.batch_first
-        weight = self._directions()[0][2].weight
+        factory = {"device": weights[0][0].device, "dtype": weights[0][0].dtype}
         # Not `nn.GRU`, which is another class in a block of `drop_in.patch`.
-        gru = nn.modules.GRU(*sizes, self.dropout, self.bidirectional, device=weight.device, dtype=weight.dtype)
-        for (layer, reverse, linear, _), parameters in zip(self._directions(), gru.all_weights, strict=True):
-            has_more = layer.norm or layer.residual or is_hooked(layer) or is_hooked(linear)
-            is_gru = not has_more and type(linear).forward is nn.Linear.forward
-            expected, got = "as constructed, except for recurrent", "hooks, or other modules inside"
-            require(name, "layers", is_gru, expected, got, "remove them")
-            recurrent, bias = layer.recurrent_weights(reverse)
-            bias = None if bias is None else F.pad(bias, (2 * self.hidden_dims, 0))
-            _assign(parameters, linear.weight, dense(recurrent), linear.bias, bias)
+        gru = nn.modules.GRU(*sizes, self.dropout, self.bidirectional, **factory)
+        for (weight, bias, recurrent, own), parameters in zip(weights, gru.all_weights, strict=True):
+            second = None if own is None else F.pad(own, (2 * self.hidden_dims, 0))
+            _assign(parameters, weight, dense(recurrent), bias, second)
         return gru.train(self.training)
 
     @classmethod
@@ -184,21 +195,32 @@ class GRU(RecurrentLevels, planned=True):
         sizes = gru.input_size, hidden, gru.num_layers, gru.bias, gru.batch_first, gru.dropout, gru.bidirectional
         with reworded({ValueError: ValueError}, {f"{name_of(cls)}: hidden_dims": f"{name}: hidden_size"}):
             rnn = cls(*sizes, block_size=block_size, device=weight.device, dtype=weight.dtype)
-        for ours, theirs in zip(rnn._directions(), gru.all_weights, strict=True):
-            (_, _, linear, recurrent), (of_input, of_state, *biases) = ours, theirs
-            width = recurrent.weight.shape[1]
+        for ours, (of_input, of_state, *biases) in zip(rnn._weights(name), gru.all_weights, strict=True):
+            width = ours[2].shape[1]
             blocks = blocks_of(of_state, width)
             is_whole = of_state.is_meta or bool(of_state.count_nonzero() == blocks.count_nonzero())
             expected = f"a GRU whose recurrent weights are 0 outside of blocks of {width}"
             require(name, "gru", is_whole, expected, "others", "leave block_size out to keep all weights")
             own = (biases[0] + F.pad(biases[1][:-hidden], (0, hidden)), biases[1][-hidden:]) if biases else ()
-            _assign((linear.weight, recurrent.weight, linear.bias, recurrent.bias), of_input, blocks, *own)
+            _assign(ours[::2] + ours[1::2], of_input, blocks, *own)
         return rnn.train(gru.training)
 
-    def _directions(self) -> list[Any]:
-        """Return (layer, index, linear map, recurrent weights) of each direction."""
-        layers: Any = self.layers
-        return [(layer, index, *own) for layer in layers for index, own in enumerate(layer.maps_of_directions())]
+    def _weights(self, name: str) -> list[list[Any]]:
+        """Return weight and bias of x, and of the state, of each direction, if `forward` computes a GRU with them."""
+        seen = _Weights({}, not self.batch_first)
+        others = (each for each in self.layers.modules() if not isinstance(each, RecurrentMap))
+        try:
+            seen.require(type(self).forward is RecurrentLevels.forward, not any(map(is_hooked, others)))
+            with names_of_torch.EnableTorchFunction():
+                self._trace(Traced(seen), [(0, 0)])
+            found = [each for step, of, _ in seen.steps if step == "scan" for each in of[0]]
+            between = " dropout " if self.training and self.dropout > 0 else " "
+            seen.require(" ".join(step for step, *_ in seen.steps) == between.join(["scan"] * self.num_layers))
+            seen.require(all(each.spec.cell == "gru" and each.norm is None for each in found))
+        except Exception:  # any, because what is unknown fails with a `Traced` in its own way
+            expected, got = "as constructed, except for recurrent", "hooks, or other modules or computations inside"
+            raise ValueError(expectation(name, "layers", expected, got, "remove them")) from None
+        return [each.map + each.recurrent for each in found]
 
 
 def _assign(parameters: Iterable[Any], *values: Tensor | None) -> None:

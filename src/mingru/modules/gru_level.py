@@ -1,8 +1,6 @@
 """One layer of a GRU."""
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 
 from ..check.values import check_flag, check_int, require
 from ..ops.call import Start
@@ -50,19 +48,10 @@ class GRULevel(RecurrentLevel):
                 both += both.new_empty(len(both)).uniform_(-bound, bound)
         super().initialize_maps()
 
-    def maps_of_directions(self) -> list[list[Any]]:
-        """Return the linear map and the recurrent weights of each direction."""
-        both: list[list[Any]] = [[self.linear, self.recurrent], [self.linear_reverse, self.recurrent_reverse]]
-        return both[: len(self.maps())]
-
-    def recurrent_weights(self, reverse: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the recurrent weight and bias of one direction, which a hook or a program may have replaced."""
+    def _with_recurrent(self, start: Start, reverse: bool) -> Start:
+        # By calls, because hooks may compute the weights.
         weight, bias = self.recurrent()
         if self.recurrent_reverse is not None:
             if reverse:
                 weight, bias = self.recurrent_reverse()
-        return weight, bias
-
-    def _with_recurrent(self, start: Start, reverse: bool) -> Start:
-        weight, bias = self.recurrent_weights(reverse)
         return Start(*start[:4], weight, bias)

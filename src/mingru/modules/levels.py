@@ -90,9 +90,9 @@ class Level(Saved):
         """Run one direction: by one kernel if possible, scripted by operations that TorchScript can compile."""
         raise NotImplementedError
 
-    def _from_inputs(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
+    def _from_inputs(self, spec: Spec, y: Tensor, start: Start, layout: Layout, found: MaybeList = None) -> States:
         """Run one direction from its pre-activations."""
-        inputs = self._inputs(y, reverse)
+        inputs = self._inputs(y, spec.reverse)
         gate: MaybeTensor = None
         if self.has_output_gate:
             gate = inputs.pop()
@@ -102,7 +102,7 @@ class Level(Saved):
             sizes = [sizes[1 if layout.time_first else 0], 1, self.hidden_dims] + sizes[3:]  # noqa: RUF005 (not in TorchScript)
             own = start.h.expand(sizes), start.initial_state.expand(sizes)
             start = Start(own[0], own[1], *start[2:])
-        out, last = self._recurrence(self.spec(reverse), inputs, start, layout)
+        out, last = self._recurrence(spec, inputs, start, layout)
         if found is not None:
             found.append(out)
         return gated((out, last), gate)
@@ -112,6 +112,7 @@ class Level(Saved):
         raise NotImplementedError
 
     def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
+        """Compute the recurrence from its pre-activations. `mingru.distributed` replaces it."""
         return ops.recurrence(spec, inputs, start, layout)
 
     def _in_reverse(self, start: Start, layout: Layout) -> Start:

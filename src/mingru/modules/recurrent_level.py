@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..check.values import check_int, check_parts, is_number, level_of_the_caller, require
-from ..ops.call import Layout, Start
+from ..ops.call import Layout, Spec, Start
 from ..ops.cells import CELLS, GATES
 from ..ops.graph import is_scripting
 from ..ops.plan import plannable
@@ -141,10 +141,6 @@ class RecurrentLevel(Level):
         """Return the linear map of each direction."""
         return [self.linear] if self.linear_reverse is None else [self.linear, self.linear_reverse]
 
-    def maps_of_directions(self) -> list[list[Any]]:
-        """Return what has the weights of each direction."""
-        return [[linear] for linear in self.maps()]
-
     def projected(self, states: list[Tensor]) -> list[Tensor]:
         """Return the projection of the states of each direction."""
         found: list[Tensor] = []
@@ -162,17 +158,20 @@ class RecurrentLevel(Level):
         return self._is_one_kernel(found) and self.linear_reverse is None
 
     def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
+        spec, start = self.spec(reverse), self._with_recurrent(start, reverse)
         if not is_scripting():
             if self._is_one_kernel(found):
-                start = self._with_recurrent(start, reverse)
-                linear: Any = self.linear_reverse if reverse else self.linear
-                norm = self.norm if self.norm is not None and self._fuses_norm(found) else None
-                options: Any = self.recompute, norm, self.has_output_gate
-                out, last = ops.linear_recurrence(self.spec(reverse), y, linear, start, layout, *options)
+                out, last = self._mapped(spec, y, start, layout)
                 if found is not None:
                     found.append(out)
                 return out, last
-        return self._from_inputs(y, self._with_recurrent(start, reverse), layout, reverse, found)
+        return self._from_inputs(spec, y, start, layout, found)
+
+    def _mapped(self, spec: Spec, y: Tensor, start: Start, layout: Layout) -> States:
+        """Compute the map and the recurrence, by one kernel if possible. `mingru.distributed` replaces this."""
+        linear: Any = self.linear_reverse if spec.reverse else self.linear
+        norm = self.norm if self.linear_reverse is None else None
+        return ops.linear_recurrence(spec, y, linear, start, layout, self.recompute, norm, self.has_output_gate)
 
     def _with_recurrent(self, start: Start, reverse: bool) -> Start:
         """Return the start with the recurrent weights of a direction, if the cell has any."""

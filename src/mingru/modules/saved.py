@@ -6,7 +6,7 @@ that saves a model saves it. An option with its first value has none.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,13 +50,13 @@ def key_of(option: str) -> str:
 
 def marks_in(module: Any) -> dict[str, int]:
     """Return the number of each option that the state_dict of a module says."""
-    found, own = {}, module._said()
+    found, said = {}, module._said()
     for option in module._marks:
         values = MARKS[option]
-        is_number = isinstance(values, float)
-        value = own[option] if option in own else getattr(module, option, values if is_number else values[0])
-        if option != "zero_state" or value is not None:
-            found[option] = round((value - values) * 2**53) if is_number else values.index(value)
+        if isinstance(values, float):
+            found[option] = round((getattr(module, option, values) - values) * 2**53)
+        elif option != "zero_state" or said[option] is not None:
+            found[option] = values.index(said[option] if option in said else getattr(module, option, values[0]))
     return found
 
 
@@ -75,53 +75,48 @@ def add_guards(module: Any, device: Any) -> None:
         module._buffers[guard] = torch.tensor(1, device=device)
 
 
-def described(numbers: dict[str, int], options: Iterable[str], separator: str = " and ") -> str:
-    """Return the values of these options as a constructor takes them; unknown values as numbers."""
-    texts = []
-    for option in options:
-        values, number = MARKS[option], numbers[option]
-        if isinstance(values, float):
-            texts.append(f"{option}={values + number / 2**53:.15g}")
-        else:
-            texts.append(f"{option}={values[number]!r}" if 0 <= number < len(values) else f"{option}={number}")
-    return separator.join(texts)
+def said(option: str, number: int) -> str:
+    """Return an option as a constructor takes it, with an unknown value as a number."""
+    values = MARKS[option]
+    if isinstance(values, float):
+        return f"{option}={values + number / 2**53:.15g}"
+    return f"{option}={values[number]!r}" if 0 <= number < len(values) else f"{option}={number}"
 
 
 def take_marks(module: Any, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> str:
     """Compare the marks with those of a module, and refuse weights with others."""
-    own, found, wrong, unknown = marks_in(module), {}, [], []
+    wrong, unknown = list[tuple[str, str, str]](), dict[str, str]()
     names = [name for name in state_dict if name.startswith(prefix)]
     # Parameters alone, such as moving averages, have neither metadata nor marks, and say nothing. Otherwise, an option
     # without a mark has its first value. A caller who is not strict may pass no weights of this module.
     has_marks = not {name.rpartition(".")[2] for name in names}.isdisjoint(map(key_of, MARKS))
     is_silent = not names or ("version" not in metadata and not has_marks)
-    for option in own:
-        key = prefix + key_of(option)
-        is_said = key in state_dict or not is_silent
-        mark = state_dict.pop(key, 0 if is_said else own[option])
+    # The map of a residual between different sizes shows that there is one.
+    shown = ["residual"] if any(name.startswith(f"{prefix}align") for name in names) else []
+    for option, number in marks_in(module).items():
+        mark = state_dict.pop(key := prefix + key_of(option), None)
         # On the device "meta", a mark has no value.
-        is_meta = getattr(mark, "is_meta", False)
-        device, of_weights = ("cpu", own[option]) if is_meta else (getattr(mark, "device", None), int(mark))
-        values = MARKS[option]
-        if option == "zero_state" and 0 <= of_weights < len(values):
-            own[option], module._zero_state = of_weights, values[of_weights]
-            add_marks(module, device)
-        number = own[option]
-        found[option] = of_weights
-        wrong += [option] if of_weights != number else []
-        # The map of a residual between different sizes shows that there is one.
-        is_shown = option == "residual" and any(name.startswith(f"{prefix}align") for name in names)
-        unknown += [option] if not is_said and names and number and not is_shown else []
+        is_meta, device = getattr(mark, "is_meta", False), getattr(mark, "device", None)
+        given = number if is_meta or (mark is None and is_silent) else int(mark or 0)
+        if option == "zero_state" and 0 <= given < len(MARKS[option]):
+            module._zero_state, number = MARKS[option][given], given  # noqa: PLW2901
+            add_marks(module, "cpu" if is_meta else device)
+        if given != number:
+            wrong.append((option, said(option, given), said(option, number)))
+        if mark is None and is_silent and names and number and option not in shown:
+            unknown[option] = said(option, number)
         if module._buffers.get(key_of(option)) is not None:
-            state_dict[key] = torch.tensor(number, device=device)
+            state_dict[key] = torch.tensor(number, device="cpu" if is_meta else device)
     if wrong:
-        trained, here = described(found, wrong), described(own, wrong)
-        problem = f"weights trained with {trained} cannot be used in a layer with {here}; construct it with their"
-        return f"{prefix[:-1] or type(module).__name__}: {problem} {' and '.join(wrong)}"
+        options, trained, here = (" and ".join(each) for each in zip(*wrong, strict=True))
+        problem = (
+            f"weights trained with {trained} cannot be used in a layer with {here}; construct it with their {options}"
+        )
+        return f"{prefix[:-1] or type(module).__name__}: {problem}"
     if unknown:
         # Without the name of the layer, so that it is shown once.
         problem = f"the weights do not say with which {' and '.join(unknown)} they were trained"
-        used = f"because they have no metadata; they are used with {described(own, unknown, ', ')}"
+        used = f"because they have no metadata; they are used with {', '.join(unknown.values())}"
         warnings.warn(f"load_state_dict: {problem}, {used}", stacklevel=2)
     return ""
 

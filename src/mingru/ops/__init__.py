@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import autograd, block_recurrence, in_cache, route
 from .backend import SCANS
 from .backends import torch_in_graphs
-from .call import BATCH_FIRST, Call, Layout, Spec, Start
+from .call import BATCH_FIRST, Call, Layout, Spec, Start, is_plain
 from .call import spec_of as spec_of
 from .cells import CELLS, MIXTURES
 from .graph import scripted_as
@@ -81,7 +81,7 @@ def linear_recurrence(
     if call is None and norm is not None:
         x = norm(x)
         call = route.fused_with(linear, backend, Call(spec, [x], start, layout), None, output_gate)
-    if spec.cell == "gru" and block_recurrence.is_one_node(x, start, layout):
+    if spec.cell == "gru" and is_plain(spec) and block_recurrence.is_one_node(x, start, layout):
         own = [x, linear.weight, linear.bias]
         if type(linear) not in LINEAR_MAPS or route.is_hooked(linear):
             x = linear(x)

@@ -2,14 +2,14 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .call import FIRST_INPUT, Call, Spec, spec_of
+from .call import FIRST_INPUT, Call, Spec, is_plain, spec_of
 from .cells import NUM_INPUTS
 from .scan import LinearScan
 from .shape import States, as_dtype
@@ -39,6 +39,15 @@ class Kernel:
     """Whether the kernel of a linear map includes a norm of x and an output gate."""
     cells: Container[str] = tuple(NUM_INPUTS)
     """The cells that the kernel computes. Default: all."""
+    flags: Iterable[str] = ()
+    """The fields of `Spec` that only this kernel computes: others see whether a spec `is_plain`."""
+
+    def computes(self, spec: Spec) -> bool:
+        """Return whether the kernel computes all that a spec says. What it does not know, it must not ignore."""
+        if not is_plain(spec):
+            own: Any = {each: False for each in self.flags if each in Spec._fields}
+            spec = spec._replace(**own)
+        return spec.cell in self.cells and is_plain(spec)
 
 
 # The tensors between resets and inputs.

@@ -32,6 +32,7 @@ def composed(call: Call) -> States:
     """Compute a padded call step by step, by differentiable operations that TorchScript can compile."""
     start, lengths, reverse = call.start, call.layout.lengths, call.spec.reverse
     weight, bias, reset = start.recurrent, start.recurrent_bias, start.reset
+    assert call.spec.activation == "tanh" and call.spec.min_decay == 0.0, "a GRU with another recurrence"
     assert weight is not None
     dtype, size = accumulate_dtype(call.tensors[0].dtype), weight.size(1)
     # The product with the states, (blocks, B, K), does not mix blocks.

@@ -93,6 +93,14 @@ def spec_of(cell: str, activation: str, reverse: bool, min_decay: float) -> Spec
     return Spec(cell, activation, reverse, min_decay, "", 0.0, False)
 
 
+_PLAIN = spec_of("", "", False, 0.0)[4:]
+
+
+def is_plain(spec: Spec) -> bool:
+    """Return whether every kernel of the cell computes all that a spec says; of a GRU, `torch.nn.GRU` does."""
+    return spec[4:] == _PLAIN and (spec.cell != "gru" or (spec.activation == "tanh" and spec.min_decay == 0.0))
+
+
 def with_steps(start: Start, reset: Tensor | None, dt: Tensor | None) -> Start:
     """Return a start with other resets and elapsed times, the values that belong to steps."""
     return Start(start.h, start.initial_state, reset, dt, *start[4:])

@@ -164,7 +164,7 @@ def kernel_of(name: str, call: Call) -> Kernel | None:
     spec, inputs, start, layout = call
     kernel = backend_of(name).kernel
     # The fields after the states are options, such as elapsed times, that a caller may have differentiated or wrapped.
-    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs, *start[2:]):
+    if kernel is None or not kernel.computes(spec) or not are_ordinary(*inputs, *start[2:]):
         return None
     # The parts of a number must be next to each other.
     if parts_of(spec.cell) > 1 and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
@@ -182,7 +182,7 @@ def fused_with(
     spec, (x,), start, layout = call
     kernel = backend_of(name).linear_kernel
     has_more = norm is not None or output_gate
-    if kernel is None or spec.cell not in kernel.cells or (has_more and not kernel.whole):
+    if kernel is None or not kernel.computes(spec) or (has_more and not kernel.whole):
         return None
     if output_gate:
         spec = spec._replace(output_gate=True)

@@ -5,6 +5,7 @@ x does not know, such as a product with a number, raises an error, and the modul
 """
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import native
-from .call import Spec, Start
+from .call import Spec, Start, is_plain
 from .cells import CELLS
-from .linear_map import LINEAR_MAPS, NORMS
+from .linear_map import NORMS
 
 
 class Norm(NamedTuple):
@@ -205,7 +206,10 @@ class Traced:
     ) -> "tuple[Traced, Any]":
         """Return the recurrence of linear(norm(x)) in one direction, and the state."""
         recording, (state, layer), steps = self.recording, start.h, self.recording.steps
-        recording.require(type(linear) in LINEAR_MAPS, norm is None or type(norm) in NORMS)
+        recording.require(type(linear).forward is nn.Linear.forward, norm is None or type(norm) in NORMS)
+        # What else a spec or a start says, the instructions do not.
+        known = Start(start.h, start.h, None, None, start.recurrent, start.recurrent_bias)
+        recording.require(is_plain(spec), all(map(operator.is_, start, known)))
         recording.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
         recording.next_layer(state, layer)
         of_norm = None

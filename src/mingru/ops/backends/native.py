@@ -246,6 +246,6 @@ _ALL = dict.fromkeys(("packed", "lengths", "autocast", "whole"), True)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
     unsupported=_unsupported,
-    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=_CELLS),
-    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, **_ALL, cells=CELL_NUMBERS),
+    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=_CELLS, flags=FLAGS),
+    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, **_ALL, cells=CELL_NUMBERS, flags=FLAGS),
 )
