@@ -110,9 +110,9 @@ FLAG = [
 REFUSED = """
 import torch
 from mingru import ops
-from mingru.ops.call import Start, spec_of
+from mingru.ops.call import Context, spec_of
 
-x, start, spec = torch.rand(2, 5, 3), Start(*torch.zeros(2, 2, 1, 3), None), spec_of("mingru", "linear", False, 0.0)
+x, start, spec = torch.rand(2, 5, 3), Context(*torch.zeros(2, 2, 1, 3), None), spec_of("mingru", "linear", False, 0.0)
 ops.recurrence(spec, [x, x], start)
 try:
     ops.recurrence(spec._replace(refused=True), [x, x], start)

@@ -17,7 +17,7 @@ from .modules.options import Candidate, Gate
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
 from .ops.backends import torch_in_graphs as _in_graphs
-from .ops.call import Spec, Start, spec_of
+from .ops.call import Context, Spec, spec_of
 from .ops.cells import GATES, default_candidate, multiple_of, zero_state
 from .ops.graph import scripted_as
 from .ops.route import BackendName
@@ -338,10 +338,10 @@ def _recurrence(
         initial_state = torch.full((), value, dtype=first.dtype, device=first.device)
     shape = table["h"].shape(first.shape, None)
     initial = initial_state.expand(shape)
-    start = Start(initial if h is None else h.expand(shape), initial, reset, dt, *recurrent)
+    context = Context(initial if h is None else h.expand(shape), initial, reset, dt, *recurrent)
     if "angle" in inputs:
         tensors = [torch.stack(tensors[:2], 3).flatten(2, 3), tensors[2]]
-    return ops.recurrence(spec, tensors, start, backend=backend)[0]
+    return ops.recurrence(spec, tensors, context, backend=backend)[0]
 
 
 def _scripted_linear_scan(

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import mingru
 from mingru import ops
-from mingru.ops import Layout, Start, autograd, spec_of
+from mingru.ops import Context, Layout, autograd, spec_of
 from mingru.ops.backends import torch_in_graphs
 from mingru.ops.cells import NUM_INPUTS
 from mingru.ops.scan import LinearScan
@@ -248,7 +248,7 @@ def run(backend, row, given):
         order = Layout(not row.batch_first, batch_sizes, lengths)
         compute = torch_in_graphs.recurrence if backend == "traceable" else ops.recurrence
         more = () if backend == "traceable" else (backend,)
-        return compute(spec, list(inputs), Start(h, initial, reset, dt), order, *more)
+        return compute(spec, list(inputs), Context(h, initial, reset, dt), order, *more)
     parts = parts_of(row.cell)
     a, b, h = (to_parts(x, parts) for x in (*inputs, h))
     if parts == 4:

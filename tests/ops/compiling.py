@@ -22,7 +22,7 @@ from triton.runtime.jit import mangle_type
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.kernels import PARAMETERS, recurrence_kernel
 from mingru.ops.backends.triton.plan import Plan
-from mingru.ops.call import Call, Layout, Start, spec_of
+from mingru.ops.call import Call, Context, Layout, spec_of
 from mingru.ops.cells import NUM_INPUTS
 from mingru.ops.shape import accumulate_dtype
 
@@ -66,8 +66,8 @@ def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
     initial_state = h if row.reset and row.cell in NUM_INPUTS else None
     lengths = empty(batch, dtype=torch.int64) if row.layout == "lengths" else None
     spec = spec_of(row.cell, row.candidate, False, row.min_decay)
-    start = Start(h, initial_state, reset, empty(*leading) if row.dt else None)
-    call = Call(spec, inputs, start, Layout(False, batch_sizes, lengths))
+    context = Context(h, initial_state, reset, empty(*leading) if row.dt else None)
+    call = Call(spec, inputs, context, Layout(False, batch_sizes, lengths))
     launches = []
     launch._recipes.clear()
     facts = target.warp_size, target.backend == "hip", PROCESSORS[target.arch]

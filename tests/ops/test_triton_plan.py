@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru
 from mingru import ops
-from mingru.ops import Start, route, spec_of
+from mingru.ops import Context, route, spec_of
 from mingru.ops.backends import triton
 from mingru.ops.backends.triton import device, fallback, launch
 from mingru.ops.backends.triton.plan import KEEPING, Work, plan_of
@@ -72,7 +72,7 @@ def test_few_kernels(monkeypatch):
         for batch, steps in itertools.product(batches, lengths):
             # Without memory.
             x = torch.zeros(1, 1, 256, requires_grad=True).expand(batch, steps, 256)
-            out, _ = ops.recurrence(MINGRU, [x, x], Start(x[:, :1], x[:, :1], None), backend="triton")
+            out, _ = ops.recurrence(MINGRU, [x, x], Context(x[:, :1], x[:, :1], None), backend="triton")
             torch.autograd.grad(out, x, torch.zeros(1, 1, 256).expand_as(out))
         return sorted(kernel[0] for kernel in set(launched.kernels))
 
@@ -95,7 +95,7 @@ def test_accesses_are_as_wide_as_sizes_strides_and_addresses_allow(monkeypatch):
 
     def unit(features, dtype=torch.float32, at=slice(None)):
         x = torch.zeros(2, 9, features, dtype=dtype)[..., at]
-        ops.recurrence(MINGRU, [x, x], Start(torch.zeros(2, 1, x.shape[2]), x[:, :1], None), backend="triton")
+        ops.recurrence(MINGRU, [x, x], Context(torch.zeros(2, 1, x.shape[2]), x[:, :1], None), backend="triton")
         return launched.args["V"]
 
     assert [unit(features) for features in (100, 102, 101)] == [4, 2, 1]
@@ -308,8 +308,8 @@ def test_the_fallback_takes_the_operations_of_the_backend_torch(has_reset):
     with Operations() as expected:
         out = mingru.functional.mingru(*leaves, reset=reset if has_reset else None, backend="torch")
         grads = torch.autograd.grad(out.sum(), leaves)
-    start = Start(leaves[-1].detach(), torch.full((3, 1, 4), 0.5), reset if has_reset else None, None, None, None)
-    call = Call(MINGRU, [*x.detach().unbind()], start, Layout(False))
+    context = Context(leaves[-1].detach(), torch.full((3, 1, 4), 0.5), reset if has_reset else None, None, None, None)
+    call = Call(MINGRU, [*x.detach().unbind()], context, Layout(False))
     with Operations() as found:
         states, last = fallback.forward(call)
         own = fallback.backward(call, [states, torch.ones_like(states), torch.zeros_like(last)], False, False)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..check.values import check_type, require
 from ..modules.layer import Layer
 from ..modules.levels import Level
-from ..ops.call import Layout, Start
+from ..ops.call import Context, Layout
 from ..ops.shape import MaybeList, States
 
 P = ParamSpec("P")
@@ -49,8 +49,8 @@ class Part(Level):
     def _fuses_norm(self, found: MaybeList) -> bool:
         return False  # The norm is computed before the linear map of a part.
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
-        return self._from_inputs(y, start, layout, reverse, found)
+    def _direction(self, y: Tensor, context: Context, layout: Layout, reverse: bool, found: MaybeList) -> States:
+        return self._from_inputs(y, context, layout, reverse, found)
 
 
 def derive(module: Any, part: type, mesh: DeviceMesh) -> None:

@@ -39,7 +39,7 @@ from ..modules.recurrent_level import RecurrentLevel
 from ..modules.recurrent_levels import RecurrentLevels
 from ..modules.stack import Stack
 from ..ops import route
-from ..ops.call import Call, Layout, Spec, Start, flattened, from_flat, with_steps
+from ..ops.call import Call, Context, Layout, Spec, flattened, from_flat, with_steps
 from ..ops.causal_conv import past_and_segment, state_after
 from ..ops.cells import MIXTURES, parts_of
 from ..ops.graph import is_autocast
@@ -222,40 +222,42 @@ class _Model(LanguageModel):
 class _Layer(Part):
     """A layer that computes the recurrence of a part."""
 
-    def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
-        calls = divided(Call(spec, inputs, start, layout))
+    def _recurrence(self, spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
+        calls = divided(Call(spec, inputs, context, layout))
         return joined([self._over_ranks(own, None, x, x, first, layout) for own, x, first, _ in calls], layout)
 
     @eager
     def _over_ranks(
-        self, spec: Spec, linear: Any, saved: list[Tensor], inputs: list[Tensor], start: Start, layout: Layout
+        self, spec: Spec, linear: Any, saved: list[Tensor], inputs: list[Tensor], context: Context, layout: Layout
     ) -> States:
         """Return the recurrence over all ranks. `saved`: the inputs, or x if there is `linear`."""
         # The accumulation dtype, in which states travel.
-        h = as_dtype(start.h, accumulate_dtype(start.h.dtype))
+        h = as_dtype(context.h, accumulate_dtype(context.h.dtype))
         parameters = [] if linear is None else [linear.weight, linear.bias]
-        given = *parameters, *flattened(start._replace(h=h), layout), *saved
+        given = *parameters, *flattened(context._replace(h=h), layout), *saved
         out, last = _Recurrence.apply(self.mesh, spec, linear, inputs, layout.time_first, len(parameters), *given)  # type: ignore[no-untyped-call]
-        return out, as_dtype(last, start.h.dtype)
+        return out, as_dtype(last, context.h.dtype)
 
     @eager
-    def _in_reverse(self, start: Start, layout: Layout) -> Start:
-        steps = (None if x is None else _of_next_step(self.mesh, x, layout) for x in (start.reset, start.dt))
-        return with_steps(start, *steps)
+    def _in_reverse(self, context: Context, layout: Layout) -> Context:
+        steps = (None if x is None else _of_next_step(self.mesh, x, layout) for x in (context.reset, context.dt))
+        return with_steps(context, *steps)
 
 
 class _LinearLayer(_Layer, RecurrentLevel):
     """A layer that stores x in place of its pre-activations if backward computes them again."""
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: list[Tensor] | None) -> States:
+    def _direction(
+        self, y: Tensor, context: Context, layout: Layout, reverse: bool, found: list[Tensor] | None
+    ) -> States:
         linear = self.maps()[reverse]
         is_plain = type(linear) in LINEAR_MAPS and not route.is_hooked(linear) and not is_autocast(y)
         is_plain = is_plain and self.cell not in MIXTURES and not self.has_output_gate
         if not (is_plain and are_recomputed(self.cell, y, self.recompute)):
-            return super()._direction(y, start, layout, reverse, found)
+            return super()._direction(y, context, layout, reverse, found)
         with torch.no_grad():
             inputs = self._inputs(y, reverse)
-        out, last = self._over_ranks(self.spec(reverse), linear, [y], inputs, start, layout)
+        out, last = self._over_ranks(self.spec(reverse), linear, [y], inputs, context, layout)
         if found is not None:
             found.append(out)
         return out, last
@@ -306,21 +308,21 @@ class _Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any, mesh: DeviceMesh, spec: Spec, linear: Any, inputs: Any, time_first: bool, first: int, *args: Any
     ) -> States:
-        _, _, start, layout = from_flat(spec, args[first:], time_first)
-        h = start.h
-        last = ops.recurrence(spec, inputs, start._replace(h=torch.zeros_like(h)), layout)[1]
+        _, _, context, layout = from_flat(spec, args[first:], time_first)
+        h = context.h
+        last = ops.recurrence(spec, inputs, context._replace(h=torch.zeros_like(h)), layout)[1]
         parts, along = parts_of(spec.cell), range(mesh.size())[:: -1 if spec.reverse else 1]
-        products, lasts = _numbers(mesh, parts, _product(spec, inputs, start, layout), last)
+        products, lasts = _numbers(mesh, parts, _product(spec, inputs, context, layout), last)
         # In the order in which the state passes the ranks.
         index = along.index(mesh.get_local_rank())
         before = _carry(along[:index], products, lasts, to_parts(h, parts), parts)
         after = _carry(along[index:], products, lasts, before, parts)
-        start = start._replace(h=from_parts(before, parts))
-        out, _ = ops.recurrence(spec, inputs, start, layout)
+        context = context._replace(h=from_parts(before, parts))
+        out, _ = ops.recurrence(spec, inputs, context, layout)
         ctx.mesh, ctx.spec, ctx.linear, ctx.time_first, ctx.parameters = mesh, spec, linear, time_first, args[:first]
         ctx.is_first, ctx.later = index == 0, along[index + 1 :]
         # Parameters too, so that torch refuses those that were changed since.
-        ctx.save_for_backward(products, start.h, *args[first + 1 :], *args[:first])
+        ctx.save_for_backward(products, context.h, *args[first + 1 :], *args[:first])
         return out, from_parts(after, parts)
 
     @staticmethod
@@ -331,15 +333,15 @@ class _Recurrence(torch.autograd.Function):
         needs[first] = True
         own = zip(saved, needs[first:], strict=False)
         args = [x if x is None else x.detach().requires_grad_(need) for x, need in own]
-        _, tensors, start, layout = from_flat(ctx.spec, args, ctx.time_first)
+        _, tensors, context, layout = from_flat(ctx.spec, args, ctx.time_first)
         with torch.enable_grad():
             if ctx.linear is None:
-                out, last = ops.recurrence(ctx.spec, tensors, start, layout)
+                out, last = ops.recurrence(ctx.spec, tensors, context, layout)
             else:
-                out, last = ops.linear_recurrence(ctx.spec, tensors[0], ctx.linear, start, layout, recompute=True)
+                out, last = ops.linear_recurrence(ctx.spec, tensors[0], ctx.linear, context, layout, recompute=True)
             # Otherwise `out` of a part without steps may need no gradient.
-            out = out + start.h.sum() if out.numel() == 0 else out
-        (of_out,) = torch.autograd.grad(out, start.h, grad_out, retain_graph=True)
+            out = out + context.h.sum() if out.numel() == 0 else out
+        (of_out,) = torch.autograd.grad(out, context.h, grad_out, retain_graph=True)
         # The gradient of the state after this part, from those of the states before the later parts and after all.
         parts = parts_of(ctx.spec.cell)
         deltas, of_last = _numbers(ctx.mesh, parts, of_out, grad_last)
@@ -354,13 +356,13 @@ class _Recurrence(torch.autograd.Function):
         return *[None] * 6, *grads
 
 
-def _product(spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout) -> Tensor:
+def _product(spec: Spec, inputs: Sequence[Tensor], context: Context, layout: Layout) -> Tensor:
     """Return the product of the decays of all steps; 0 if there is a reset."""
-    parts, reset = parts_of(spec.cell), padded_call(Call(spec, list(inputs), start, layout)).start.reset
-    one = from_parts(one_like(to_parts(start.h, parts), parts), parts)
+    parts, reset = parts_of(spec.cell), padded_call(Call(spec, list(inputs), context, layout)).context.reset
+    one = from_parts(one_like(to_parts(context.h, parts), parts), parts)
     # With candidates of 0, the state from 1 is the product.
     inputs = [*inputs[:-1], torch.zeros_like(inputs[-1])]
-    _, product = ops.recurrence(spec._replace(activation="linear"), inputs, Start(one, one, None, start.dt), layout)
+    _, product = ops.recurrence(spec._replace(activation="linear"), inputs, Context(one, one, None, context.dt), layout)
     # Not 0, which means a reset: infinity and NaN do not decay.
     product = product.masked_fill(product == 0, torch.finfo(product.dtype).tiny)
     return product if reset is None else product.masked_fill(along(reset.any(1), product), 0.0)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import autograd, route
-from ..ops.call import BATCH_FIRST, Call, Start, spec_of
+from ..ops.call import BATCH_FIRST, Call, Context, spec_of
 from ..ops.graph import is_captured
 from ..ops.names_of_torch import PREPARE_SCRIPTABLE, len_torch_dispatch_stack, outside_of_graphs
 from . import operators
@@ -83,8 +83,8 @@ def gru_cell(x: Tensor, hx: Tensor, *weights: Any) -> Tensor:
             bias: Any = biases[0] + F.pad(biases[1][: 2 * size], (0, size)) if biases else None
             of_candidate = biases[1][2 * size :] if biases else None
             before = hx.unsqueeze(1)
-            start = Start(before, before, None, None, of_state, of_candidate)
-            call = Call(spec_of("gru", "tanh", False, 0.0), [x.unsqueeze(1), of_input, bias], start, BATCH_FIRST)
+            context = Context(before, before, None, None, of_state, of_candidate)
+            call = Call(spec_of("gru", "tanh", False, 0.0), [x.unsqueeze(1), of_input, bias], context, BATCH_FIRST)
             return autograd.run_kernel("linear_kernel", "native", call, True)[1].squeeze(1)
     return torch.gru_cell(x, hx, *weights)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import autograd, route
 from ..ops.backends.native import is_slower, is_slower_lstm
-from ..ops.call import Call, Layout, Start, spec_of
+from ..ops.call import Call, Context, Layout, spec_of
 from ..ops.graph import is_captured
 from ..ops.layout import is_packing
 from ..ops.names_of_torch import len_torch_dispatch_stack, outside_of_graphs
@@ -87,10 +87,8 @@ def _is_usual(
     every = (x, *states, *flat)
     if not route.is_for_native(*every, batch_sizes) or len_torch_dispatch_stack() or x.numel() == 0:
         return False
-    if (
-        not all(each is not None and each.is_cpu and each.dtype == x.dtype for each in every)
-        or x.layout != torch.strided
-    ):
+    are_alike = all(each is not None and each.is_cpu and each.dtype == x.dtype for each in every)
+    if not are_alike or x.layout != torch.strided:
         return False
     if batch_sizes is None:
         batch = x.size(1 - int(batch_first))
@@ -117,6 +115,6 @@ def _recurrence(
         bias = biases[0] + biases[1]
     if is_copied and not x.requires_grad:
         of_input = of_input.clone()
-    start = Start(before, before, None, None, of_state, of_candidate)
-    call = Call(spec_of(cell, "tanh", reverse, 0.0), [x, of_input, bias], start, layout)
+    context = Context(before, before, None, None, of_state, of_candidate)
+    call = Call(spec_of(cell, "tanh", reverse, 0.0), [x, of_input, bias], context, layout)
     return autograd.run_kernel("linear_kernel", "native", call, True)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..check.values import check_flag, check_int, require
-from ..ops.call import Start
+from ..ops.call import Context
 from ..ops.linear_map import RecurrentMap
 from ..ops.plan import plannable
 from .recurrent_level import RecurrentLevel, RecurrentOptions
@@ -63,6 +63,6 @@ class GRULevel(RecurrentLevel):
                 weight, bias = self.recurrent_reverse()
         return weight, bias
 
-    def _with_recurrent(self, start: Start, reverse: bool) -> Start:
+    def _with_recurrent(self, context: Context, reverse: bool) -> Context:
         weight, bias = self.recurrent_weights(reverse)
-        return Start(*start[:4], weight, bias)
+        return Context(*context[:4], weight, bias)

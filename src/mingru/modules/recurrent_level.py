@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..check.values import check_int, check_parts, is_number, level_of_the_caller, require
-from ..ops.call import Layout, Start
+from ..ops.call import Context, Layout
 from ..ops.cells import CELLS, GATES
 from ..ops.graph import is_scripting
 from ..ops.plan import plannable
@@ -105,9 +105,9 @@ class RecurrentLevel(Level):
         add_marks(self, options.device)
 
     def forward(
-        self, x: Tensor, starts: list[Start], layout: Layout, found: list[Tensor] | None = None
+        self, x: Tensor, contexts: list[Context], layout: Layout, found: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the output in the layout of x, and the last states; `starts` has one entry for each direction.
+        """Return the output in the layout of x, and the last states; `contexts` has one entry for each direction.
 
         Append the states of all steps in each direction to `found`.
         """
@@ -117,12 +117,12 @@ class RecurrentLevel(Level):
         if self.highway:
             inputs = self._inputs(y, False)
             gate = inputs.pop()
-            out, last = self._recurrence(self.spec(False), inputs, starts[0], layout)
+            out, last = self._recurrence(self.spec(False), inputs, contexts[0], layout)
             if found is not None:
                 found.append(out)
             # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
             return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
-        out, states = self._directions(y, starts, layout, found)
+        out, states = self._directions(y, contexts, layout, found)
         if self.projections is not None:
             out = torch.cat(self.projected(list(out.chunk(len(self.projections), -1))), -1)
         if self.residual:
@@ -161,22 +161,22 @@ class RecurrentLevel(Level):
         """Return whether the norm is computed with the linear map: not if several maps read its result."""
         return self._is_one_kernel(found) and self.linear_reverse is None
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
+    def _direction(self, y: Tensor, context: Context, layout: Layout, reverse: bool, found: MaybeList) -> States:
         if not is_scripting():
             if self._is_one_kernel(found):
-                start = self._with_recurrent(start, reverse)
+                context = self._with_recurrent(context, reverse)
                 linear: Any = self.linear_reverse if reverse else self.linear
                 norm = self.norm if self.norm is not None and self._fuses_norm(found) else None
                 options: Any = self.recompute, norm, self.has_output_gate
-                out, last = ops.linear_recurrence(self.spec(reverse), y, linear, start, layout, *options)
+                out, last = ops.linear_recurrence(self.spec(reverse), y, linear, context, layout, *options)
                 if found is not None:
                     found.append(out)
                 return out, last
-        return self._from_inputs(y, self._with_recurrent(start, reverse), layout, reverse, found)
+        return self._from_inputs(y, self._with_recurrent(context, reverse), layout, reverse, found)
 
-    def _with_recurrent(self, start: Start, reverse: bool) -> Start:
-        """Return the start with the recurrent weights of a direction, if the cell has any."""
-        return start
+    def _with_recurrent(self, context: Context, reverse: bool) -> Context:
+        """Return the context with the recurrent weights of a direction, if the cell has any."""
+        return context
 
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
         """Return the pre-activations of one direction; those of the highway or of the output gate are the last."""

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..check.calls import explained
 from ..check.values import check_min_decay, name_of
 from ..ops import plan
-from ..ops.call import Layout, Start
+from ..ops.call import Context, Layout
 from ..ops.cells import CELLS
 from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
@@ -232,13 +232,13 @@ class RecurrentLevels(Levels, role="sequence"):
         if dt is not None:
             dt = as_dtype(dt, accumulate_dtype(x.dtype))
         initial = h if reset is None else list(self._state(x, None, 1).unbind(0))
-        starts: list[Start] = []
+        contexts: list[Context] = []
         for index, first in enumerate(h):
-            starts.append(Start(first, initial[index], reset, dt))
+            contexts.append(Context(first, initial[index], reset, dt))
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             at = index * self.num_directions
-            x, last = layer(x, starts[at : at + self.num_directions], layout, found)
+            x, last = layer(x, contexts[at : at + self.num_directions], layout, found)
             if index < self.num_layers - 1 and self.dropout > 0:
                 x = F.dropout(x, self.dropout, self.training)
             states += last

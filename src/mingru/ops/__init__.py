@@ -1,6 +1,6 @@
 """The recurrences, each computed by one of several backends.
 
-A recurrence is one value, a `Call`: its `Spec` (cell, activation, direction), the inputs of the cell, its `Start`
+A recurrence is one value, a `Call`: its `Spec` (cell, activation, direction), the inputs of the cell, its `Context`
 (states, resets, elapsed times) and its `Layout` (memory layout). The callers, `functional` and `modules`, check the
 tensors before the call.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import autograd, block_recurrence, in_cache, route
 from .backend import SCANS
 from .backends import torch_in_graphs
-from .call import BATCH_FIRST, Call, Layout, Spec, Start
+from .call import BATCH_FIRST, Call, Context, Layout, Spec
 from .call import spec_of as spec_of
 from .cells import CELLS, MIXTURES
 from .graph import scripted_as
@@ -54,17 +54,17 @@ def linear_scan(
 
 @scripted_as(torch_in_graphs.recurrence)
 def recurrence(
-    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout = BATCH_FIRST, backend: str = "auto"
+    spec: Spec, inputs: Sequence[Tensor], context: Context, layout: Layout = BATCH_FIRST, backend: str = "auto"
 ) -> States:
     """Compute the recurrence of a cell from its pre-activations."""
-    return _run(route.choose(spec, inputs[0], backend), Call(spec, list(inputs), start, layout))
+    return _run(route.choose(spec, inputs[0], backend), Call(spec, list(inputs), context, layout))
 
 
 def linear_recurrence(
     spec: Spec,
     x: Tensor,
     linear: Any,
-    start: Start,
+    context: Context,
     layout: Layout,
     recompute: bool | None = None,
     norm: nn.Module | None = None,
@@ -75,40 +75,40 @@ def linear_recurrence(
     `recompute` is that of `are_recomputed`. The last of the pre-activations may be an output gate of the states.
     """
     if isinstance(x, Traced):
-        return x.recurrence(spec, linear, start, recompute, norm, output_gate)
+        return x.recurrence(spec, linear, context, recompute, norm, output_gate)
     backend = route.choose(spec, x)
-    call = route.fused_with(linear, backend, Call(spec, [x], start, layout), norm, output_gate)
+    call = route.fused_with(linear, backend, Call(spec, [x], context, layout), norm, output_gate)
     if call is None and norm is not None:
         x = norm(x)
-        call = route.fused_with(linear, backend, Call(spec, [x], start, layout), None, output_gate)
-    if spec.cell == "gru" and block_recurrence.is_one_node(x, start, layout):
+        call = route.fused_with(linear, backend, Call(spec, [x], context, layout), None, output_gate)
+    if spec.cell == "gru" and block_recurrence.is_one_node(x, context, layout):
         own = [x, linear.weight, linear.bias]
         if type(linear) not in LINEAR_MAPS or route.is_hooked(linear):
             x = linear(x)
             own = [x, torch.eye(x.size(-1), dtype=x.dtype, device=x.device), None]
-        return block_recurrence.in_onnx(Call(spec, own, start, layout))
+        return block_recurrence.in_onnx(Call(spec, own, context, layout))
     if call is None:
         x = linear(x)
-        found = _of_gru(backend, Call(spec, [x], start, layout), recompute)
+        found = _of_gru(backend, Call(spec, [x], context, layout), recompute)
         if found is not None:
             return found
         inputs = list(x.chunk(CELLS[spec.cell].num_inputs + output_gate, -1))
         gate = inputs.pop() if output_gate else None
-        return gated(_run(backend, Call(spec, inputs, start, layout)), gate)
+        return gated(_run(backend, Call(spec, inputs, context, layout)), gate)
     return autograd.run_kernel("linear_kernel", backend, call, not are_recomputed(spec.cell, x, recompute))
 
 
-def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layout) -> States:
+def mapped_recurrence(spec: Spec, x: Tensor, of: Map, context: Context, layout: Layout) -> States:
     """Compute the recurrence of the pre-activations that the map `of` computes from x.
 
-    `start.h` is expanded to the shape of the states.
+    `context.h` is expanded to the shape of the states.
     """
     batch = x.shape[1 if layout.time_first else 0]
-    call = Call(spec, [x], start._replace(h=start.h.expand(batch, 1, *of.state_shape)), layout)
+    call = Call(spec, [x], context._replace(h=context.h.expand(batch, 1, *of.state_shape)), layout)
     sizes = in_cache.sizes_of(x, of, CELLS[spec.cell].num_inputs)
 
     def run(part: Call) -> States:
-        return recurrence(spec, of.inputs(part.tensors[0]), part.start, layout)
+        return recurrence(spec, of.inputs(part.tensors[0]), part.context, layout)
 
     return run(call) if sizes is None else in_cache.in_slices(run, call, of, sizes)
 

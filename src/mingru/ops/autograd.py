@@ -144,18 +144,18 @@ class Scan(ScanInGraph):
 
 def run_kernel(name: str, backend: str, call: Call, keep: bool) -> States:
     """Run a kernel of the backend, so that it is differentiable. `name`: of its field, "kernel" or "linear_kernel"."""
-    spec, tensors, start, layout = call
+    spec, tensors, context, layout = call
     if name == "kernel" and tensors[0].dim() > 3 and is_compiling():
         # Inductor treats tensors of more dimensions as images, and changes the strides of tensors saved for backward.
         flat = [x.flatten(2).contiguous() for x in tensors]
-        initial_state = start.initial_state.expand_as(start.h)
-        flat_start = start._replace(h=start.h.flatten(2), initial_state=initial_state.flatten(2))
-        out, last = run_kernel(name, backend, Call(spec, flat, flat_start, layout), keep)
-        return out.view(tensors[0].shape), last.view(start.h.shape)
+        initial_state = context.initial_state.expand_as(context.h)
+        flat_context = context._replace(h=context.h.flatten(2), initial_state=initial_state.flatten(2))
+        out, last = run_kernel(name, backend, Call(spec, flat, flat_context, layout), keep)
+        return out.view(tensors[0].shape), last.view(context.h.shape)
     kernel: Kernel = getattr(backend_of(backend), name)
-    given: list[Any] = [*flattened(start, layout), *tensors]
+    given: list[Any] = [*flattened(context, layout), *tensors]
     if torch.is_grad_enabled() and kernel.backward is not None:
-        if start.reset is None:
+        if context.reset is None:
             given[1] = None  # the initial state, which nothing reads
         # A flat list, because autograd ignores tensors inside tuples.
         run: Callable[..., States] = Recurrence.apply if is_compiling() else apply
@@ -225,9 +225,9 @@ apply: Any = super(torch.autograd.Function, Recurrence).apply
 def _again(name: str, backend: str, spec: Spec, time_first: bool, *tensors: Any) -> States:
     """Compute the same as a kernel by differentiable operations."""
     call = from_flat(spec, tensors, time_first)
-    if call.start.reset is None:
+    if call.context.reset is None:
         # The initial state was not saved, and nothing reads it.
-        call = call._replace(start=call.start._replace(initial_state=call.start.h))
+        call = call._replace(context=call.context._replace(initial_state=call.context.h))
     if spec.cell == "lstm":
         return block_recurrence.lstm_by_torch(call)
     if name != "linear_kernel":

@@ -76,7 +76,7 @@ def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
     return spec_of(cell, "linear", call.reverse, 0.0), tensors
 
 
-def grads_of_start(tensors: Sequence[Any], of_states: Sequence[Any], grad_dt: Tensor | None) -> Sequence[Any]:
+def grads_of_context(tensors: Sequence[Any], of_states: Sequence[Any], grad_dt: Tensor | None) -> Sequence[Any]:
     """Return the gradients of all tensors of a call before the inputs, but those of recurrent weights.
 
     `of_states`: of h and of the initial state, that for each sequence; empty or None if there is none.

@@ -10,7 +10,7 @@ from torch import Tensor
 from .autograd import differentiable
 from .backend import SCANS
 from .backends import native
-from .call import Layout, Start, flattened
+from .call import Context, Layout, flattened
 from .graph import are_batched, scripted_as
 from .route import is_for_native
 from .shape import States, as_dtype
@@ -84,7 +84,7 @@ class _Fused(torch.autograd.Function):
 def _arguments(x: Tensor, weight: Tensor, bias: Maybe, state: Tensor, reset: Maybe, lengths: Maybe) -> tuple[Any, ...]:
     """Return the first arguments of the operators."""
     layout = Layout(False, None, None if lengths is None else lengths.long().contiguous())
-    given = [*flattened(Start(state, state, reset), layout), x]
+    given = [*flattened(Context(state, state, reset), layout), x]
     return x, weight, bias, *native.arguments(SCANS["linear_scan", False], given, False)[:2]
 
 

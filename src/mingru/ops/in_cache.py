@@ -49,11 +49,11 @@ def sizes_of(x: Tensor, of: Map, num_inputs: int) -> tuple[int, int] | None:
 
 def in_slices(run: Callable[[Call], States], call: Call, of: Map, sizes: tuple[int, int]) -> States:
     """Call `run` on one slice of x after the other."""
-    spec, (x,), start, layout = call
+    spec, (x,), context, layout = call
     time, batch = (0, 1) if layout.time_first else (1, 0)
     out = x.new_empty((*x.shape[:2], *of.state_shape))
     # In the accumulation dtype, so that the state is not rounded between slices.
-    states = start.h.to(accumulate_dtype(x.dtype))
+    states = context.h.to(accumulate_dtype(x.dtype))
     lasts = []
     for first in range(0, x.shape[batch], sizes[batch]):
         elements = slice(first, first + sizes[batch])
@@ -62,8 +62,8 @@ def in_slices(run: Callable[[Call], States], call: Call, of: Map, sizes: tuple[i
         for begin in reversed(begins) if spec.reverse else begins:
             steps = slice(begin, begin + sizes[time])
             at = (steps, elements) if layout.time_first else (elements, steps)
-            reset, dt = (None if steps is None else steps[at] for steps in (start.reset, start.dt))
-            part = Call(spec, [x[at]], start._replace(h=last, reset=reset, dt=dt), layout)
+            reset, dt = (None if steps is None else steps[at] for steps in (context.reset, context.dt))
+            part = Call(spec, [x[at]], context._replace(h=last, reset=reset, dt=dt), layout)
             out[at], last = run(part)
         lasts.append(last)
-    return out, torch.cat(lasts).to(start.h.dtype)
+    return out, torch.cat(lasts).to(context.h.dtype)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import autograd, linear_map, names_of_torch, route
 from .backends.triton.plan import KEEPING
-from .call import Layout, Start
+from .call import Context, Layout
 from .causal_conv import causal_conv
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
@@ -311,7 +311,7 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
             return None
         if module.role == "step":
             reset, dt = (None if each is None else each.unsqueeze(-1) for each in (reset, dt))
-        start = Start(x, x, reset, dt)
+        start = Context(x, x, reset, dt)
         others = in_reverse(start, Layout(time_first)) if plan.is_bidirectional else start
         # As both directions see them.
         pairs = zip(start[2:4], others[2:4], strict=True)

@@ -161,10 +161,10 @@ def backend_of(name: str) -> Backend:
 
 def kernel_of(name: str, call: Call) -> Kernel | None:
     """Return the fused kernel that can compute the recurrence from its pre-activations, or None."""
-    spec, inputs, start, layout = call
+    spec, inputs, context, layout = call
     kernel = backend_of(name).kernel
     # The fields after the states are options, such as elapsed times, that a caller may have differentiated or wrapped.
-    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs, *start[2:]):
+    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs, *context[2:]):
         return None
     # The parts of a number must be next to each other.
     if parts_of(spec.cell) > 1 and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
@@ -179,7 +179,7 @@ def fused_with(
 
     Without a linear map, x has the pre-activations of a GRU, side by side.
     """
-    spec, (x,), start, layout = call
+    spec, (x,), context, layout = call
     kernel = backend_of(name).linear_kernel
     has_more = norm is not None or output_gate
     if kernel is None or spec.cell not in kernel.cells or (has_more and not kernel.whole):
@@ -197,10 +197,10 @@ def fused_with(
         of_map = [linear.weight, linear.bias]
         if of_map[0] is None:
             return None
-    if not are_ordinary(x, *of_map, *start[2:]) or not x.is_floating_point() or x.numel() == 0:
+    if not are_ordinary(x, *of_map, *context[2:]) or not x.is_floating_point() or x.numel() == 0:
         return None
     if linear is None:
-        return Call(spec, [x, *of_map], start, layout)
+        return Call(spec, [x, *of_map], context, layout)
     weight, bias = of_map
     # The product with the weight of a norm would broadcast.
     if weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
@@ -211,10 +211,10 @@ def fused_with(
         if not kernel.autocast or (is_small and not is_compiling()):
             return None
         tensors = _autocast(x, weight, bias)
-        return Call(spec, [*tensors], start, layout) if norm is None and tensors is not None else None
+        return Call(spec, [*tensors], context, layout) if norm is None and tensors is not None else None
     if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
         return None
-    call = Call(spec, [x, weight, bias], start, layout)
+    call = Call(spec, [x, weight, bias], context, layout)
     return call if norm is None else _with_norm(call, norm)
 
 

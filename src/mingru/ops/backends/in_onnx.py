@@ -49,22 +49,22 @@ def _(a: Tensor, b: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def mixed_step(call: Call) -> States | None:
     """Compute one step of all cells of a mixture together; None if the call is another."""
-    spec, (gate, candidate), start, layout = call
+    spec, (gate, candidate), context, layout = call
     is_step = gate.dim() == 3 and is_true_for_all_sizes(gate.size(0 if layout.time_first else 1) == 1)
     if spec.cell != "mingru_mixed" or not is_step or layout.lengths is not None:
         return None
-    spec, (gate, candidate), start, layout = padded_call(call)
+    spec, (gate, candidate), context, layout = padded_call(call)
     gate, candidate = (as_dtype(x, accumulate_dtype(x.dtype)) for x in (gate, candidate))
     features = range(gate.size(2))
     turning = [feature for feature in features if feature >= len(features) // 2]
     own = [feature - feature % 4 if feature in turning else feature for feature in features]
     vectors = [feature for feature in turning if feature % 4]
-    keep, update = _decay(gate.index_select(2, torch.tensor(own, device=gate.device)), spec.min_decay, start)
+    keep, update = _decay(gate.index_select(2, torch.tensor(own, device=gate.device)), spec.min_decay, context)
     vector = gate.index_select(2, torch.tensor(vectors, device=gate.device))
-    unit = unit_quaternion(vector.reshape(-1, 1, len(vectors) // 3, 3), start)
-    h = as_dtype(start.h, gate.dtype)
-    if start.reset is not None:
-        h = torch.where(along(start.reset, h), as_dtype(start.initial_state, h.dtype), h)
+    unit = unit_quaternion(vector.reshape(-1, 1, len(vectors) // 3, 3), context)
+    h = as_dtype(context.h, gate.dtype)
+    if context.reset is not None:
+        h = torch.where(along(context.reset, h), as_dtype(context.initial_state, h.dtype), h)
     out = _turned(keep, unit, update * activate(candidate, spec.activation), h)
     return in_layout((out, out), call)
 

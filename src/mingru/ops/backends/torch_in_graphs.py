@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import block_recurrence
 from ..backend import Backend
-from ..call import Call, Layout, LayoutTuple, Spec, SpecTuple, Start, StartTuple, call_of
+from ..call import Call, Context, ContextTuple, Layout, LayoutTuple, Spec, SpecTuple, call_of
 from ..graph import for_trace, is_old_onnx, is_scripting, is_true_for_all_sizes
 from ..layout import as_linear_scan, divided, in_layout, joined, padded_call
 from ..names_of_torch import is_exporting
@@ -27,29 +27,29 @@ from ..scan import LinearScan
 from ..shape import States, along, empty_states, matrices, plus_product, plus_times, product
 
 
-def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
+def recurrence(spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
     """Compute the recurrence of a cell. A saved scripted module contains this function and needs no mingru."""
-    return joined([_of_cell(call) for call in divided(Call(spec, inputs, start, layout))], layout)
+    return joined([_of_cell(call) for call in divided(Call(spec, inputs, context, layout))], layout)
 
 
 def _of_cell(call: Call) -> States:
     if call.tensors[0].numel() == 0:
         out = torch.stack(call.tensors).sum(0)
         # So that their gradients are 0, as torch.nn.GRU's are, and not None.
-        for weight in [call.start.recurrent, call.start.recurrent_bias]:
+        for weight in [call.context.recurrent, call.context.recurrent_bias]:
             if weight is not None:
                 out = out + weight[:0].sum().to(out.dtype)
-        return empty_states(out, call.start.h)
+        return empty_states(out, call.context.h)
     if call.spec.cell == "gru":
         return in_layout(block_recurrence.composed(padded_call(call)), call)
     return in_layout(scan(as_linear_scan(padded_call(call))), call)
 
 
 @for_trace()
-def traced_recurrence(spec: SpecTuple, inputs: list[Tensor], start: StartTuple, layout: LayoutTuple) -> States:
+def traced_recurrence(spec: SpecTuple, inputs: list[Tensor], context: ContextTuple, layout: LayoutTuple) -> States:
     """Call `recurrence` from a trace."""
-    call = call_of(spec, inputs, start, layout)
-    return recurrence(call.spec, inputs, call.start, call.layout)
+    call = call_of(spec, inputs, context, layout)
+    return recurrence(call.spec, inputs, call.context, call.layout)
 
 
 @for_trace()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backend import Backend, Kernel, grads_of_start, warn_once
+from ...backend import Backend, Kernel, grads_of_context, warn_once
 from ...call import FIRST_INPUT, Call, Spec, from_flat, spec_of
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, without_autocast
@@ -86,9 +86,9 @@ def _run(eager: Any, name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
     """
     if are_eager(*call.tensors) and not len_torch_dispatch_stack():
         return eager(name, call, *of_pass)  # type: ignore[no-any-return]
-    spec, inputs, start, layout = call
-    initial_state: Any = start.initial_state.expand_as(start.h) if launch.has_initial_state(call) else None
-    given, needs = [start.h, initial_state, *start[2:4], *layout[1:]], of_pass[1:]
+    spec, inputs, context, layout = call
+    initial_state: Any = context.initial_state.expand_as(context.h) if launch.has_initial_state(call) else None
+    given, needs = [context.h, initial_state, *context[2:4], *layout[1:]], of_pass[1:]
     run = getattr(torch.ops.mingru, f"recurrence_triton_{name}")
     run = run.default if layout.batch_sizes is None else run.packed
     flags = [spec.reverse, layout.time_first, *needs]
@@ -105,7 +105,7 @@ def _recurrence_backward(eager: Any, spec: Spec, given: Given, time_first: bool,
     grads, *of_states, grad_dt, _ = _run(eager, "backward", call, [out, *grad], needs_dt, False)
     parts = grads.chunk(len(call.tensors), -1)
     of_inputs = [part.view(x.shape) for part, x in zip(parts, call.tensors, strict=True)]
-    return *grads_of_start(given, of_states, grad_dt if needs_dt else None), *of_inputs
+    return *grads_of_context(given, of_states, grad_dt if needs_dt else None), *of_inputs
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _linear_recurrence_backward(eager: Any, spec: Spec, given: Given, time_first
         grad_weight = torch.mm(matrix.t(), rows.flatten(0, -2)) if needs_weight else None
     grad_x = grad_rows if grad_rows is None or rows is x else grad_rows.transpose(0, 1)
     of_bias = as_dtype(grad_bias, bias.dtype) if needs_bias else None
-    return *grads_of_start(given, of_states, grad_dt if needs_dt else None), grad_x, grad_weight, of_bias
+    return *grads_of_context(given, of_states, grad_dt if needs_dt else None), grad_x, grad_weight, of_bias
 
 
 def _backend(eager: Any) -> Backend:

@@ -242,7 +242,7 @@ def _state(h: Tensor) -> Tensor:
 
 def has_initial_state(call: Call) -> bool:
     """Return whether a state after resets is an argument. A linear scan starts from 0 after a reset."""
-    return call.start.reset is not None and call.spec.cell in NUM_INPUTS
+    return call.context.reset is not None and call.spec.cell in NUM_INPUTS
 
 
 def _num_steps(call: Call) -> int:
@@ -289,8 +289,8 @@ def _pass(name: str, call: Call, saved: Tensors, *needs: bool) -> dict[str, Tens
         if len(_recipes) >= 4096:
             _recipes.clear()
         # The forms alone, without the memory.
-        own = call.start._replace(h=_on_meta(h), dt=None if call.start.dt is None else _on_meta(call.start.dt))
-        meta = call._replace(tensors=[*map(_on_meta, call.tensors)], start=own)
+        own = call.context._replace(h=_on_meta(h), dt=None if call.context.dt is None else _on_meta(call.context.dt))
+        meta = call._replace(tensors=[*map(_on_meta, call.tensors)], context=own)
         results: Any = forward_results(meta) if name == "forward" else backward_results(meta, saved, *needs)
         results = [(kind, y) for kind, y in zip(_WRITTEN[name], results, strict=True) if y is not None]
         recipe = _recipes[key] = _recipe(plan_of, name, call, memory, results)
@@ -353,13 +353,13 @@ def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Re
 
 def forward_results(call: Call) -> States:
     """Return uninitialized tensors for the results of `forward`."""
-    x, h = call.tensors[0], call.start.h
+    x, h = call.tensors[0], call.context.h
     return x.new_empty(x.shape), h.new_empty(h.shape)
 
 
 def backward_results(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Results:
     """Return uninitialized tensors for the results of `backward`."""
-    x, (h, _, _, dt, *_) = call.tensors[0], call.start
+    x, (h, _, _, dt, *_) = call.tensors[0], call.context
     num_leading, shape, dtype = 2 if call.layout.batch_sizes is None else 1, x.shape, accumulate_dtype(x.dtype)
     size = len(call.tensors) * math.prod(shape[num_leading:])
     # In the memory order of the inputs.
