@@ -59,7 +59,7 @@ STEPS = [
     (2, "csrc/scan.h", " CELL(mingru_sharp, 2, false, SharpMinGRU)", r"MINGRU_CELLS\(CELL\)"),
     (3, TRITON, OF_TRITON, r"^(?=@triton.jit\ndef cell\()"),
     (3, TRITON, CALLED, r"^def cell\((?:.*\n)*?    (?=if )"),
-    (3, "src/mingru/ops/backends/triton/plan.py", '"mingru_sharp": (-inf, 0.0),\n    ', r"^KEEPING\b.*{\s*"),
+    (3, "src/mingru/ops/backends/triton/device.py", '"mingru_sharp": (-inf, 0.0),\n    ', r"^CELLS\b.*{\s*"),
     (5, PYTHON, '    "sharp": "mingru_sharp",\n', r"^GATES\b(?:.*\n)*?(?=})"),
 ]
 

@@ -1,4 +1,4 @@
-"""Time the GPU kernels and whole layers. Their values are checked by `smoke`, and at these shapes by `plans`.
+"""Time the GPU kernels and whole layers. Their values are checked by `smoke`, and at these shapes by `tilings`.
 
     python -m benchmarks.gpu.speed [--results FOLDER] [--minutes 9] [--shape 64 1000 10 100]
 

@@ -19,7 +19,7 @@ from .ops.backends import in_log_space as _in_log_space
 from .ops.backends import torch_in_graphs as _in_graphs
 from .ops.call import Context, Spec, spec_of
 from .ops.cells import GATES, default_candidate, multiple_of, zero_state
-from .ops.graph import scripted_as
+from .ops.modes import scripted_as
 from .ops.route import BackendName
 from .ops.shape import accumulate_dtype, as_dtype, is_expandable
 from .sequences import check_resets, elapsed_times, reset_from_lengths

@@ -19,8 +19,8 @@ from .check.values import (
     instead_of_a_tensor,
     require,
 )
-from .ops.graph import are_eager
 from .ops.layout import padding_of
+from .ops.modes import are_eager
 
 
 @explained

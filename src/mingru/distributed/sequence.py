@@ -42,9 +42,9 @@ from ..ops import route
 from ..ops.call import Call, Context, Layout, Spec, flattened, from_flat, with_steps
 from ..ops.causal_conv import past_and_segment, state_after
 from ..ops.cells import MIXTURES, parts_of
-from ..ops.graph import is_autocast
 from ..ops.layout import divided, joined, of_next_step, padded_call, without_padding
 from ..ops.linear_map import LINEAR_MAPS, are_recomputed
+from ..ops.modes import is_autocast
 from ..ops.shape import States, accumulate_dtype, along, as_dtype, conjugate, from_parts, one_like, plus_times, to_parts
 from .ranks import Part, derive, eager, outermost
 

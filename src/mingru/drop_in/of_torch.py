@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import autograd, route
 from ..ops.call import BATCH_FIRST, Call, Context, spec_of
-from ..ops.graph import is_captured
+from ..ops.modes import is_captured
 from ..ops.names_of_torch import PREPARE_SCRIPTABLE, len_torch_dispatch_stack, outside_of_graphs
 from . import operators
 

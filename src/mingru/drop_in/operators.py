@@ -13,8 +13,8 @@ from torch import Tensor
 from ..ops import autograd, route
 from ..ops.backends.native import is_slower, is_slower_lstm
 from ..ops.call import Call, Context, Layout, spec_of
-from ..ops.graph import is_captured
 from ..ops.layout import is_packing
+from ..ops.modes import is_captured
 from ..ops.names_of_torch import len_torch_dispatch_stack, outside_of_graphs
 
 

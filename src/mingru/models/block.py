@@ -22,7 +22,7 @@ from ..modules.minlstm import MinLSTM
 from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate, arguments_of_class, not_default
 from ..modules.recurrent_level import NORMS
 from ..ops import layout
-from ..ops.graph import is_scripting
+from ..ops.modes import is_scripting
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .causal_conv import CausalConv, plus_convolved
 

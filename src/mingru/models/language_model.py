@@ -17,7 +17,7 @@ from ..check.values import check_int, check_min_decay, check_number, per_layer, 
 from ..modules.layer import Layer, typed_as
 from ..modules.recurrent_level import NORMS
 from ..modules.stack import Stack
-from ..ops.graph import is_scripting
+from ..ops.modes import is_scripting
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from . import files, generation
 from .block import Block, BlockOptions, check_layer_options

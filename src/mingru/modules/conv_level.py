@@ -10,8 +10,8 @@ from .. import ops
 from ..check.values import check_int, check_parts, dims, per_layer, require
 from ..ops.call import Context, Layout, Spec
 from ..ops.cells import GATES
-from ..ops.graph import is_autocast, is_scripting
 from ..ops.in_cache import Map
+from ..ops.modes import is_autocast, is_scripting
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, unflattened
 from .group_norm import GroupNorm
 from .initial_state import default_start, learned_state, reset_initial_state

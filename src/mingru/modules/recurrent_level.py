@@ -10,7 +10,7 @@ from .. import ops
 from ..check.values import check_int, check_parts, is_number, level_of_the_caller, require
 from ..ops.call import Context, Layout
 from ..ops.cells import CELLS, GATES
-from ..ops.graph import is_scripting
+from ..ops.modes import is_scripting
 from ..ops.plan import plannable
 from ..ops.shape import MaybeList, States
 from .levels import Level

@@ -16,8 +16,8 @@ from ..check.values import check_min_decay, name_of
 from ..ops import plan
 from ..ops.call import Context, Layout
 from ..ops.cells import CELLS
-from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
+from ..ops.modes import is_autocast, is_captured, is_scripting
 from ..ops.names_of_torch import is_symbolic
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, as_dtype, reshaped
 from . import scripted

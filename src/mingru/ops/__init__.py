@@ -17,10 +17,10 @@ from .backends import torch_in_graphs
 from .call import BATCH_FIRST, Call, Context, Layout, Spec
 from .call import spec_of as spec_of
 from .cells import CELLS, MIXTURES
-from .graph import scripted_as
 from .in_cache import Map
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
 from .linear_map import LINEAR_MAPS, are_recomputed, gated
+from .modes import scripted_as
 from .names_of_torch import is_symbolic, is_tracing
 from .scan import LinearScan, in_accumulation_dtype
 from .shape import States, as_dtype

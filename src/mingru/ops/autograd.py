@@ -21,9 +21,9 @@ from .backend import Kernel, scan_backward_by, scan_by
 from .backends import torch_in_graphs
 from .call import FIRST_INPUT, Call, Spec, flattened, from_flat
 from .cells import CELLS
-from .graph import are_batched, is_compiling, without_autocast
 from .layout import as_linear_scan, divided, in_layout, is_transposed, joined, padded_call, without_padding
 from .linear_map import gated, normalized
+from .modes import are_batched, is_compiling, without_autocast
 from .names_of_torch import is_exporting, jvp_nesting
 from .route import backend_of
 from .scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states

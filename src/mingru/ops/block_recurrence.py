@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 from .call import Call, Context, Layout, Spec, from_flat
-from .graph import is_old_onnx, is_onnx, is_true_for_all_sizes, scripted_as, without_autocast
 from .layout import in_layout, padded_call, padding_of, without_padding
+from .modes import is_old_onnx, is_onnx, is_true_for_all_sizes, scripted_as, without_autocast
 from .names_of_torch import is_exporting, loop
 from .shape import States, accumulate_dtype, as_dtype
 

@@ -11,7 +11,7 @@ from .autograd import differentiable
 from .backend import SCANS
 from .backends import native
 from .call import Context, Layout, flattened
-from .graph import are_batched, scripted_as
+from .modes import are_batched, scripted_as
 from .route import is_for_native
 from .shape import States, as_dtype
 from .traced import Traced

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activation import activate, log_g
 from .call import Context, Spec
-from .graph import is_onnx
+from .modes import is_onnx
 from .shape import accumulate_dtype, along, as_dtype, to_parts
 
 

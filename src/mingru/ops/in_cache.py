@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import route
 from .call import Call
-from .graph import are_eager, is_autocast
+from .modes import are_eager, is_autocast
 from .shape import States, accumulate_dtype
 
 _SLICE_BYTES = 4 << 20

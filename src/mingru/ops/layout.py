@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .call import Call, Context, Layout, Spec, with_steps
 from .cells import cells_of, coefficients, parts_of
-from .graph import for_trace, is_captured, is_old_onnx
+from .modes import for_trace, is_captured, is_old_onnx
 from .scan import LinearScan
 from .shape import States, along, as_dtype, from_parts, one_like, plus_times, to_parts
 

@@ -17,8 +17,8 @@ from .backend import SCANS, Backend, Kernel, warn_once
 from .backends import in_log_space, native, sequential, torch_in_graphs, torch_in_place, triton
 from .call import Call, Spec
 from .cells import CELLS, cells_of, parts_of
-from .graph import are_eager, are_ordinary, is_autocast, is_compiling
 from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, map_with_norm, weights_of_norm, with_norm
+from .modes import are_eager, are_ordinary, is_autocast, is_compiling
 from .names_of_torch import has_any_global_hook, is_exporting, is_symbolic, is_tracing
 from .shape import as_dtype
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..activation import activate
 from ..call import Call
 from ..cells import _decay, unit_quaternion
-from ..graph import is_true_for_all_sizes
 from ..layout import in_layout, padded_call
+from ..modes import is_true_for_all_sizes
 from ..scan import LinearScan
 from ..shape import States, accumulate_dtype, along, as_dtype, from_parts, times, to_parts
 from . import torch_in_graphs

@@ -20,8 +20,8 @@ from torch import Tensor
 from .. import block_recurrence
 from ..backend import Backend
 from ..call import Call, Context, ContextTuple, Layout, LayoutTuple, Spec, SpecTuple, call_of
-from ..graph import for_trace, is_old_onnx, is_scripting, is_true_for_all_sizes
 from ..layout import as_linear_scan, divided, in_layout, joined, padded_call
+from ..modes import for_trace, is_old_onnx, is_scripting, is_true_for_all_sizes
 from ..names_of_torch import is_exporting
 from ..scan import LinearScan
 from ..shape import States, along, empty_states, matrices, plus_product, plus_times, product

@@ -1,6 +1,6 @@
 """The `"triton"` backend: kernels for GPUs, compiled by Triton on first use.
 
-`launch` calls the kernel in `kernels`, divided as `plan` says. Importing this module registers two operators with
+`launch` calls the kernel in `kernels`, divided as `tiling` says. Importing this module registers two operators with
 PyTorch's dispatcher, but does not import Triton. Captured graphs contain the operators; eager calls skip the
 dispatcher. States have any floating dtype, and are computed in the accumulation dtype of the sequences. The operators
 take the parts of numbers as features.
@@ -17,15 +17,14 @@ from torch import Tensor
 from ...backend import Backend, Kernel, grads_of_context, warn_once
 from ...call import FIRST_INPUT, Call, Spec, from_flat, spec_of
 from ...cells import NUM_INPUTS
-from ...graph import are_eager, without_autocast
 from ...layout import is_transposed
+from ...modes import are_eager, without_autocast
 from ...names_of_torch import len_torch_dispatch_stack
 from ...shape import accumulate_dtype, as_dtype
 from . import fallback, launch
-from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
-from .plan import KEEPING
+from .device import CELLS, DEVICES, IS_INTERPRETED, unavailable, unsupported
 
-__all__ = ["ALONE", "BACKEND", "DEVICES"]
+__all__ = ["ALONE", "BACKEND", "CELLS", "DEVICES"]
 Given = Sequence[Any]
 
 
@@ -149,7 +148,7 @@ def _linear_recurrence_backward(eager: Any, spec: Spec, given: Given, time_first
 
 def _backend(eager: Any) -> Backend:
     """Return the backend whose eager passes this function runs."""
-    options: Any = {"packed": True, "lengths": True, "cells": KEEPING}
+    options: Any = {"packed": True, "lengths": True, "cells": CELLS}
     kernel = Kernel(partial(_recurrence, eager), partial(_recurrence_backward, eager), **options)
     passes = partial(_linear_recurrence, eager), partial(_linear_recurrence_backward, eager)
     return Backend(unavailable, unsupported, kernel=kernel, linear_kernel=Kernel(*passes, autocast=True, **options))

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 from contextlib import nullcontext
+from math import inf
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ from ...names_of_torch import MARKED_CONSTANT
 
 # Types of devices; ROCm calls itself "cuda".
 DEVICES = ("cuda", "xpu")
+# The cells that the kernels compute. Each has the inputs with which a step keeps the state: of a number its first part,
+# the other parts are 0.
+CELLS = {
+    "mingru": (-inf, 0.0),
+    "mingru_signed": (-inf, 0.0),
+    "mingru_rotation": (-inf, 0.0),
+    "minlstm": (0.0, -inf, 0.0),
+    "minlstm_unnormalized": (inf, -inf, 0.0),
+    "linear_scan": (1.0, 0.0),
+    "complex_linear_scan": (1.0, 0.0),
+    "mingru_quaternion": (-inf, 0.0),
+    "quaternion_linear_scan": (1.0, 0.0),
+}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _OLDEST = (3, 6)
 # Triton reads this variable when it is imported. Its interpreter runs the kernels on the CPU, for tests.

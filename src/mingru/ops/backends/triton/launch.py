@@ -15,7 +15,7 @@ from ...cells import NUM_INPUTS
 from ...layout import is_packing, is_transposed, lengths_of
 from ...shape import States, accumulate_dtype
 from . import device as devices
-from .plan import KEEPING, Plan, Work, plan_of
+from .tiling import Tiling, Work, tiling_of
 
 Tensors = Sequence[Tensor]
 # Of the backward pass: gradients of the inputs and of h, and three that may not be needed.
@@ -48,13 +48,13 @@ class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what
     """A kernel cannot be compiled or launched on this machine."""
 
 
-def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any], again: bool = True) -> None:
+def run(name: str, num_programs: int, tiling: Tiling, args: dict[str, Any], again: bool = True) -> None:
     """Launch the kernel of a pass, "forward" or "backward", on the device of its inputs.
 
     It is compiled if it is not known.
     """
     device = args["inputs"][0][0].device
-    key = device, plan.warps, args["TYPES"]
+    key = device, tiling.warps, args["TYPES"]
     if key in _failures:
         # Also in a capture, because no call before it would help.
         raise KernelFailure(_failures[key])
@@ -65,7 +65,7 @@ def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any], again: b
             if not again or devices.is_capturing(device):
                 raise torch.OutOfMemoryError(f"mingru: {device} has no memory for a kernel: {error}") from error
             devices.free(device)
-            return run(name, num_programs, plan, args, False)
+            return run(name, num_programs, tiling, args, False)
         if devices.is_capturing(device):
             problem = "a CUDA graph cannot capture the first call of a Triton kernel, which loads it"
             raise RuntimeError(f"mingru: {problem}; call the module once before the capture") from error
@@ -132,8 +132,8 @@ def types_of(args: dict[str, Any]) -> object:
 _recipes: dict[Any, Any] = {}
 
 
-def _recipe(planned: Any, name: str, call: Call, memory: Memory, results: Memory) -> Any:
-    """Return the plan of a pass, and what it does with memory of the same forms.
+def _recipe(choose: Any, name: str, call: Call, memory: Memory, results: Memory) -> Any:
+    """Return the tiling of a pass, and what it does with memory of the same forms.
 
     This is: functions that convert given memory, by its index; of each result its name, dtype, shape in memory, and the
     function that returns it, or None; the shape of the summaries; and for each launch the arguments without the memory,
@@ -151,10 +151,10 @@ def _recipe(planned: Any, name: str, call: Call, memory: Memory, results: Memory
     kinds, unit = {kind for kind, *_ in forms}, unit_of(num_features, forms)
     is_timed, is_packed = spec.min_decay != 0 or "dt" in kinds, "offsets" in kinds
     facts = name == "backward", "reset" in kinds, is_packed, is_timed, *devices.facts_of(first.device)
-    plan = planned(Work(spec.cell, dtype.itemsize, num_sequences, num_steps, num_features, *facts))
+    tiling = choose(Work(spec.cell, dtype.itemsize, num_sequences, num_steps, num_features, *facts))
     # Each program has a sum of its own.
-    counts = {"grad_initial_state": (plan.segments, 1), "grad_dt": (num_features // unit, 1 if is_packed else 2)}
-    counts["grad_bias"] = num_sequences * plan.segments, 0
+    counts = {"grad_initial_state": (tiling.segments, 1), "grad_dt": (num_features // unit, 1 if is_packed else 2)}
+    counts["grad_bias"] = num_sequences * tiling.segments, 0
     written: list[Any] = []
     for kind, x in results:
         forms.append((kind, x.dtype, flat(x).stride() if kind in _FEATURES else (), 0))
@@ -164,26 +164,26 @@ def _recipe(planned: Any, name: str, call: Call, memory: Memory, results: Memory
         elif not x.is_contiguous():
             shape, finish = x.transpose(0, 1).shape, functools.partial(torch.transpose, dim0=0, dim1=1)
         written.append((kind, x.dtype, shape, finish))
-    launches = _launches(name, call, plan, unit, num_features, forms)
-    shape = 2, num_sequences, plan.segments, plan.chunks, num_features
+    launches = _launches(name, call, tiling, unit, num_features, forms)
+    shape = 2, num_sequences, tiling.segments, tiling.chunks, num_features
     # Not converted again for this launch.
     memory[:] = owned
-    return plan, conversions, written, shape, launches
+    return tiling, conversions, written, shape, launches
 
 
-def _launches(name: str, call: Call, plan: Plan, unit: int, num_features: int, forms: list[Any]) -> Any:
+def _launches(name: str, call: Call, tiling: Tiling, unit: int, num_features: int, forms: list[Any]) -> Any:
     """Return for each launch the arguments without the memory, and the strides of each memory; None if it is dense."""
     (spec, _, _, (time_first, batch_sizes, _)), num_steps = call, _num_steps(call)
-    tile, is_packed = plan.chunks * plan.steps, batch_sizes is not None
+    tile, is_packed = tiling.chunks * tiling.steps, batch_sizes is not None
     # A whole number of tiles.
-    segment_steps = -(-num_steps // (plan.segments * tile)) * tile
-    args = {"CELL": spec.cell, "ACTIVATION": spec.activation, "KEEPING": KEEPING[spec.cell], "V": unit}
-    args |= {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
-    args |= {"EVEN": num_features % plan.features == 0, "backwards": int(spec.reverse != (name == "backward"))}
-    args |= {"num_steps": num_steps, "num_segments": plan.segments, "segment_steps": segment_steps}
+    segment_steps = -(-num_steps // (tiling.segments * tile)) * tile
+    args = {"CELL": spec.cell, "ACTIVATION": spec.activation, "KEEPING": devices.CELLS[spec.cell], "V": unit}
+    args |= {"C": tiling.chunks, "T": tiling.steps, "F": tiling.features, "STAGES": tiling.stages}
+    args |= {"EVEN": num_features % tiling.features == 0, "backwards": int(spec.reverse != (name == "backward"))}
+    args |= {"num_steps": num_steps, "num_segments": tiling.segments, "segment_steps": segment_steps}
     args |= {"num_units": num_features // unit, "bound": _bound(spec.min_decay)}
     launches: list[Any] = []
-    for own_forms in _of_launches(forms, 2 * [("summaries", accumulate_dtype(forms[0][1]), (), 0)], plan):
+    for own_forms in _of_launches(forms, 2 * [("summaries", accumulate_dtype(forms[0][1]), (), 0)], tiling):
         found: list[Any] = []
         before = None
         for kind, _, strides, _ in own_forms:
@@ -198,10 +198,10 @@ def _launches(name: str, call: Call, plan: Plan, unit: int, num_features: int, f
     return launches
 
 
-def _of_launches(memory: list[Any], summaries: list[Any], plan: Plan) -> list[list[Any]]:
+def _of_launches(memory: list[Any], summaries: list[Any], tiling: Tiling) -> list[list[Any]]:
     """Return the memory of each launch. If time is divided into segments, the first writes summaries and no results."""
     whole = [*memory, *summaries]
-    return [[each for each in whole if each[0] in _OF_SUMMARIES], whole] if plan.segments > 1 else [memory]
+    return [[each for each in whole if each[0] in _OF_SUMMARIES], whole] if tiling.segments > 1 else [memory]
 
 
 def _filled(args: dict[str, Any], memory: Memory, strides: Sequence[Any]) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def _pass(name: str, call: Call, saved: Tensors, *needs: bool) -> dict[str, Tens
     memory, (spec, (x, *_), (h, *_), (time_first, batch_sizes, _)) = _given(call, saved), call
     forms = _forms(memory)
     num_steps = None if batch_sizes is None else batch_sizes.shape
-    key = plan_of, name, spec, time_first, needs, x.device, x.shape, h.shape[0], num_steps, *forms
+    key = tiling_of, name, spec, time_first, needs, x.device, x.shape, h.shape[0], num_steps, *forms
     recipe = _recipes.get(key)
     if recipe is None:
         if len(_recipes) >= 4096:
@@ -293,17 +293,17 @@ def _pass(name: str, call: Call, saved: Tensors, *needs: bool) -> dict[str, Tens
         meta = call._replace(tensors=[*map(_on_meta, call.tensors)], context=own)
         results: Any = forward_results(meta) if name == "forward" else backward_results(meta, saved, *needs)
         results = [(kind, y) for kind, y in zip(_WRITTEN[name], results, strict=True) if y is not None]
-        recipe = _recipes[key] = _recipe(plan_of, name, call, memory, results)
-    plan, conversions, written, shape, launches = recipe
+        recipe = _recipes[key] = _recipe(tiling_of, name, call, memory, results)
+    tiling, conversions, written, shape, launches = recipe
     for at, convert in conversions:
         memory[at] = memory[at][0], convert(memory[at][1])
     new = [(kind, x.new_empty(own_shape, dtype=dtype)) for kind, dtype, own_shape, _ in written]
     memory += new
-    both = x.new_empty(shape, dtype=accumulate_dtype(x.dtype)).unbind() if plan.segments > 1 else ()
+    both = x.new_empty(shape, dtype=accumulate_dtype(x.dtype)).unbind() if tiling.segments > 1 else ()
     summaries = [("summaries", each) for each in both]
-    num_programs = -(-shape[-1] // plan.features) * shape[1] * plan.segments
-    for each, (args, strides) in zip(_of_launches(memory, summaries, plan), launches, strict=True):
-        run(name, num_programs, plan, _filled(args, each, strides))
+    num_programs = -(-shape[-1] // tiling.features) * shape[1] * tiling.segments
+    for each, (args, strides) in zip(_of_launches(memory, summaries, tiling), launches, strict=True):
+        run(name, num_programs, tiling, _filled(args, each, strides))
     return {kind: y if own[3] is None else own[3](y) for (kind, y), own in zip(new, written, strict=True)}
 
 
