@@ -170,7 +170,7 @@ def mingru(
         is_valid = gate.dim() > 2 and gate.shape[2] % count == 0
         expected = f"(B, S, H, *) with H divisible by {count} because kind is {kind!r}"
         require(name, "gate", is_valid, expected, dims(gate.shape))
-    return _recurrence(name, spec, forms, inputs, h, reset, dt, backend, initial_state)
+    return _checked_states(name, spec, forms, inputs, h, reset, dt, backend, initial_state)
 
 
 @explained
@@ -233,7 +233,7 @@ def minlstm(
     check_flag(name, "normalize", normalize)
     spec = spec_of("minlstm" if normalize else "minlstm_unnormalized", activation, False, 0.0)
     inputs = {"forget": forget, "input": input, "candidate": candidate}
-    return _recurrence(name, spec, MINLSTM, inputs, h, reset, dt, backend, initial_state)
+    return _checked_states(name, spec, MINLSTM, inputs, h, reset, dt, backend, initial_state)
 
 
 @explained
@@ -305,10 +305,10 @@ def gru(
     if bias is not None:
         table["bias"].check(GRU, bias, reset_gate, reset_gate.shape)
     spec = spec_of("gru", "tanh", False, 0.0)
-    return _recurrence(name, spec, GRU, inputs, h, reset, None, backend, initial_state, weight, bias)
+    return _checked_states(name, spec, GRU, inputs, h, reset, None, backend, initial_state, weight, bias)
 
 
-def _recurrence(
+def _checked_states(
     name: str,
     spec: Spec,
     forms: Forms,
@@ -320,6 +320,7 @@ def _recurrence(
     initial_state: Tensor | None,
     *recurrent: Tensor | None,
 ) -> Tensor:
+    """Check the tensors of a call, and compute the states."""
     tensors = [*inputs.values()]
     first, table = tensors[0], _forms_of(forms, tensors[0])
     for argument, sequence in inputs.items():

@@ -222,7 +222,7 @@ class _Model(LanguageModel):
 class _Layer(Part):
     """A layer that computes the recurrence of a part."""
 
-    def _recurrence(self, spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
+    def _run_cell(self, spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
         calls = divided(Call(spec, inputs, context, layout))
         return joined([self._over_ranks(own, None, x, x, first, layout) for own, x, first, _ in calls], layout)
 

@@ -132,7 +132,7 @@ class _Layer(Part):
         return [*inputs[:-1], self._join(inputs[-1])] if has_more else inputs
 
     @eager
-    def _recurrence(self, spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
+    def _run_cell(self, spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
         h, initial_state = map(self._divide, context[:2])
         out, last = ops.recurrence(spec, inputs, context._replace(h=h, initial_state=initial_state), layout)
         return out if self.is_sharded else self._join(out), self._join(last)

@@ -68,7 +68,7 @@ def _computed(cell: str, x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], 
         outs = []
         for at in range(first, first + directions):
             weights = flat[at * per : (at + 1) * per]
-            out, last = _recurrence(cell, x, before[at], weights, at > first, layout, is_copied)
+            out, last = _one_direction(cell, x, before[at], weights, at > first, layout, is_copied)
             outs.append(out)
             lasts.append(last)
         x = torch.cat(outs, -1) if directions == 2 else outs[0]
@@ -101,7 +101,7 @@ def _is_usual(
     return [each.shape for each in (*states, *flat)] == [*of_states, *of_weights]
 
 
-def _recurrence(
+def _one_direction(
     cell: str, x: Tensor, before: Tensor, weights: list[Any], reverse: bool, layout: Layout, is_copied: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute a layer in one direction from its states, (B, 1, H) or (B, 2, H). Return its outputs and last states."""

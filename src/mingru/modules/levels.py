@@ -102,7 +102,7 @@ class Level(Saved):
             sizes = [sizes[1 if layout.time_first else 0], 1, self.hidden_dims] + sizes[3:]  # noqa: RUF005 (not in TorchScript)
             own = context.h.expand(sizes), context.initial_state.expand(sizes)
             context = Context(own[0], own[1], *context[2:])
-        out, last = self._recurrence(self.spec(reverse), inputs, context, layout)
+        out, last = self._run_cell(self.spec(reverse), inputs, context, layout)
         if found is not None:
             found.append(out)
         return gated((out, last), gate)
@@ -111,7 +111,7 @@ class Level(Saved):
         """Return the pre-activations of one direction, and its output gate if it has one."""
         raise NotImplementedError
 
-    def _recurrence(self, spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
+    def _run_cell(self, spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
         return ops.recurrence(spec, inputs, context, layout)
 
     def _in_reverse(self, context: Context, layout: Layout) -> Context:

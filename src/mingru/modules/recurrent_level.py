@@ -117,7 +117,7 @@ class RecurrentLevel(Level):
         if self.highway:
             inputs = self._inputs(y, False)
             gate = inputs.pop()
-            out, last = self._recurrence(self.spec(False), inputs, contexts[0], layout)
+            out, last = self._run_cell(self.spec(False), inputs, contexts[0], layout)
             if found is not None:
                 found.append(out)
             # sigma(-gate), because 1 - sigma(gate) would cancel near 1.

@@ -47,15 +47,15 @@ class RecurrentLevels(Levels, role="sequence"):
     """What to do about a state_dict of torch.nn."""
 
     def __init__(self, **arguments: Any) -> None:
-        kind, layer_kind = RecurrentOptions, RecurrentLevel
+        own_options, own_level = RecurrentOptions, RecurrentLevel
         if arguments.get("cell", self.cell) == "gru":
-            kind, layer_kind = GRUOptions, GRULevel
-        options = kind(name_of(type(self)), **{"cell": self.cell, **arguments})
+            own_options, own_level = GRUOptions, GRULevel
+        options = own_options(name_of(type(self)), **{"cell": self.cell, **arguments})
         bounds = check_min_decay(options.name, options.min_decay, options.gates)
         inner = options.num_directions * (options.proj_size or options.hidden_dims)
         sizes = [options.input_dims, *[inner] * (options.num_layers - 1)]
         layers = zip(options.cells, sizes, bounds, strict=True)
-        super().__init__(options, [layer_kind(*layer, options, self._linear_map) for layer in layers])
+        super().__init__(options, [own_level(*layer, options, self._linear_map) for layer in layers])
         # One that takes no elapsed times, if there is one.
         self.cell = next((cell for cell in options.cells if CELLS[cell].not_timed is not None), options.cells[0])
         self.min_decay = one_or_all(bounds)

@@ -63,9 +63,9 @@ def zero_state(cell: str, activation: str) -> float:
     return 0.5 if activation == "positive" or turns else 0.0
 
 
-def gate_biases(cell: str, memory: Tensor) -> list[Tensor]:
-    """Return the biases of the first inputs with which a state lasts 1 / (1 - |a|) = memory steps."""
-    odds = (2 * memory - 1 if cell == "mingru_signed" else memory - 1).log()
+def gate_biases(cell: str, steps: Tensor) -> list[Tensor]:
+    """Return the biases of the first inputs with which a state lasts so many steps, 1 / (1 - |a|)."""
+    odds = (2 * steps - 1 if cell == "mingru_signed" else steps - 1).log()
     signs = {"minlstm": (1, -1), "minlstm_unnormalized": (1,), "gru": (0, 1)}
     return [sign * odds for sign in signs.get(cell, (-1,))]
 

@@ -33,7 +33,7 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (decay + (log_b - decay).logcumsumexp(1)).exp()
 
 
-def _recurrence(call: Call) -> States:
+def _states_in_log_space(call: Call) -> States:
     spec, context, lengths = call.spec, call.context, call.layout.lengths
     for name, given in (("reset", context.reset), ("dt", context.dt)):
         if given is not None:
@@ -51,4 +51,4 @@ def _recurrence(call: Call) -> States:
     return out.flip(1) if spec.reverse else out, last
 
 
-BACKEND = Backend(unsupported=_unsupported, recurrence=_recurrence)
+BACKEND = Backend(unsupported=_unsupported, recurrence=_states_in_log_space)

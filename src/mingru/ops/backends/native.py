@@ -206,12 +206,12 @@ def arguments(
     return tensors, bits, spec.min_decay
 
 
-def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _forward(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
     out, last = torch.ops.mingru.recurrence_forward([*given[FIRST_INPUT:]], *arguments(spec, given, time_first))
     return out, last if last.dtype == given[0].dtype else last.to(given[0].dtype), None
 
 
-def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
+def _backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
     inputs, needs_dt, (states, _, grad_out, grad_last) = [*given[FIRST_INPUT:]], needs[3], saved
     tensors, bits, min_decay = arguments(spec, given, time_first, None, [needs_dt])
     rest = grad_out, as_dtype(grad_last, tensors[0].dtype), bits, min_decay
@@ -221,13 +221,13 @@ def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, sav
     return *of_context, *parts
 
 
-def _linear_recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _linear_forward(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
     all_of = *given[FIRST_INPUT:], *arguments(spec, given, time_first, keep), spec.eps
     out, last, kept, states = torch.ops.mingru.linear_recurrence_forward(*all_of)
     return out, as_dtype(last, given[0].dtype), kept, *([states] if spec.output_gate else [])
 
 
-def _linear_recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
+def _linear_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
     wanted = [needs[3], needs[4] or needs[5], *needs[FIRST_INPUT:]]
     tensors, bits, min_decay = arguments(spec, given, time_first, None, wanted)
     states, kept, grad_out, grad_last = saved
@@ -244,6 +244,6 @@ _ALL = dict.fromkeys(("packed", "lengths", "autocast", "whole"), True)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
     unsupported=_unsupported,
-    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=_CELLS),
-    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, **_ALL, cells=CELL_NUMBERS),
+    kernel=Kernel(_forward, _backward, packed=True, cells=_CELLS),
+    linear_kernel=Kernel(_linear_forward, _linear_backward, **_ALL, cells=CELL_NUMBERS),
 )

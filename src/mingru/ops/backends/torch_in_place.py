@@ -60,7 +60,7 @@ def _chunks_of(num_steps: int) -> list[int]:
     return [num_steps // size, size]
 
 
-def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Tensor, Tensor, None]:
+def _forward(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Tensor, Tensor, None]:
     call = from_flat(spec, given, time_first)
     # In place, because the coefficients are new.
     states = _scan_in_place(as_linear_scan(padded_call(call)))
@@ -70,7 +70,7 @@ def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool |
     return out.contiguous(), last, None
 
 
-def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
+def _backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
     """Compute the coefficients again. PyTorch differentiates them, but not the scan."""
     out, _, grad_out, grad_last = saved
     if time_first:
@@ -148,6 +148,6 @@ def _chunks_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reve
 
 # Numbers with several parts need a scan of their own.
 _CELLS = [cell for cell in NUM_INPUTS if parts_of(cell) == 1]
-_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=False, cells=_CELLS)
+_KERNEL = Kernel(_forward, _backward, packed=False, cells=_CELLS)
 _OF_GRU = Kernel(by_torch, None, packed=True, lengths=True, autocast=True, cells=["gru"])
 BACKEND = Backend(scan=scan, kernel=_KERNEL, linear_kernel=_OF_GRU)

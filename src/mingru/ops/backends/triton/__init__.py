@@ -94,12 +94,12 @@ def _run(eager: Any, name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
     return tuple(run(inputs, given, *of_pass[:1], [spec.cell, spec.activation], spec.min_decay, flags))
 
 
-def _recurrence(eager: Any, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _forward(eager: Any, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
     out, last = _run(eager, "forward", from_flat(spec, given, time_first))
     return out, last, None
 
 
-def _recurrence_backward(eager: Any, spec: Spec, given: Given, time_first: bool, saved: Any, needs: Any) -> Any:
+def _backward(eager: Any, spec: Spec, given: Given, time_first: bool, saved: Any, needs: Any) -> Any:
     call, needs_dt, (out, _, *grad) = from_flat(spec, given, time_first), needs[3], saved
     grads, *of_states, grad_dt, _ = _run(eager, "backward", call, [out, *grad], needs_dt, False)
     parts = grads.chunk(len(call.tensors), -1)
@@ -123,13 +123,13 @@ def _mapped(spec: Spec, given: Given, time_first: bool, rows: Tensor, kept: Tens
     return pre, from_flat(spec, [*given[:FIRST_INPUT], *inputs], time_first)
 
 
-def _linear_recurrence(eager: Any, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _linear_forward(eager: Any, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
     pre, mapped = _mapped(spec, given, time_first, _in_memory_order(given[FIRST_INPUT]), None)
     out, last = _run(eager, "forward", mapped)
     return out, last, pre if keep else None
 
 
-def _linear_recurrence_backward(eager: Any, spec: Spec, given: Given, time_first: bool, saved: Any, needs: Any) -> Any:
+def _linear_backward(eager: Any, spec: Spec, given: Given, time_first: bool, saved: Any, needs: Any) -> Any:
     (x, weight, bias), (out, kept, *grad) = given[FIRST_INPUT:], saved
     needs_dt, (needs_x, needs_weight, needs_bias) = needs[3], needs[FIRST_INPUT:]
     rows = _in_memory_order(x)
@@ -149,8 +149,8 @@ def _linear_recurrence_backward(eager: Any, spec: Spec, given: Given, time_first
 def _backend(eager: Any) -> Backend:
     """Return the backend whose eager passes this function runs."""
     options: Any = {"packed": True, "lengths": True, "cells": CELLS}
-    kernel = Kernel(partial(_recurrence, eager), partial(_recurrence_backward, eager), **options)
-    passes = partial(_linear_recurrence, eager), partial(_linear_recurrence_backward, eager)
+    kernel = Kernel(partial(_forward, eager), partial(_backward, eager), **options)
+    passes = partial(_linear_forward, eager), partial(_linear_backward, eager)
     return Backend(unavailable, unsupported, kernel=kernel, linear_kernel=Kernel(*passes, autocast=True, **options))
 
 
