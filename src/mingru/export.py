@@ -135,9 +135,8 @@ def onnx(
         )
         assert program is not None
         # Weights that are computed from others become weights, of any size.
-        importlib.import_module("onnxscript.optimizer").fold_constants(
-            program.model, input_size_limit=1 << 40, output_size_limit=1 << 40
-        )
+        fold_constants = importlib.import_module("onnxscript.optimizer").fold_constants
+        fold_constants(program.model, input_size_limit=1 << 40, output_size_limit=1 << 40)
         # PyTorch records the source line of each operation: a quarter of the file, with paths of this machine.
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()

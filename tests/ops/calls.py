@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import mingru
 from mingru import ops
-from mingru.ops import Context, Layout, autograd, spec_of
+from mingru.ops import Context, Layout, autograd, modes, route, spec_of
 from mingru.ops.backends import torch_in_graphs
 from mingru.ops.cells import NUM_INPUTS
 from mingru.ops.scan import LinearScan
@@ -252,7 +252,7 @@ def run(backend, row, given):
     parts = parts_of(row.cell)
     a, b, h = (to_parts(x, parts) for x in (*inputs, h))
     if parts == 4:
-        out, last = autograd.scan(backend, LinearScan(a, b, h, reset, row.reverse, parts))
+        out, last = autograd.scan(route.Way(backend, modes.mode_of(b)), LinearScan(a, b, h, reset, row.reverse, parts))
     else:
         a, b, h = (torch.view_as_complex(x.contiguous()) if parts == 2 else x for x in (a, b, h))
         out, last = ops.linear_scan(a, b, h, reset, row.reverse, backend, lengths)

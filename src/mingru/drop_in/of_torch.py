@@ -85,7 +85,7 @@ def gru_cell(x: Tensor, hx: Tensor, *weights: Any) -> Tensor:
             before = hx.unsqueeze(1)
             context = Context(before, before, None, None, of_state, of_candidate)
             call = Call(spec_of("gru", "tanh", False, 0.0), [x.unsqueeze(1), of_input, bias], context, BATCH_FIRST)
-            return autograd.run_kernel("linear_kernel", "native", call, True)[1].squeeze(1)
+            return autograd.run_kernel("linear_kernel", route.NATIVE, call, True)[1].squeeze(1)
     return torch.gru_cell(x, hx, *weights)
 
 

@@ -117,4 +117,4 @@ def _one_direction(
         of_input = of_input.clone()
     context = Context(before, before, None, None, of_state, of_candidate)
     call = Call(spec_of(cell, "tanh", reverse, 0.0), [x, of_input, bias], context, layout)
-    return autograd.run_kernel("linear_kernel", "native", call, True)
+    return autograd.run_kernel("linear_kernel", route.NATIVE, call, True)

@@ -170,9 +170,8 @@ def check_ids(name: str, argument: str, ids: Any, num_dims: int, device: torch.d
     remedy = encode_remedy(ids) or instead_of_a_tensor(argument, ids)[1]
     check_type(name, argument, ids, Tensor, f"an integer tensor {letters}", remedy)
     if ids.dim() == num_dims and ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            expectation(name, argument, "int64 or int32", str(ids.dtype), converted(argument, ids, "long()"))
-        )
+        remedy = converted(argument, ids, "long()")
+        raise TypeError(expectation(name, argument, "int64 or int32", str(ids.dtype), remedy))
     if ids.dim() != num_dims:
         remedy = f"add a batch dimension with {argument}.unsqueeze(0)" if (ids.dim(), num_dims) == (1, 2) else ""
         remedy = "pass numbers of tokens, which the model embeds" if ids.is_floating_point() else remedy

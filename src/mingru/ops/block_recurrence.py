@@ -8,6 +8,7 @@ From the pre-activations r_t, z_t and c_t, with the recurrent weights U and the 
 The weights are (3 H, K), with the rows of torch.nn.GRU: r, z, c. Each row has those of the K features of its block.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 from .call import Call, Context, Layout, Spec, from_flat
 from .layout import in_layout, padded_call, padding_of, without_padding
-from .modes import is_old_onnx, is_onnx, is_true_for_all_sizes, scripted_as, without_autocast
+from .modes import Mode, is_true_for_all_sizes, scripted_as, without_autocast
 from .names_of_torch import is_exporting, loop
 from .shape import States, accumulate_dtype, as_dtype
 
@@ -87,7 +88,7 @@ def _all_steps(h: Tensor, steps: _Steps, own: _Own) -> States:
     if unrolls or is_true_for_all_sizes(steps[0].size(0) == 1):
         return _each_step(h, steps, own)
 
-    def step(h: Tensor, *tensors: Any) -> list[Tensor]:
+    def step(h: Tensor, *tensors: Tensor) -> list[Tensor]:
         rest = iter(tensors)
         given: Any = [tuple(None if each is None else next(rest) for each in some) for some in (steps, own)]
         # Outputs must not share memory. The states before the steps, because AOTInductor fails if it can write what
@@ -123,18 +124,19 @@ def dense(weight: Tensor) -> Tensor:
     return weight.repeat(1, features // size).masked_fill(block.repeat(3).unsqueeze(1) != block, 0.0)
 
 
-def is_one_node(x: Tensor, context: Context, layout: Layout) -> bool:
+def is_one_node(mode: Mode, x: Tensor, context: Context, layout: Layout) -> bool:
     """Return whether a graph for ONNX has one node for this, which takes no resets. One step needs none."""
-    if is_old_onnx():
-        if context.reset is not None:
-            raise ValueError(
-                "GRU: reset must be None in an export with dynamo=False, which has no loop; use mingru.export.onnx"
-            )
-        return layout.lengths is None
-    return is_onnx() and context.reset is None and not is_true_for_all_sizes(x.size(0 if layout.time_first else 1) == 1)
+    if not mode.is_onnx:
+        return False
+    if not mode.is_traced:
+        return context.reset is None and not is_true_for_all_sizes(x.size(0 if layout.time_first else 1) == 1)
+    if context.reset is not None:
+        why = "in an export with dynamo=False, which has no loop; use mingru.export.onnx"
+        raise ValueError(f"GRU: reset must be None {why}")
+    return layout.lengths is None
 
 
-def in_onnx(call: Call) -> States:
+def in_onnx(mode: Mode, call: Call) -> States:
     """Compute the recurrence of a linear map by one node of an ONNX graph; the tensors are x, weight and bias."""
     (x, weight, bias), context, (time_first, _, lengths) = call.tensors, call.context, call.layout
     dtype, features = accumulate_dtype(x.dtype), context.h.size(2)
@@ -145,10 +147,9 @@ def in_onnx(call: Call) -> States:
     # Not padded, of which the exporters would make operations.
     biases.append(0.0 * biases[0] if own is None else torch.cat([0.0 * own, 0.0 * own, own]))
     x, h = as_dtype(x if time_first else x.transpose(0, 1), dtype), as_dtype(context.h, dtype).transpose(0, 1)
-    if is_old_onnx():
-        out, last = torch.gru(
-            x.flip(0) if call.spec.reverse else x, h, weights + biases, True, 1, 0.0, False, False, False
-        )
+    if mode.is_traced:
+        steps = x.flip(0) if call.spec.reverse else x
+        out, last = torch.gru(steps, h, weights + biases, True, 1, 0.0, False, False, False)
         out = out.flip(0) if call.spec.reverse else out
     else:
         # ONNX has the update gate first.
@@ -193,7 +194,9 @@ def blocks_of(weight: Tensor, size: int) -> Tensor:
     return by_block.diagonal(0, 1, 3).permute(0, 3, 1, 2).reshape(-1, size)
 
 
-def by_torch(spec: Spec, given: Any, time_first: bool, keep: bool | None = None) -> tuple[Tensor, Tensor, None]:
+def by_torch(
+    spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None = None
+) -> tuple[Tensor, Tensor, None]:
     """Compute the recurrence of a linear map by `torch.gru`, on any device; the tensors are x, weight and bias.
 
     A sequence with resets is one sequence for each piece between them.

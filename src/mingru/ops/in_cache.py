@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import route
 from .call import Call
-from .modes import are_eager, is_autocast
+from .modes import are_ordinary, mode_of
 from .shape import States, accumulate_dtype
 
 _SLICE_BYTES = 4 << 20
@@ -33,10 +33,9 @@ class Map(NamedTuple):
 
 def sizes_of(x: Tensor, of: Map, num_inputs: int) -> tuple[int, int] | None:
     """Return the size of a slice in the first two dimensions of x, or None if slices cannot be used."""
-    if not (x.is_cpu and type(of.module) in _CONVOLUTIONS and are_eager(x, *of.module.parameters())):
-        return None
+    is_known = x.is_cpu and type(of.module) in _CONVOLUTIONS and are_ordinary(x, *of.module.parameters())
     # A hook must be called with the whole batch.
-    if torch.is_grad_enabled() or is_autocast(x) or route.is_hooked(of.module):
+    if not is_known or torch.is_grad_enabled() or not mode_of(x).is_eager or route.is_hooked(of.module):
         return None
     outer, inner = x.shape[:2]
     size = num_inputs * math.prod(of.state_shape) * x.element_size()

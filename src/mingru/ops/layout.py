@@ -106,9 +106,8 @@ def is_transposed(x: Tensor) -> bool:
 def is_packing(batch_sizes: Tensor, num_rows: int) -> bool:
     """Return whether so many packed steps can have these batch sizes. Kernels read and write memory by them."""
     sizes: list[int] = batch_sizes.tolist()
-    return (
-        batch_sizes.dim() == 1 and sizes == sorted(sizes, reverse=True) and sizes[-1:] > [0] and sum(sizes) == num_rows
-    )
+    is_falling = batch_sizes.dim() == 1 and sizes == sorted(sizes, reverse=True) and sizes[-1:] > [0]
+    return is_falling and sum(sizes) == num_rows
 
 
 def lengths_of(batch_sizes: Tensor) -> Tensor:
@@ -146,9 +145,8 @@ def packing_of(lengths: Tensor, x: Tensor, time_first: bool) -> tuple[Tensor, Te
     The longest sequences are the first. Empty sequences are not packed.
     """
     if is_old_onnx():
-        raise ValueError(
-            "lengths must be None in an export with dynamo=False, which cannot sort; use mingru.export.onnx"
-        )
+        why = "in an export with dynamo=False, which cannot sort; use mingru.export.onnx"
+        raise ValueError("lengths must be None " + why)
     lengths, order = lengths.cpu().sort(descending=True, stable=True)
     num_steps = x.size(0 if time_first else 1)
     batch_sizes = (torch.arange(num_steps, device=lengths.device).unsqueeze(1) < lengths).sum(1)

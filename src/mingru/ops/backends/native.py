@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Kernel, grads_of_context
+from ..backend import Backend, Given, Gradients, Kernel, grads_of_context
 from ..call import FIRST_INPUT, Spec
 from ..cells import MIXTURES
 from ..layout import is_transposed
@@ -177,7 +177,7 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
 
 
 def arguments(
-    spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None = None, needs: Sequence[bool] = ()
+    spec: Spec, given: Given, time_first: bool, keep: bool | None = None, needs: Sequence[bool] = ()
 ) -> tuple[list[Tensor], int, float]:
     """Return a call as all operators take it: its tensors, numbers and flags in one number, and `min_decay`.
 
@@ -206,12 +206,12 @@ def arguments(
     return tensors, bits, spec.min_decay
 
 
-def _forward(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _forward(spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
     out, last = torch.ops.mingru.recurrence_forward([*given[FIRST_INPUT:]], *arguments(spec, given, time_first))
     return out, last if last.dtype == given[0].dtype else last.to(given[0].dtype), None
 
 
-def _backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
+def _backward(spec: Spec, given: Given, time_first: bool, saved: Given, needs: Sequence[bool]) -> Gradients:
     inputs, needs_dt, (states, _, grad_out, grad_last) = [*given[FIRST_INPUT:]], needs[3], saved
     tensors, bits, min_decay = arguments(spec, given, time_first, None, [needs_dt])
     rest = grad_out, as_dtype(grad_last, tensors[0].dtype), bits, min_decay
@@ -221,13 +221,13 @@ def _backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, ne
     return *of_context, *parts
 
 
-def _linear_forward(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _linear_forward(spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
     all_of = *given[FIRST_INPUT:], *arguments(spec, given, time_first, keep), spec.eps
     out, last, kept, states = torch.ops.mingru.linear_recurrence_forward(*all_of)
     return out, as_dtype(last, given[0].dtype), kept, *([states] if spec.output_gate else [])
 
 
-def _linear_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
+def _linear_backward(spec: Spec, given: Given, time_first: bool, saved: Given, needs: Sequence[bool]) -> Gradients:
     wanted = [needs[3], needs[4] or needs[5], *needs[FIRST_INPUT:]]
     tensors, bits, min_decay = arguments(spec, given, time_first, None, wanted)
     states, kept, grad_out, grad_last = saved

@@ -1,10 +1,10 @@
 """The passes by tensor operations, for a kernel that failed: a captured graph cannot choose another backend."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ...backend import Gradients, Kernel
 from ...call import FIRST_INPUT, Call, flattened
 from ...cells import NUM_INPUTS, parts_of
 from ...scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
@@ -18,16 +18,16 @@ def _scan(call: Call) -> LinearScan:
     return in_accumulation_dtype(LinearScan(a, b, context.h, context.reset, spec.reverse, parts_of(spec.cell)))
 
 
-def _copied(results: Tensors, found: Sequence[Any]) -> None:
+def _copied(results: Tensors, found: Tensors) -> None:
     """Copy what was found into the results."""
     for result, x in zip(results, found, strict=True):
         result.copy_(x.reshape(result.shape))
 
 
-def _in_place(call: Call) -> tuple[Any, list[Any]] | None:
+def _in_place(call: Call) -> tuple[Kernel, list[Any]] | None:
     """Return the kernel of the backend "torch", which takes fewer operations, and its tensors, if it can run this."""
-    kernel: Any = torch_in_place.BACKEND.kernel
-    if call.spec.cell not in kernel.cells or call.layout[1:] != (None, None):
+    kernel = torch_in_place.BACKEND.kernel
+    if kernel is None or call.spec.cell not in kernel.cells or call.layout[1:] != (None, None):
         return None
     context = call.context if has_initial_state(call) else call.context._replace(initial_state=None)  # type: ignore[arg-type]
     return kernel, [*flattened(context, call.layout), *call.tensors]
@@ -50,7 +50,7 @@ def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Re
     after_reset = initial_state.expand_as(h) if has_initial_state(call) else None
     grads, *of_context, of_bias = results
     wanted: list[Any] = [*grads.chunk(len(inputs), -1), *of_context]
-    found: Sequence[Any]
+    found: Gradients
     in_place = _in_place(call)
     if in_place is not None:
         kernel, given = in_place
