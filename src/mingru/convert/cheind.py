@@ -148,7 +148,7 @@ def from_cheind(
         remedy = "the weights do not show it, because no layer changes the size of its input"
         require(name, "residual", residual or is_visible, "True or False", "None", remedy)
     layer = construct(residual, dropout)
-    parts: list[Any] = [part for part in layer.named_modules() if isinstance(part[1], Level)]
+    parts = [(path, part) for path, part in layer.named_modules() if isinstance(part, Level)]
     keys = {
         f"{path}.{parameter}": key(index, *parameter.split("."))
         for index, (path, part) in enumerate(parts)

@@ -102,7 +102,7 @@ def _is_usual(
 
 
 def _one_direction(
-    cell: str, x: Tensor, before: Tensor, weights: list[Any], reverse: bool, layout: Layout, is_copied: bool
+    cell: str, x: Tensor, before: Tensor, weights: list[Tensor], reverse: bool, layout: Layout, is_copied: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute a layer in one direction from its states, (B, 1, H) or (B, 2, H). Return its outputs and last states."""
     bias: Any = None

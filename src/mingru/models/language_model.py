@@ -166,7 +166,7 @@ class LanguageModel(Layer):
         self._check_state(h, x.shape)
         check_steps(self, LANGUAGE_MODEL.batch_first[0], x, x.shape, "mingru", reset, lengths)
 
-    def _check_state(self, state: Any, x: Shape) -> None:
+    def _check_state(self, state: MaybeList, x: Shape) -> None:
         if state is not None:
             check_states(self, state, self.blocks._state_forms(x), self.embedding.weight, "tensors")
 

@@ -80,8 +80,7 @@ def linear_recurrence(
         return block_recurrence.in_onnx(way.mode, Call(spec, own, context, layout))
     if call is None:
         x = linear(x)
-        found = _of_gru(way, Call(spec, [x], context, layout), recompute)
-        if found is not None:
+        if (found := _of_gru(way, Call(spec, [x], context, layout), recompute)) is not None:
             return found
         inputs = list(x.chunk(CELLS[spec.cell].num_inputs + output_gate, -1))
         gate = inputs.pop() if output_gate else None

@@ -39,7 +39,7 @@ def unavailable() -> str | None:
     return _why_not()
 
 
-def _call_while_compiling(function: Any) -> None:
+def _call_while_compiling(function: object) -> None:
     """Make `torch.compile` call a function instead of tracing it.
 
     `torch.compiler.assume_constant_result` does this too, but it loads the whole compiler.

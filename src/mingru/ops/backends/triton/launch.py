@@ -4,7 +4,7 @@ import ctypes
 import functools
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def types_of(args: dict[str, Any]) -> object:
 _recipes: dict[Any, Any] = {}
 
 
-def _recipe(choose: Any, name: str, call: Call, named: Named, results: Named) -> Any:
+def _recipe(choose: Callable[[Work], Tiling], name: str, call: Call, named: Named, results: Named) -> Any:
     """Return the tiling of a pass, and what it does with tensors of the same forms.
 
     This is: functions that convert given tensors, by their index; of each result its name, dtype, shape in memory, and
@@ -309,7 +309,7 @@ def _pass(name: str, call: Call, saved: Tensors, *needs: bool) -> dict[str, Tens
 
 # Kept, because each layer and pass of a module has the same batch sizes.
 @functools.lru_cache(64)
-def _packing(sizes: tuple[int, ...], num_rows: int, device: torch.device, stream: Any) -> tuple[Tensor, Tensor]:
+def _packing(sizes: tuple[int, ...], num_rows: int, device: torch.device, stream: object) -> tuple[Tensor, Tensor]:
     """Return the offset of each step in packed data, and the length of each sequence, on a device."""
     batch_sizes = torch.tensor(sizes, device="cpu")
     # In a compiled graph, no layer has checked them.
@@ -365,7 +365,7 @@ def backward_results(call: Call, saved: Tensors, needs_dt: bool, needs_bias: boo
     # In the memory order of the inputs.
     is_swapped = is_transposed(x)
     grads = x.new_empty((*(shape[1::-1] if is_swapped else shape[:num_leading]), size))
-    of_dt: Any = dt.shape if needs_dt and dt is not None else None
+    of_dt = dt.shape if needs_dt and dt is not None else None
     shapes = h.shape if has_initial_state(call) else None, of_dt, (size,) if needs_bias else None
     sums = [None if shape is None else x.new_empty(shape, dtype=dtype) for shape in shapes]
     return grads.transpose(0, 1) if is_swapped else grads, h.new_empty(h.shape), *sums
