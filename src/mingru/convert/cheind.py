@@ -25,8 +25,8 @@ def from_cheind(
     *,
     residual: bool | None = None,
     dropout: float = 0.0,
-    stride: int | tuple[int, ...] | list[Any] | None = None,
-    padding: int | tuple[int, ...] | str | list[Any] | None = None,
+    stride: int | tuple[int, ...] | list[int | tuple[int, ...]] | None = None,
+    padding: int | tuple[int, ...] | str | list[int | tuple[int, ...] | str] | None = None,
     num_groups: int | list[int] | None = None,
 ) -> MinGRU | MinConv2dGRU | Stack:
     """Convert the weights of a layer of cheind/mingru, the package that this one replaces.

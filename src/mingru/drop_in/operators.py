@@ -14,21 +14,21 @@ from ..ops import autograd, route
 from ..ops.backends.native import is_slower, is_slower_lstm
 from ..ops.call import Call, Context, Layout, spec_of
 from ..ops.layout import is_packing
-from ..ops.modes import is_captured
+from ..ops.modes import are_ordinary, mode_of
 from ..ops.names_of_torch import len_torch_dispatch_stack, outside_of_graphs
 
 
 @outside_of_graphs
 def gru(x: Tensor, *args: Any) -> Any:
     """Compute `torch.gru` by the kernels of a GRU where these take less time."""
-    found = None if is_captured() else _computed("gru", x, *_with_batch_sizes(args))
+    found = _computed("gru", x, *_with_batch_sizes(args)) if mode_of(x).is_eager else None
     return torch.gru(x, *args) if found is None else found
 
 
 @outside_of_graphs
 def lstm(x: Tensor, *args: Any) -> Any:
     """Compute `torch.lstm` by the kernels of an LSTM where these take less time."""
-    found = None if is_captured() else _computed("lstm", x, *_with_batch_sizes(args))
+    found = _computed("lstm", x, *_with_batch_sizes(args)) if mode_of(x).is_eager else None
     return torch.lstm(x, *args) if found is None else found
 
 
@@ -85,10 +85,10 @@ def _is_usual(
 ) -> bool:
     """Return whether eager code may compute these tensors: on the CPU, of one dtype, in the shapes of torch's."""
     every = (x, *states, *flat)
-    if not route.is_for_native(*every, batch_sizes) or len_torch_dispatch_stack() or x.numel() == 0:
+    if not are_ordinary(*every, batch_sizes) or len_torch_dispatch_stack() or x.numel() == 0:
         return False
     are_alike = all(each is not None and each.is_cpu and each.dtype == x.dtype for each in every)
-    if not are_alike or x.layout != torch.strided:
+    if not are_alike or x.layout != torch.strided or route.kernels_for(x) != "native":
         return False
     if batch_sizes is None:
         batch = x.size(1 - int(batch_first))

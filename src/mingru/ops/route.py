@@ -55,7 +55,7 @@ class Way(NamedTuple):
 
 # Made once, because most calls have one of these.
 _EAGER = {name: Way(name, EAGER) for name in (*BACKENDS, *_CHOSEN)}
-# That of a call for which `is_for_native` is true.
+# That of an eager call that the compiled kernels compute.
 NATIVE = _EAGER["native"]
 
 
