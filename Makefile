@@ -50,7 +50,7 @@ gpu: MINUTES = 8
 gpu: FIRST = --shape 64 1000 10 100 --shape 8 4096 256 256
 gpu:
 	trap 'kill $$!; exit 1' TERM INT; status=0; \
-	for program in "speed $(FIRST)" smoke speed plans tests; do \
+	for program in "speed $(FIRST)" smoke speed tilings tests; do \
 	    $(PYTHON) -m benchmarks.gpu.$$program --results $(RESULTS) --minutes $(MINUTES) & wait $$! || status=1; \
 	done; \
 	$(PYTHON) -m benchmarks.gpu.page --results $(RESULTS) || status=1; exit $$status

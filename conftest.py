@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mingru
-from mingru.ops import graph
+from mingru.ops import modes
 
 # Importable only with Triton or another library, or of one name; they have no doctests that run.
 collect_ignore_glob = ["src/mingru/integrations/*.py", "tests/*/conftest.py"]
@@ -63,7 +63,7 @@ def _fresh_compiler():
 
 def free_scripts():
     """Free what TorchScript keeps of each class that it has compiled: 100 MB for a stack with gradients."""
-    graph._scripted.cache_clear()
+    modes._scripted.cache_clear()
     torch._C._jit_clear_class_registry()
     torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
     torch.jit._state._clear_class_state()

@@ -59,7 +59,7 @@ STEPS = [
     (2, "csrc/scan.h", " CELL(mingru_sharp, 2, false, SharpMinGRU)", r"MINGRU_CELLS\(CELL\)"),
     (3, TRITON, OF_TRITON, r"^(?=@triton.jit\ndef cell\()"),
     (3, TRITON, CALLED, r"^def cell\((?:.*\n)*?    (?=if )"),
-    (3, "src/mingru/ops/backends/triton/plan.py", '"mingru_sharp": (-inf, 0.0),\n    ', r"^KEEPING\b.*{\s*"),
+    (3, "src/mingru/ops/backends/triton/device.py", '"mingru_sharp": (-inf, 0.0),\n    ', r"^CELLS\b.*{\s*"),
     (5, PYTHON, '    "sharp": "mingru_sharp",\n', r"^GATES\b(?:.*\n)*?(?=})"),
 ]
 
@@ -113,9 +113,9 @@ import torch
 import mingru
 from mingru import ops
 from mingru.modules.gru_level import GRULevel
-from mingru.ops.call import Start, spec_of
+from mingru.ops.call import Context, spec_of
 
-x, start, spec = torch.rand(2, 5, 3), Start(*torch.zeros(2, 2, 1, 3), None), spec_of("mingru", "linear", False, 0.0)
+x, start, spec = torch.rand(2, 5, 3), Context(*torch.zeros(2, 2, 1, 3), None), spec_of("mingru", "linear", False, 0.0)
 ops.recurrence(spec, [x, x], start)
 GRULevel.spec, rnn = lambda *_: spec._replace(cell="gru", activation="tanh", refused=True), mingru.GRU(3, 4)
 own = [torch.no_grad()(run) if no_grad else run for no_grad in (True, False) for run in (rnn, lambda _: rnn(x[:, :1]))]

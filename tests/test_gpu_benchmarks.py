@@ -17,10 +17,10 @@ from cases import refuses
 
 import mingru
 from benchmarks import measure
-from benchmarks.gpu import device, page, plans, smoke, speed, tests
+from benchmarks.gpu import device, page, smoke, speed, tests, tilings
 from benchmarks.gpu.device import Clock
 from mingru.ops.backends.triton import launch
-from mingru.ops.backends.triton.plan import Plan, Work
+from mingru.ops.backends.triton.tiling import Tiling, Work
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--seconds", "0.001"]
@@ -54,25 +54,25 @@ def test_two_runs_that_differ_and_a_call_that_does_not_run_in_triton_are_found(m
     refuses(AssertionError, "only the passes", speed.measure, Clock(CPU, 0.001), method, "triton", 1.0)
 
 
-def test_a_plan_is_used_for_its_pass_only_and_wrong_values_are_found(monkeypatch):
-    task = plans.Task((1, 64, 8), torch.float32, True, Plan(2, 2, 8, 1, 1, None))
+def test_a_tiling_is_used_for_its_pass_only_and_wrong_values_are_found(monkeypatch):
+    task = tilings.Task((1, 64, 8), torch.float32, True, Tiling(2, 2, 8, 1, 1, None))
     work = Work("mingru", 4, 1, 64, 8)
-    usual = launch.plan_of(work)
-    with plans.using(task) as used:
-        assert launch.plan_of(work) == usual and launch.plan_of(work._replace(backward=True)) == task.plan
-    assert used == [task.plan]
+    usual = launch.tiling_of(work)
+    with tilings.using(task) as used:
+        assert launch.tiling_of(work) == usual and launch.tiling_of(work._replace(backward=True)) == task.tiling
+    assert used == [task.tiling]
     inputs = [torch.randn(task.shape, requires_grad=True) for _ in range(2)]
-    clock, exact = Clock(CPU, 0.001), plans.results_of(inputs, True, "torch")
-    for plan in plans.candidates(plans.Task((64, 1000, 100), torch.bfloat16, True, None), 32):
-        assert plan.chunks * plan.features * 2 <= plan.warps * 32 * 16
-        assert plan.segments == 1 or plan.segments * plan.chunks * plan.steps <= 1000
-    assert plans.timed(clock, task, inputs, exact, "torch")["us"] > 0
+    clock, exact = Clock(CPU, 0.001), tilings.results_of(inputs, True, "torch")
+    for tiling in tilings.candidates(tilings.Task((64, 1000, 100), torch.bfloat16, True, None), 32):
+        assert tiling.chunks * tiling.features * 2 <= tiling.warps * 32 * 16
+        assert tiling.segments == 1 or tiling.segments * tiling.chunks * tiling.steps <= 1000
+    assert tilings.timed(clock, task, inputs, exact, "torch")["us"] > 0
     wrong = [x + 1 for x in exact]
-    assert plans.timed(clock, task, inputs, wrong, "torch")["why"] == "its values are wrong"
-    with pytest.raises(AssertionError, match="the plan that `plan_of` chooses are wrong"):
-        plans.timed(clock, task._replace(plan=None), inputs, wrong, "torch")
-    monkeypatch.setattr(plans, "results_of", lambda *args: inputs)
-    refuses(AssertionError, "its plan is unknown", plans.timed, clock, task, inputs, inputs, "triton")
+    assert tilings.timed(clock, task, inputs, wrong, "torch")["why"] == "its values are wrong"
+    with pytest.raises(AssertionError, match="the tiling that `tiling_of` chooses are wrong"):
+        tilings.timed(clock, task._replace(tiling=None), inputs, wrong, "torch")
+    monkeypatch.setattr(tilings, "results_of", lambda *args: inputs)
+    refuses(AssertionError, "its tiling is unknown", tilings.timed, clock, task, inputs, inputs, "triton")
 
 
 def test_references_are_computed_once_and_by_parts(tmp_path, monkeypatch):
@@ -83,12 +83,12 @@ def test_references_are_computed_once_and_by_parts(tmp_path, monkeypatch):
     assert len(computed) == 1 and all(map(torch.equal, first, again))
     smoke.kept(ROW._replace(steps=6), 0, truth)
     assert len(computed) == 2
-    sizes, results_of = [], plans.results_of
-    monkeypatch.setattr(plans, "results_of", lambda xs, *rest: sizes.append(xs[0].numel()) or results_of(xs, *rest))
+    sizes, results_of = [], tilings.results_of
+    monkeypatch.setattr(tilings, "results_of", lambda xs, *rest: sizes.append(xs[0].numel()) or results_of(xs, *rest))
     for shape, largest in (((3, 9, 4), 36), ((1, 9, 4), 18)):
         sizes.clear()
         inputs = [torch.randn(shape, requires_grad=True) for _ in range(2)]
-        found = plans.reference_of(inputs, True, most=largest)
+        found = tilings.reference_of(inputs, True, most=largest)
         assert sizes == [largest] * (inputs[0].numel() // largest)
         wide = [x.detach().double().requires_grad_() for x in inputs]
         torch.testing.assert_close(found, results_of(wide, True, "torch"))
@@ -121,7 +121,7 @@ def test_all_programs_run_whatever_one_finds(wrong, tmp_path):
     command = ["make", "gpu", f"PYTHON={python}", "RESULTS=here", "MINUTES=3"]
     done = subprocess.run(command, cwd=device.ROOT, capture_output=True, check=False)
     assert (done.returncode != 0) == bool(wrong)
-    options = ["speed --shape 64 1000 10 100 --shape 8 4096 256 256", "smoke", "speed", "plans", "tests"]
+    options = ["speed --shape 64 1000 10 100 --shape 8 4096 256 256", "smoke", "speed", "tilings", "tests"]
     lines = [f"-m benchmarks.gpu.{each} --results here --minutes 3" for each in options]
     assert (tmp_path / "run").read_text().splitlines() == [*lines, "-m benchmarks.gpu.page --results here"]
 
@@ -140,7 +140,7 @@ def folder(tmp_path_factory):
 
     run(smoke, "--device", "cpu", "--small", "--configurations", "3")
     run(speed, *TINY, "--shape", "2", "6", "4", "4")
-    run(plans, *TINY, "--shape", "1", "64", "8", "--most", "2")
+    run(tilings, *TINY, "--shape", "1", "64", "8", "--most", "2")
     return folder
 
 

@@ -12,7 +12,7 @@ from cases import BLOCKS, CASES, WRAPS, case, needs_kernels, parametrized, tenso
 from torch import nn
 
 import mingru
-from mingru.ops import autograd
+from mingru.ops import autograd, route
 from mingru.ops.scan import LinearScan
 
 C = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -125,7 +125,7 @@ def test_scans(dtype):
     a, b, h = (torch.randn(2, 5, 3, dtype=dtype, requires_grad=True) for _ in range(3))
 
     def call():
-        out, _ = autograd.scan("native", LinearScan(a, b, h[:, :1], None, False))
+        out, _ = autograd.scan(route.NATIVE, LinearScan(a, b, h[:, :1], None, False))
         torch.autograd.grad(out.abs().sum(), (a, b, h))
 
     assert kept_by(call, 200) < LEAST_LEAK

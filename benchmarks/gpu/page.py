@@ -18,7 +18,7 @@ from .smoke import count_of, wrong_of
 from .speed import COLUMNS, cells
 
 RESULTS = ROOT / "benchmarks" / "gpu" / "results"
-PROGRAMS = ("smoke", "speed", "plans", "tests")
+PROGRAMS = ("smoke", "speed", "tilings", "tests")
 PAGES = [ROOT / "README.md", ROOT / "docs" / "gpu.md"]
 Results = dict[str, Any]
 NEVER = "The GPU kernels have been compiled for NVIDIA and AMD GPUs and tested in Triton's interpreter, but have "

@@ -1,4 +1,4 @@
-"""Time the GPU kernels and whole layers. Their values are checked by `smoke`, and at these shapes by `plans`.
+"""Time the GPU kernels and whole layers. Their values are checked by `smoke`, and at these shapes by `tilings`.
 
     python -m benchmarks.gpu.speed [--results FOLDER] [--minutes 9] [--shape 64 1000 10 100]
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import mingru
 from mingru import ops
 from mingru.bench import forward, forward_backward, output
-from mingru.ops import Start, spec_of
+from mingru.ops import Context, spec_of
 
 from ..measure import GRU, add_shape_option, plain_layers
 from .device import Clock, Results, parse, passes_of, supported
@@ -59,18 +59,18 @@ def recurrences(shape: Sequence[int], dtype: torch.dtype, device: torch.device, 
     h = torch.full((batch, 1, features), 0.5, device=device)
     reset, dt = torch.rand(batch, steps, device=device) < 0.01, torch.rand(batch, steps, device=device)
 
-    plain = Start(h, h, None)
+    plain = Context(h, h, None)
 
-    def of(cell: str, start: Start = plain, name: str = backend) -> Method:
+    def of(cell: str, context: Context = plain, name: str = backend) -> Method:
         spec, count = spec_of(cell, "positive", False, 0.0), ops.cells.NUM_INPUTS[cell]
         elements = count + 1, 3 * count + 3
-        return Method(lambda *x: ops.recurrence(spec, x, start, backend=name)[0], inputs[:count], elements)
+        return Method(lambda *x: ops.recurrence(spec, x, context, backend=name)[0], inputs[:count], elements)
 
     a, b = ((-inputs[0]).sigmoid().detach().requires_grad_(), inputs[1].detach().clone().requires_grad_())
     return {
         "minGRU": of("mingru"),
-        "minGRU, resets": of("mingru", Start(h, h, reset)),
-        "minGRU, elapsed times": of("mingru", Start(h, h, None, dt)),
+        "minGRU, resets": of("mingru", Context(h, h, reset)),
+        "minGRU, elapsed times": of("mingru", Context(h, h, None, dt)),
         'minGRU, gate="signed"': of("mingru_signed"),
         'minGRU, gate="rotation"': of("mingru_rotation"),
         "minLSTM": of("minlstm"),

@@ -31,7 +31,7 @@ from .modules.mingru import MinGRU
 from .ops.call import spec_of
 from .ops.route import backends, choose
 
-Calls = dict[str, Callable[[], Any]]
+Calls = dict[str, Callable[[], object]]
 OPTIONS: dict[str, Any] = {"norm": "rms", "residual": True, "gate": "mixed"}
 # Batch, steps, input features, hidden features.
 SHAPE = (16, 256, 64, 64)

@@ -27,6 +27,7 @@ from .ops.names_of_torch import ONNX_REGISTRATION_LOG, pytree
 __all__ = ["onnx"]
 
 _NAME = "export.onnx"
+Inputs = tuple[Any, ...]
 
 
 def __getattr__(name: str) -> Any:
@@ -135,9 +136,8 @@ def onnx(
         )
         assert program is not None
         # Weights that are computed from others become weights, of any size.
-        importlib.import_module("onnxscript.optimizer").fold_constants(
-            program.model, input_size_limit=1 << 40, output_size_limit=1 << 40
-        )
+        fold_constants = importlib.import_module("onnxscript.optimizer").fold_constants
+        fold_constants(program.model, input_size_limit=1 << 40, output_size_limit=1 << 40)
         # PyTorch records the source line of each operation: a quarter of the file, with paths of this machine.
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()
@@ -154,7 +154,7 @@ def _is_ours(model: nn.Module) -> TypeGuard[Layer]:
     return isinstance(model, Layer) and (model.role != "custom" or is_language_model)
 
 
-def _with_state(model: nn.Module, args: tuple[Any, ...], outputs: Any) -> tuple[Any, ...]:
+def _with_state(model: nn.Module, args: Inputs, outputs: Any) -> Inputs:
     """Return the inputs with a state: for a class of this library, one of the shape that the model returns."""
     h = args[1] if len(args) > 1 else None
     if not _is_ours(model):
@@ -167,8 +167,8 @@ def _with_state(model: nn.Module, args: tuple[Any, ...], outputs: Any) -> tuple[
 
 
 def _with_dynamic_shapes(
-    model: Layer, args: tuple[Any, ...], kind: str, max_steps: int | None
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    model: Layer, args: Inputs, kind: str, max_steps: int | None
+) -> tuple[Inputs, tuple[object, ...]]:
     """Return the inputs, large enough to keep their sizes dynamic, and their dynamic dimensions."""
     from torch.export import Dim
 
@@ -244,7 +244,7 @@ def _is_relevant(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("torchvision is not installed. Skipping torchvision::")
 
 
-def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: Any) -> tuple[Any, Path]:
+def _checked(model: nn.Module, example_inputs: object, path: Any, kind: str, max_steps: Any) -> tuple[Inputs, Path]:
     """Check the arguments, and return those of `forward` and the path of the file."""
     wrapped = isinstance(model, torch.jit.ScriptModule) or "_orig_mod" in getattr(model, "_modules", {})
     remedy = "pass the original module, not the scripted or compiled one" if wrapped else ""
@@ -265,7 +265,7 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
     return args, target.resolve()
 
 
-def _checked_example(example_inputs: object) -> tuple[Any, ...]:
+def _checked_example(example_inputs: object) -> Inputs:
     expected = "a tensor x, or a tuple such as (x, h, reset, lengths, dt)"
     packed = isinstance(example_inputs, PackedSequence)
     remedy = "ONNX has no packed sequences; pass the padded tensor" if packed else ""

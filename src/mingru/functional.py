@@ -17,9 +17,9 @@ from .modules.options import Candidate, Gate
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
 from .ops.backends import torch_in_graphs as _in_graphs
-from .ops.call import Spec, Start, spec_of
+from .ops.call import Context, Spec, spec_of
 from .ops.cells import GATES, default_candidate, multiple_of, zero_state
-from .ops.graph import scripted_as
+from .ops.modes import scripted_as
 from .ops.route import BackendName
 from .ops.shape import accumulate_dtype, as_dtype, is_expandable
 from .sequences import check_resets, elapsed_times, reset_from_lengths
@@ -170,7 +170,7 @@ def mingru(
         is_valid = gate.dim() > 2 and gate.shape[2] % count == 0
         expected = f"(B, S, H, *) with H divisible by {count} because kind is {kind!r}"
         require(name, "gate", is_valid, expected, dims(gate.shape))
-    return _recurrence(name, spec, forms, inputs, h, reset, dt, backend, initial_state)
+    return _checked_states(name, spec, forms, inputs, h, reset, dt, backend, initial_state)
 
 
 @explained
@@ -233,7 +233,7 @@ def minlstm(
     check_flag(name, "normalize", normalize)
     spec = spec_of("minlstm" if normalize else "minlstm_unnormalized", activation, False, 0.0)
     inputs = {"forget": forget, "input": input, "candidate": candidate}
-    return _recurrence(name, spec, MINLSTM, inputs, h, reset, dt, backend, initial_state)
+    return _checked_states(name, spec, MINLSTM, inputs, h, reset, dt, backend, initial_state)
 
 
 @explained
@@ -305,10 +305,10 @@ def gru(
     if bias is not None:
         table["bias"].check(GRU, bias, reset_gate, reset_gate.shape)
     spec = spec_of("gru", "tanh", False, 0.0)
-    return _recurrence(name, spec, GRU, inputs, h, reset, None, backend, initial_state, weight, bias)
+    return _checked_states(name, spec, GRU, inputs, h, reset, None, backend, initial_state, weight, bias)
 
 
-def _recurrence(
+def _checked_states(
     name: str,
     spec: Spec,
     forms: Forms,
@@ -320,6 +320,7 @@ def _recurrence(
     initial_state: Tensor | None,
     *recurrent: Tensor | None,
 ) -> Tensor:
+    """Check the tensors of a call, and compute the states."""
     tensors = [*inputs.values()]
     first, table = tensors[0], _forms_of(forms, tensors[0])
     for argument, sequence in inputs.items():
@@ -338,10 +339,10 @@ def _recurrence(
         initial_state = torch.full((), value, dtype=first.dtype, device=first.device)
     shape = table["h"].shape(first.shape, None)
     initial = initial_state.expand(shape)
-    start = Start(initial if h is None else h.expand(shape), initial, reset, dt, *recurrent)
+    context = Context(initial if h is None else h.expand(shape), initial, reset, dt, *recurrent)
     if "angle" in inputs:
         tensors = [torch.stack(tensors[:2], 3).flatten(2, 3), tensors[2]]
-    return ops.recurrence(spec, tensors, start, backend=backend)[0]
+    return ops.recurrence(spec, tensors, context, backend=backend)[0]
 
 
 def _scripted_linear_scan(

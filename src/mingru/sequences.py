@@ -9,18 +9,9 @@ from torch import Tensor
 
 from .check.calls import explained
 from .check.forms import CHECK_RESETS, ELAPSED_TIMES, RESET_FROM_LENGTHS, check_steps
-from .check.values import (
-    check_flag,
-    check_int,
-    check_number,
-    check_type,
-    dims,
-    expectation,
-    instead_of_a_tensor,
-    require,
-)
-from .ops.graph import are_eager
+from .check.values import check_flag, check_int, check_number, dims, expectation, instead_of_a_tensor, require
 from .ops.layout import padding_of
+from .ops.modes import are_eager
 
 
 @explained
@@ -73,7 +64,7 @@ def elapsed_times(
     check_flag(name, "batch_first", batch_first)
     remedy = instead_of_a_tensor("t", t)[1]
     remedy += "; convert numpy.datetime64 with .astype('int64') before" * hasattr(t, "__array__")
-    check_type(name, "t", t, Tensor, f"a tensor {letters}", remedy)
+    require(name, "t", isinstance(t, Tensor), f"a tensor {letters}", type(t).__name__, remedy, TypeError)
     if t.is_complex() or t.dtype == torch.bool:
         raise TypeError(expectation(name, "t", "of a floating-point or integer dtype", str(t.dtype)))
     if t.dim() != 2:

@@ -13,6 +13,7 @@ from .check.values import check_int, check_type, dims, expectation, not_a_tensor
 from .modules.layer import is_bidirectional
 
 __all__ = ["Sessions"]
+States = Tensor | Sequence[Tensor]
 
 
 class Sessions:
@@ -117,7 +118,7 @@ class Sessions:
                 state.copy_(saved.view(state.shape))
             return slot
 
-    def step(self, x: Any, slots: Sequence[int] | Tensor, **given: Any) -> Any:
+    def step(self, x: Tensor, slots: Sequence[int] | Tensor, **given: Any) -> Any:
         """Continue sessions by one step or several, without gradients, and return the output of the model.
 
         Args:
@@ -151,11 +152,11 @@ class Sessions:
                 pool.index_copy_(dim, index, state)
         return out
 
-    def _check_open(self, slot: Any) -> None:
+    def _check_open(self, slot: int) -> None:
         check_int("Sessions", "slot", slot, "an int that open returned", least=0)
         self._check([slot])
 
-    def _check(self, slots: Sequence[Any]) -> None:
+    def _check(self, slots: Sequence[int]) -> None:
         if not self._open.issuperset(slots):
             wrong = next(slot for slot in slots if slot not in self._open)
             raise ValueError(expectation("Sessions", "slots", "open slots", repr(wrong), "open returns a slot"))
@@ -164,14 +165,14 @@ class Sessions:
             raise ValueError(expectation("Sessions", "slots", "different slots", str([*slots]), remedy))
 
     @torch.no_grad()
-    def _initial(self, batch: int) -> Any:
-        return self.model.initial(batch)  # type: ignore[operator]
+    def _initial(self, batch: int) -> States:
+        return self.model.initial(batch)  # type: ignore[operator, no-any-return]
 
     def _of_slot(self, slot: int) -> list[Tensor]:
         return [pool.select(dim, slot) for pool, dim in self._pools]
 
 
-def _listed(state: Any) -> list[Tensor]:
+def _listed(state: States) -> list[Tensor]:
     return [state] if isinstance(state, Tensor) else list(state)
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import mingru
 from mingru import ops
-from mingru.ops import Layout, Start, autograd, spec_of
+from mingru.ops import Context, Layout, autograd, modes, route, spec_of
 from mingru.ops.backends import torch_in_graphs
 from mingru.ops.cells import NUM_INPUTS
 from mingru.ops.scan import LinearScan
@@ -62,7 +62,7 @@ class Row(NamedTuple):
     steps: int = 17
     features: tuple[int, ...] = (7,)
     batch: int = 3
-    plan: str | None = None
+    tiling: str | None = None
     """How a Triton kernel divides its work; see conftest.py."""
 
     def __str__(self):
@@ -108,7 +108,7 @@ SIZES = {
     "triton": {"steps": [1, 2, 7, 13, 18], "features": [(1,), (7,), (10,), (2, 2)], "batch": [1, 2, 3]},
     "": {"steps": STEPS, "features": [(1,), (6,), (18,), (2, 3, 4)]},
 }
-PLANS = ["walk", "chunks", "segments", *([] if INTERPRETED else [None])]
+TILINGS = ["walk", "chunks", "segments", *([] if INTERPRETED else [None])]
 
 
 def supports(backend, cell, candidate="positive"):
@@ -144,7 +144,7 @@ def each(backends=ALL, cells=tuple(NUM_INPUTS), candidate="positive"):
 
 @functools.cache
 def _covered(sizes, backend):
-    factors = {**FACTORS, **SIZES[sizes], **({"plan": PLANS} if sizes == "triton" else {})}
+    factors = {**FACTORS, **SIZES[sizes], **({"tiling": TILINGS} if sizes == "triton" else {})}
 
     def allowed(row):
         # Sequences of different lengths are several.
@@ -248,11 +248,11 @@ def run(backend, row, given):
         order = Layout(not row.batch_first, batch_sizes, lengths)
         compute = torch_in_graphs.recurrence if backend == "traceable" else ops.recurrence
         more = () if backend == "traceable" else (backend,)
-        return compute(spec, list(inputs), Start(h, initial, reset, dt), order, *more)
+        return compute(spec, list(inputs), Context(h, initial, reset, dt), order, *more)
     parts = parts_of(row.cell)
     a, b, h = (to_parts(x, parts) for x in (*inputs, h))
     if parts == 4:
-        out, last = autograd.scan(backend, LinearScan(a, b, h, reset, row.reverse, parts))
+        out, last = autograd.scan(route.Way(backend, modes.mode_of(b)), LinearScan(a, b, h, reset, row.reverse, parts))
     else:
         a, b, h = (torch.view_as_complex(x.contiguous()) if parts == 2 else x for x in (a, b, h))
         out, last = ops.linear_scan(a, b, h, reset, row.reverse, backend, lengths)
@@ -335,7 +335,7 @@ def share_of_allowed(backend, row, seed=0, device=None, runs=1):
     # Layers clear the padding for tensor operations, which run if the parts of a number are not neighboring features.
     has_kernel = backend == "triton" and (parts_of(row.cell) == 1 or len(row.features) == 1)
     given, weights = drawn(row, seed, math.nan if has_kernel or row.cell in SCANS else None)
-    given, truth = given.to(device or device_of(backend)), _truth(row._replace(plan=None), seed)
+    given, truth = given.to(device or device_of(backend)), _truth(row._replace(tiling=None), seed)
     before = [x.clone() for x in given.leaves()]
     got, *others = (
         graded(lambda *leaves: run(backend, row, given.of(*leaves)), given.leaves(), weights) for _ in range(runs)

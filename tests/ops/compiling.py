@@ -21,8 +21,8 @@ from triton.runtime.jit import mangle_type
 
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.kernels import PARAMETERS, recurrence_kernel
-from mingru.ops.backends.triton.plan import Plan
-from mingru.ops.call import Call, Layout, Start, spec_of
+from mingru.ops.backends.triton.tiling import Tiling
+from mingru.ops.call import Call, Context, Layout, spec_of
 from mingru.ops.cells import NUM_INPUTS
 from mingru.ops.shape import accumulate_dtype
 
@@ -50,8 +50,8 @@ class Case(NamedTuple):
     """The first launch, if time is divided into segments."""
 
 
-def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan and the arguments with which the kernel would be launched on this GPU."""
+def launched(case: Case, target: GPUTarget) -> tuple[Tiling, dict[str, Any]]:
+    """Return the tiling and the arguments with which the kernel would be launched on this GPU."""
     row, batch, steps, wide = case.row, case.row.batch, case.row.steps, accumulate_dtype(case.row.dtype)
     leading, batch_sizes = (batch, steps), None
     if row.layout == "packed":
@@ -66,8 +66,8 @@ def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
     initial_state = h if row.reset and row.cell in NUM_INPUTS else None
     lengths = empty(batch, dtype=torch.int64) if row.layout == "lengths" else None
     spec = spec_of(row.cell, row.candidate, False, row.min_decay)
-    start = Start(h, initial_state, reset, empty(*leading) if row.dt else None)
-    call = Call(spec, inputs, start, Layout(False, batch_sizes, lengths))
+    context = Context(h, initial_state, reset, empty(*leading) if row.dt else None)
+    call = Call(spec, inputs, context, Layout(False, batch_sizes, lengths))
     launches = []
     launch._recipes.clear()
     facts = target.warp_size, target.backend == "hip", PROCESSORS[target.arch]
@@ -87,13 +87,13 @@ class Compiled:
 
     def __init__(self, case: Case, target: str) -> None:
         self.target = TARGETS[target]
-        self.plan, args = launched(case, self.target)
+        self.tiling, args = launched(case, self.target)
         values = {name: args.get(name) for name in PARAMETERS}
         # Constants have names in capitals.
         signature = {k: "constexpr" if k.isupper() else mangle_type(launch.stand_in(x)) for k, x in values.items()}
         constexprs = {name: value for name, value in values.items() if name.isupper()}
         source = triton.compiler.ASTSource(fn=recurrence_kernel, signature=signature, constexprs=constexprs)
-        options = {"num_warps": self.plan.warps, "enable_fp_fusion": True}
+        options = {"num_warps": self.tiling.warps, "enable_fp_fusion": True}
         self.compiled = triton.compile(source, target=self.target, options=options)
         self.shared = self.compiled.metadata.shared
         (self._read_cuda if self.target.backend == "cuda" else self._read_amd)()
@@ -149,8 +149,8 @@ class Compiled:
 
     def per_state(self) -> float:
         """Return the number of instructions per state in the loop."""
-        states = self.plan.chunks * self.plan.steps * self.plan.features / (self.target.warp_size * self.plan.warps)
-        return len(self.loop()) / states
+        chunks, steps, features, _, warps, _ = self.tiling
+        return len(self.loop()) * self.target.warp_size * warps / (chunks * steps * features)
 
     def num_spills(self) -> int:
         """Return how many registers are saved in the loop, or on AMD GPUs anywhere."""

@@ -8,15 +8,15 @@ import pytest
 
 from mingru.ops import route
 from mingru.ops.backends.triton import launch
-from mingru.ops.backends.triton.plan import Plan
+from mingru.ops.backends.triton.tiling import Tiling
 from mingru.ops.cells import NUM_INPUTS
 
 # Small, because the interpreter runs each element of a scan on its own.
-PLANS = {
-    "walk": Plan(1, 4, 16, 1, 1, None),
-    "chunks": Plan(4, 3, 8, 1, 1, 2),
-    "segments": Plan(2, 4, 8, 3, 1, 2),
-    "one step": Plan(1, 1, 1024, 1, 1, None),
+TILINGS = {
+    "walk": Tiling(1, 4, 16, 1, 1, None),
+    "chunks": Tiling(4, 3, 8, 1, 1, 2),
+    "segments": Tiling(2, 4, 8, 3, 1, 2),
+    "one step": Tiling(1, 1, 1024, 1, 1, None),
 }
 
 
@@ -50,16 +50,16 @@ def _the_interpreter_computes_as_gpus_do(monkeypatch):
 
 
 @pytest.fixture
-def use_plan(monkeypatch):
-    """Use one plan for all kernels, or the name of one; None stands for the plan for the shape."""
+def use_tiling(monkeypatch):
+    """Use one tiling for all kernels, or the name of one; None stands for the tiling for the shape."""
 
-    def use(plan):
-        plan = PLANS.get(plan, plan)
+    def use(tiling):
+        tiling = TILINGS.get(tiling, tiling)
 
-        def plan_of(work):
-            return plan if work.cell in NUM_INPUTS else plan._replace(segments=1)
+        def tiling_of(work):
+            return tiling if work.cell in NUM_INPUTS else tiling._replace(segments=1)
 
-        if plan is not None:
-            monkeypatch.setattr(launch, "plan_of", plan_of)
+        if tiling is not None:
+            monkeypatch.setattr(launch, "tiling_of", tiling_of)
 
     return use

@@ -31,8 +31,8 @@ each_backend = pytest.mark.parametrize("backend", NOT_LOG)
 @pytest.mark.parametrize(
     ("backend", "row"), [(backend, row) for backend in ALL for row in calls.rows(backend)], ids=str
 )
-def test_values_and_gradients(backend, row, use_plan):
-    use_plan(row.plan)
+def test_values_and_gradients(backend, row, use_tiling):
+    use_tiling(row.tiling)
     assert calls.share_of_allowed(backend, row) <= 1
 
 
@@ -92,8 +92,8 @@ def second_derivatives():
 
 
 @pytest.mark.parametrize(("backend", "row"), [*second_derivatives()], ids=str)
-def test_first_and_second_derivatives(backend, row, use_plan):
-    use_plan("walk")
+def test_first_and_second_derivatives(backend, row, use_tiling):
+    use_tiling("walk")
     given = calls.drawn(row)[0].to(calls.device_of(backend))
     # The derivative of g jumps at 0; numbers measured across the jump mean nothing.
     given.inputs[-1].add_(given.inputs[-1].sign(), alpha=0.1)
@@ -110,8 +110,8 @@ def test_first_and_second_derivatives(backend, row, use_plan):
 @pytest.mark.parametrize(
     ("backend", "cell"), each(NOT_LOG, ("mingru", "mingru_rotation") if INTERPRETED else tuple(NUM_INPUTS))
 )
-def test_forward_mode_and_vmap(backend, cell, use_plan):
-    use_plan("walk")
+def test_forward_mode_and_vmap(backend, cell, use_tiling):
+    use_tiling("walk")
     inputs, h, initial, reset, dt = make(cell, 2, 5 if INTERPRETED else 18, 4, reset=True)
     timed = {"min_decay": 0.1} if cell in TIMED else {}
     primals = (*inputs, h, initial, *([dt] if timed else []))
@@ -219,9 +219,9 @@ EXTREMES = [1e4, -1e4, math.inf, -math.inf, math.nan, 0.0, -0.0, 80.0, -80.0]
     ("backend", "cell", "timed"),
     [(*pair, timed) for pair in each(NOT_LOG) for timed in (False, True)[: 1 + (pair[1] in TIMED)]],
 )
-def test_extreme_pre_activations(backend, cell, candidate, timed, use_plan):
+def test_extreme_pre_activations(backend, cell, candidate, timed, use_tiling):
     """Each extreme number beside each good one, in each input and in several."""
-    use_plan("one step")
+    use_tiling("one step")
     bad = torch.tensor(EXTREMES).repeat_interleave(4).view(1, 1, -1)
     good, h = (
         torch.tensor(x).repeat(len(EXTREMES)).view(1, 1, -1) for x in ([-1.0, 0.5, 2.0, 0.0], [1.0, 0.0, 3.0, 0.5])
@@ -259,8 +259,8 @@ def where_numbers_would_cancel():
 
 
 @each_backend
-def test_small_numbers_keep_their_relative_precision(backend, use_plan):
-    use_plan("one step")
+def test_small_numbers_keep_their_relative_precision(backend, use_tiling):
+    use_tiling("one step")
     for *inputs, time, options, most in where_numbers_would_cancel():
         gate, candidate, h = (torch.as_tensor(x).to(inputs[0]).expand_as(inputs[0]).view(1, 1, -1) for x in inputs)
         args = [gate, candidate], h, h, None, None if time is None else torch.full((1, 1), time)
@@ -280,9 +280,9 @@ def large_angles(dtype):
 
 @pytest.mark.parametrize("cell", TURNING)
 @each_backend
-def test_angles_of_any_size(backend, cell, use_plan):
+def test_angles_of_any_size(backend, cell, use_tiling):
     """Whole turns are subtracted from the exact product of the time and the angle, so that none is less accurate."""
-    use_plan("one step")
+    use_tiling("one step")
     times = (0.1, 30.3, 1000.0, 12345.678, *(() if backend == "triton" else (1e6, 3e9)))
     cases = [(2 * torch.randn(500), time, 1.8e-6) for time in times]
     # The size of a vector is rounded.
@@ -307,9 +307,9 @@ def test_angles_of_any_size(backend, cell, use_plan):
     ("backend", "cell", "candidate"),
     [(*pair, candidate) for candidate in ("linear", "positive") for pair in each(NOT_LOG, TIMED, candidate)],
 )
-def test_an_infinite_time_forgets(backend, cell, candidate, min_decay, dtype, use_plan):
+def test_an_infinite_time_forgets(backend, cell, candidate, min_decay, dtype, use_tiling):
     """Also if exp(gate) underflows. Only a gate of -infinity, which forgets nothing, keeps the state."""
-    use_plan("one step")
+    use_tiling("one step")
     gates = torch.tensor([-math.inf, -800.0, -200.0, -105.0, -1.0, 0.0, 95.0, 95.0], dtype=dtype).reshape(1, 1, -1)
     gates = [gates] if cell != "minlstm" else [torch.zeros_like(gates), gates]
     if (parts := parts_of(cell)) > 1:  # of a gate and an angle, or a vector
@@ -333,7 +333,7 @@ def test_an_infinite_time_forgets(backend, cell, candidate, min_decay, dtype, us
 
 @grid(distance=[13] if INTERPRETED else [13, 2], reverse=[False, True])
 @pytest.mark.parametrize(("backend", "cell"), each(NOT_LOG, CELLS, "linear"))
-def test_nan_and_infinity_pass_and_stop_at_a_reset(backend, cell, distance, reverse, use_plan):
+def test_nan_and_infinity_pass_and_stop_at_a_reset(backend, cell, distance, reverse, use_tiling):
     inputs, h, initial, _, _ = make(cell, 2, 25, 4, dtype=torch.float32)
     where = 18 if reverse else 6
     at = where + (-distance if reverse else distance)
@@ -345,12 +345,12 @@ def test_nan_and_infinity_pass_and_stop_at_a_reset(backend, cell, distance, reve
     # The first number of the first sequence, until the reset.
     tainted[0, slice(at + 1, where + 1) if reverse else slice(where, at), :parts] = True
     # Products of complex numbers and infinities follow no common rule.
-    for plan, (index, bad) in zip(
+    for tiling, (index, bad) in zip(
         ("walk", "chunks", "segments") * 2,
         [(-1, math.nan), (0, math.nan), *([(-1, math.inf), (-1, -math.inf)] if parts == 1 else [])],
         strict=False,
     ):
-        use_plan(plan)
+        use_tiling(tiling)
         expected, _ = states(backend, cell, inputs, h, initial, reset, **options)
         wrong = [x.clone() for x in inputs]
         wrong[index][0, where, 0] = bad
@@ -408,10 +408,10 @@ def test_what_is_kept_for_backward(backend):
 
 
 @grid(backend=[name for name in NOT_LOG if name != "traceable"], cell=SCANS[:2], reverse=[False, True])
-def test_decays_above_1(backend, cell, reverse, use_plan):
+def test_decays_above_1(backend, cell, reverse, use_tiling):
     """A product of them that overflows, or underflows before it grows, must not show where no state does."""
-    for plan in ("walk", "chunks", "segments"):
-        use_plan(plan)
+    for tiling in ("walk", "chunks", "segments"):
+        use_tiling(tiling)
         steps = 130
         real = torch.ones(2) if cell == "linear_scan" else torch.tensor([1.0, 0.0])
         grows, late = 3.0 * real.expand(1, steps, 2), torch.zeros(1, steps, 2)
@@ -474,7 +474,7 @@ IN_ONE_GO = {
     "order": ["batch first", "time first", "transposed", "lengths"],
     "dtype": [torch.float32, torch.float64][: 1 if INTERPRETED else 2],
     **{name: [False, True] for name in ("bidirectional", "bias", "recompute")},
-    "plan": calls.PLANS if INTERPRETED else [None],
+    "tiling": calls.TILINGS if INTERPRETED else [None],
 }
 # The bias of features that are not in the first block of a state, by the scan.
 MANY = {name: values[0] for name, values in IN_ONE_GO.items()}
@@ -485,10 +485,10 @@ MANY |= {"shape": SHAPES[-1], "dtype": torch.float64, "bias": True}
     "row", [*cover(IN_ONE_GO), *([] if INTERPRETED else [MANY])], ids=lambda row: " ".join(map(str, row.values()))
 )
 @pytest.mark.parametrize("backend", KERNELS)
-def test_linear_map_and_recurrence_in_one_go(backend, row, use_plan):
+def test_linear_map_and_recurrence_in_one_go(backend, row, use_tiling):
     """Several blocks of rows, whole sequences in a block and parts of one: as tensor operations do it one by one."""
-    name, (batch, steps, features, lanes), order, dtype, *flags, plan = row.values()
-    use_plan(plan)
+    name, (batch, steps, features, lanes), order, dtype, *flags, tiling = row.values()
+    use_tiling(tiling)
     options = {**dict(zip(("bidirectional", "bias", "recompute"), flags, strict=True)), "candidate": "tanh"}
     tensor = {"dtype": dtype, "device": calls.device_of(backend)}
     rnn = LAYERS[name](features, lanes + lanes % 2, batch_first=order != "time first", **options, **tensor)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mingru
 from mingru.ops import route, spec_of
 from mingru.ops.backends.triton import device, launch
-from mingru.ops.backends.triton.plan import Plan
+from mingru.ops.backends.triton.tiling import Tiling
 
 WHY_NOT = mingru.backends()["triton"]
 pytestmark = pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT))
@@ -31,20 +31,20 @@ MINGRU = spec_of("mingru", "positive", False, 0.0)
 
 
 CELLS, LANES = ("mingru", "minlstm"), (127, 511, 512, 513, 1030)
-# Plans of a GPU for half widths, and many features.
+# Tilings of a GPU for half widths, and many features.
 ROWS = [
     Row(cell, dtype=dtype, steps=70, features=(16,), batch=1, reset=True)
     for cell, dtype in zip(CELLS, HALF, strict=True)
 ]
 ROWS.append(Row("minlstm", dtype=torch.bfloat16, steps=9, features=(256,), batch=1, reset=True))
-for plan, size in itertools.product((Plan(1, 8, 1024, 1, 1, None), Plan(2, 4, 1024, 2, 1, None)), LANES):
-    given = {"reset": True, "reverse": plan.segments > 1, "memory": "different strides", "steps": 9, "batch": 2}
-    ROWS.append(Row("minlstm", features=(size,), plan=plan, **given))
+for tiling, size in itertools.product((Tiling(1, 8, 1024, 1, 1, None), Tiling(2, 4, 1024, 2, 1, None)), LANES):
+    given = {"reset": True, "reverse": tiling.segments > 1, "memory": "different strides", "steps": 9, "batch": 2}
+    ROWS.append(Row("minlstm", features=(size,), tiling=tiling, **given))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_special_rows(row, use_plan):
-    use_plan(row.plan)
+def test_special_rows(row, use_tiling):
+    use_tiling(row.tiling)
     assert calls.share_of_allowed("triton", row) <= 1
 
 
@@ -55,9 +55,9 @@ def test_the_gradient_of_dt_near_a_fixed_point_has_the_error_of_rounded_states()
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU has the test of all elements")
 @pytest.mark.parametrize("strides", [(2**31 + 8, 8, 1), (8, 2**30 + 8, 1)])
-def test_offsets_of_more_than_2_to_the_31(strides, use_plan, tmp_path):
+def test_offsets_of_more_than_2_to_the_31(strides, use_tiling, tmp_path):
     """Sequences in a file of 4 GB, of which only a few bytes are written."""
-    use_plan("walk")
+    use_tiling("walk")
     memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=2**31 + 64, dtype=torch.bfloat16)
     x = memory.as_strided((2, 3, 8), strides)
     x.copy_(torch.randn(2, 3, 8))
@@ -91,9 +91,9 @@ def _errors_of_a_gpu(monkeypatch):
 @pytest.mark.parametrize(
     "cell", ["mingru", *(pytest.param(cell, marks=pytest.mark.slow) for cell in ("mingru_rotation", "minlstm"))]
 )
-def test_decays_near_1(cell, timed, use_plan, monkeypatch):
+def test_decays_near_1(cell, timed, use_tiling, monkeypatch):
     """The state forgets so slowly that all chunks and segments count until the end."""
-    use_plan(Plan(8, 16, 2, 3, 1, 2))
+    use_tiling(Tiling(8, 16, 2, 3, 1, 2))
     row = Row(cell, dt=timed, min_decay=0.5 * timed, steps=500, features=(2,), batch=1)
 
     def slow(row, *_):
@@ -114,9 +114,9 @@ def test_decays_near_1(cell, timed, use_plan, monkeypatch):
         assert reference.relative_error(found, truth) <= 2e-6
 
 
-@grid(cell=["mingru", "mingru_signed"], plan=calls.PLANS)
-def test_an_infinite_state_outlives_decays_whose_product_underflows(cell, plan, use_plan):
-    use_plan(plan)
+@grid(cell=["mingru", "mingru_signed"], tiling=calls.TILINGS)
+def test_an_infinite_state_outlives_decays_whose_product_underflows(cell, tiling, use_tiling):
+    use_tiling(tiling)
     inputs, h, *_ = make(cell, 1, 60, 2, dtype=torch.float32)
     # Decays of 1e-4, of both signs if the gate is signed.
     inputs[0] = 0.05 * inputs[0] + 9.2 if cell == "mingru" else 2e-4 * inputs[0].sign()
@@ -213,8 +213,8 @@ SCANS += [SCANS[0]._replace(dtype=torch.bfloat16)]
 
 
 @pytest.mark.parametrize("row", LAYOUTS, ids=str)
-def test_operators_keep_torchs_contract(row, use_plan):
-    use_plan("segments")
+def test_operators_keep_torchs_contract(row, use_tiling):
+    use_tiling("segments")
     inputs, given, how, order = as_operators_take_it(row)
     forward, backward = torch.ops.mingru.recurrence_triton_forward, torch.ops.mingru.recurrence_triton_backward
     torch.library.opcheck(forward.default, (inputs, given, *how, order))
@@ -233,9 +233,9 @@ def test_operators_refuse_batch_sizes_that_do_not_fit(sizes, rows):
 
 
 @pytest.mark.parametrize("row", [*LAYOUTS, *SCANS, Row(dt=True, steps=5, features=(4,))], ids=str)
-def test_operators_fall_back_in_a_captured_graph(row, break_kernel, use_plan):
+def test_operators_fall_back_in_a_captured_graph(row, break_kernel, use_tiling):
     """All results of the operators, whose kernel then fails."""
-    use_plan("walk")
+    use_tiling("walk")
     inputs, given, how, order = as_operators_take_it(row)
 
     def results():
@@ -372,8 +372,8 @@ def test_torch_runs_if_a_kernel_fails(call, fails, break_kernel):
 
 
 @pytest.mark.usefixtures("_auto")
-def test_a_failure_concerns_one_kernel(break_kernel, use_plan):
-    """Other cells, dtypes and plans run, and a kernel that has run is launched again after a failure."""
+def test_a_failure_concerns_one_kernel(break_kernel, use_tiling):
+    """Other cells, dtypes and tilings run, and a kernel that has run is launched again after a failure."""
     tried = []
 
     def fails(args):
@@ -382,14 +382,14 @@ def test_a_failure_concerns_one_kernel(break_kernel, use_plan):
 
     break_kernel(math.inf, fails)
     x = torch.randn(2, 5, 8, device=DEVICE)
-    use_plan("walk")
+    use_tiling("walk")
     with pytest.warns(RuntimeWarning, match=FALLS_BACK):
         mingru.functional.minlstm(x, x, x)
     mingru.functional.minlstm(x, x, x)
     assert len(tried) == 1
     mingru.functional.mingru(x, x)
     mingru.functional.minlstm(*[x.double()] * 3)
-    use_plan("chunks")
+    use_tiling("chunks")
     mingru.functional.minlstm(x, x, x)
     # Each was compiled and launched.
     expected = [("mingru", torch.float32, 4), ("minlstm", torch.float64, 4), ("minlstm", torch.float32, 3)]
@@ -397,7 +397,7 @@ def test_a_failure_concerns_one_kernel(break_kernel, use_plan):
     assert len(launch._failures) == 1
     # A kernel that has run before.
     break_kernel(1)
-    use_plan("walk")
+    use_tiling("walk")
     with pytest.warns(RuntimeWarning, match=FALLS_BACK):
         mingru.functional.mingru(x, x)
     assert len(launch._failures) == 1
@@ -443,8 +443,8 @@ def test_a_failure_is_an_error_if_triton_was_selected(break_kernel):
 
 
 @pytest.mark.usefixtures("_auto")
-def test_autocast_rounds_as_the_linear_map_does(use_plan, launches):
-    use_plan("chunks")
+def test_autocast_rounds_as_the_linear_map_does(use_tiling, launches):
+    use_tiling("chunks")
     rnn, x = layer(), torch.randn(2, 9, 3, device=DEVICE, requires_grad=True)
     linear = rnn.layers[0].linear
     with torch.autocast(x.device.type, torch.bfloat16):

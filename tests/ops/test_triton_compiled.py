@@ -31,21 +31,21 @@ def case_of(name, cell, dtype, shape, candidate=None, needs_dt=False, **options)
     return Case(name, row, name == "backward" and cell in NUM_INPUTS, needs_dt)
 
 
-def num_accesses(case, plan):
+def num_accesses(case, tiling):
     """Return how many loads and stores of sequences a thread needs in a tile."""
     count = NUM_INPUTS.get(case.row.cell, 2)
     if case.name == "forward":
-        return plan.steps * count, plan.steps
+        return tiling.steps * count, tiling.steps
     # The gradients of a linear scan do not depend on b.
     loads = count if case.row.cell in NUM_INPUTS else 1
-    return plan.steps * (loads + 2), plan.steps * count
+    return tiling.steps * (loads + 2), tiling.steps * count
 
 
 def check(case, target):
     found, row, parts = Compiled(case, target), case.row, parts_of(case.row.cell)
-    loads, stores = num_accesses(case, found.plan)
+    loads, stores = num_accesses(case, found.tiling)
     # In chunks of half-width numbers that are combined in each tile, a thread has 4 features.
-    width = 8 if row.dtype.itemsize == 2 and found.plan.chunks > 1 == found.plan.segments else 16
+    width = 8 if row.dtype.itemsize == 2 and found.tiling.chunks > 1 == found.tiling.segments else 16
     assert found.local == 0, case
     # Of a block, on GPUs with the least: sm_86, sm_89 and sm_120.
     assert found.shared <= 101_376, case
@@ -67,7 +67,7 @@ def check(case, target):
     assert found.num_spills() <= {"sm_75": 7 if is_large else 1, "sm_100": 3 * is_large}.get(target, 0), case
     # Triton 3.6 makes up to 17 of these with two parts and 26 in quaternions, Triton 3.9 up to 10 and 20.
     most = 10 + 3 * row.reset + 7 * (parts > 1 or row.cell in SCANS) + 9 * (parts > 2)
-    most = 0 if found.plan.chunks == 1 else 74 if is_large else most
+    most = 0 if found.tiling.chunks == 1 else 74 if is_large else most
     assert found.opcodes()["BAR"] <= most, (case, found.opcodes()["BAR"])
     return found
 
@@ -139,7 +139,7 @@ def test_other_variants(name):
         check(case_of(name, "complex_linear_scan", F32, shape), "sm_90")
     check(case_of(name, "mingru_rotation", BF16, FEW, "tanh", reset=True), "sm_90")
     segments = case_of(name, "mingru", F32, (1, 65_536, 32))
-    assert check(segments, "sm_90").plan.segments > 1
+    assert check(segments, "sm_90").tiling.segments > 1
     summary = Compiled(segments._replace(is_summary=True, has_bias=False), "sm_90")
     assert summary.local == 0
 
@@ -168,6 +168,6 @@ def test_accesses_are_as_wide_as_the_number_of_features_allows(features):
         unit = min(16 // dtype.itemsize, features & -features)
         found = Compiled(case_of("forward", "mingru", dtype, (64, 1000, features)), "sm_90")
         width = unit * dtype.itemsize
-        assert found.accesses[f"st {width}"] >= found.plan.steps
-        assert found.accesses[f"ld {width}"] + found.accesses[f"copy {width}"] >= 2 * found.plan.steps
+        assert found.accesses[f"st {width}"] >= found.tiling.steps
+        assert found.accesses[f"ld {width}"] + found.accesses[f"copy {width}"] >= 2 * found.tiling.steps
         assert not any(found.accesses[f"st {narrow}"] for narrow in (1, 2) if narrow < width)

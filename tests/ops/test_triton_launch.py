@@ -114,13 +114,13 @@ def test_random_calls_are_launched_with_a_kernel_for_their_types(driver):
     assert len({kernel.what for kernel in driver.compiled}) == len(launch._compiled) == len(driver.compiled)
 
 
-PLAN, X = launch.Plan(1, 1, 32, 1, 1, None), torch.zeros(32)
+TILING, X = launch.Tiling(1, 1, 32, 1, 1, None), torch.zeros(32)
 SEQUENCE = (X[1:], 5, 3)
 # Other types and constants.
 SELECTING = [
     *[{"inputs": ((X, number, 3),)} for number in (2**31, -(2**31) - 1)],
     *[{"inputs": (SEQUENCE, (X,))}, {"inputs": ((X.half(), 5, 3),)}, {"out": SEQUENCE}, {"bound": (0.0,) * 4}],
-    *[{"CELL": "minlstm"}, {"EVEN": True}, {"plan": PLAN._replace(warps=2)}, {"T": 2}, {"STAGES": 2}],
+    *[{"CELL": "minlstm"}, {"EVEN": True}, {"tiling": TILING._replace(warps=2)}, {"T": 2}, {"STAGES": 2}],
 ]
 # Other values.
 NOT_SELECTING = [
@@ -133,8 +133,8 @@ NOT_SELECTING = [
 def test_types_and_constants_select_a_kernel_and_values_do_not(change, count, driver):
     for changed in ({}, change, {}, change):
         args = {"CELL": "mingru", "EVEN": False, "inputs": (SEQUENCE,), "num_steps": 5, "backwards": 1, **changed}
-        plan = args.pop("plan", PLAN)
-        launch.run("forward", 1, plan, args | {"TYPES": launch.types_of(args)})
+        tiling = args.pop("tiling", TILING)
+        launch.run("forward", 1, tiling, args | {"TYPES": launch.types_of(args)})
     assert len(driver.compiled) == count
     assert [kernel for kernel, *_ in driver.launches] == [driver.compiled[0], driver.compiled[-1]] * 2
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops.cells import CELLS
-from ..ops.graph import are_eager, is_autocast, is_captured
 from ..ops.layout import is_packing
+from ..ops.modes import are_eager, is_autocast, is_captured
 from ..ops.shape import accumulate_dtype, is_expandable
 from . import names as meant
 from .values import check_type, converted, dims, expectation, instead_of_a_tensor, level_of_the_caller, require, written

@@ -25,8 +25,8 @@ def from_cheind(
     *,
     residual: bool | None = None,
     dropout: float = 0.0,
-    stride: int | tuple[int, ...] | list[Any] | None = None,
-    padding: int | tuple[int, ...] | str | list[Any] | None = None,
+    stride: int | tuple[int, ...] | list[int | tuple[int, ...]] | None = None,
+    padding: int | tuple[int, ...] | str | list[int | tuple[int, ...] | str] | None = None,
     num_groups: int | list[int] | None = None,
 ) -> MinGRU | MinConv2dGRU | Stack:
     """Convert the weights of a layer of cheind/mingru, the package that this one replaces.
@@ -148,7 +148,7 @@ def from_cheind(
         remedy = "the weights do not show it, because no layer changes the size of its input"
         require(name, "residual", residual or is_visible, "True or False", "None", remedy)
     layer = construct(residual, dropout)
-    parts: list[Any] = [part for part in layer.named_modules() if isinstance(part[1], Level)]
+    parts = [(path, part) for path, part in layer.named_modules() if isinstance(part, Level)]
     keys = {
         f"{path}.{parameter}": key(index, *parameter.split("."))
         for index, (path, part) in enumerate(parts)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..check.values import check_type, require
 from ..modules.layer import Layer
 from ..modules.levels import Level
-from ..ops.call import Layout, Spec, Start
+from ..ops.call import Context, Layout, Spec
 from ..ops.shape import MaybeList, States
 
 P = ParamSpec("P")
@@ -49,8 +49,8 @@ class Part(Level):
     def _fuses_norm(self, found: MaybeList) -> bool:
         return False  # The norm is computed before the linear map of a part.
 
-    def _mapped(self, spec: Spec, y: Tensor, start: Start, layout: Layout) -> States:
-        return self._from_inputs(spec, y, start, layout)
+    def _mapped(self, spec: Spec, y: Tensor, context: Context, layout: Layout) -> States:
+        return self._from_inputs(spec, y, context, layout)
 
 
 def derive(module: Any, part: type, mesh: DeviceMesh) -> None:

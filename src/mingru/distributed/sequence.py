@@ -39,12 +39,12 @@ from ..modules.recurrent_level import RecurrentLevel
 from ..modules.recurrent_levels import RecurrentLevels
 from ..modules.stack import Stack
 from ..ops import route
-from ..ops.call import Call, Layout, Spec, Start, flattened, from_flat, with_steps
+from ..ops.call import Call, Context, Layout, Spec, flattened, from_flat, with_steps
 from ..ops.causal_conv import past_and_segment, state_after
 from ..ops.cells import MIXTURES, parts_of
-from ..ops.graph import is_autocast
 from ..ops.layout import divided, joined, of_next_step, padded_call, without_padding
 from ..ops.linear_map import LINEAR_MAPS, are_recomputed
+from ..ops.modes import is_autocast
 from ..ops.shape import States, accumulate_dtype, along, as_dtype, conjugate, from_parts, one_like, plus_times, to_parts
 from .ranks import Part, derive, eager, outermost
 
@@ -222,35 +222,35 @@ class _Model(LanguageModel):
 class _Layer(Part):
     """A layer that computes the recurrence of a part."""
 
-    def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
-        calls = divided(Call(spec, inputs, start, layout))
+    def _run_cell(self, spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
+        calls = divided(Call(spec, inputs, context, layout))
         return joined([self._over_ranks(each) for each in calls], layout)
 
     @eager
     def _over_ranks(self, call: Call, num_inputs: int = 0) -> States:
         """Return the recurrence over all ranks. With `num_inputs`, the tensors are x, and weight and bias of a map."""
-        spec, tensors, start, layout = call
+        spec, tensors, context, layout = call
         # The accumulation dtype, in which states travel.
-        given = flattened(start._replace(h=as_dtype(start.h, accumulate_dtype(start.h.dtype))), layout)
+        given = flattened(context._replace(h=as_dtype(context.h, accumulate_dtype(context.h.dtype))), layout)
         out, last = _Recurrence.apply(self.mesh, spec, layout.time_first, num_inputs, *given, *tensors)  # type: ignore[no-untyped-call]
-        return out, as_dtype(last, start.h.dtype)
+        return out, as_dtype(last, context.h.dtype)
 
     @eager
-    def _in_reverse(self, start: Start, layout: Layout) -> Start:
-        steps = (None if x is None else _of_next_step(self.mesh, x, layout) for x in (start.reset, start.dt))
-        return with_steps(start, *steps)
+    def _in_reverse(self, context: Context, layout: Layout) -> Context:
+        steps = (None if x is None else _of_next_step(self.mesh, x, layout) for x in (context.reset, context.dt))
+        return with_steps(context, *steps)
 
 
 class _LinearLayer(_Layer, RecurrentLevel):
     """A layer that stores x in place of its pre-activations if backward computes them again."""
 
-    def _mapped(self, spec: Spec, y: Tensor, start: Start, layout: Layout) -> States:
+    def _mapped(self, spec: Spec, y: Tensor, context: Context, layout: Layout) -> States:
         linear = self.maps()[spec.reverse]
         is_plain = type(linear) in LINEAR_MAPS and not route.is_hooked(linear) and not is_autocast(y)
         is_plain = is_plain and spec.cell not in MIXTURES and not self.has_output_gate
         if is_plain and are_recomputed(spec.cell, y, self.recompute):
-            return self._over_ranks(Call(spec, [y, linear.weight, linear.bias], start, layout), self.num_parts)
-        return super()._mapped(spec, y, start, layout)
+            return self._over_ranks(Call(spec, [y, linear.weight, linear.bias], context, layout), self.num_parts)
+        return super()._mapped(spec, y, context, layout)
 
 
 def _of_next_step(mesh: DeviceMesh, x: Tensor, layout: Layout) -> Tensor:
@@ -297,7 +297,7 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mesh: DeviceMesh, spec: Spec, time_first: bool, num_inputs: int, *given: Any) -> States:
         call = _from_inputs(from_flat(spec, given, time_first), num_inputs)
-        parts, ranks, h = parts_of(spec.cell), range(mesh.size())[:: -1 if spec.reverse else 1], call.start.h
+        parts, ranks, h = parts_of(spec.cell), range(mesh.size())[:: -1 if spec.reverse else 1], call.context.h
         _, last = _run(call, torch.zeros_like(h))
         products, lasts = _numbers(mesh, parts, _product(call), last)
         # In the order in which the state passes the ranks.
@@ -338,17 +338,17 @@ def _from_inputs(call: Call, num_inputs: int) -> Call:
 
 
 def _run(call: Call, h: Tensor) -> States:
-    spec, inputs, start, layout = call
-    return ops.recurrence(spec, inputs, start._replace(h=h), layout)
+    spec, inputs, context, layout = call
+    return ops.recurrence(spec, inputs, context._replace(h=h), layout)
 
 
 def _product(call: Call) -> Tensor:
     """Return the product of the decays of all steps; 0 if there is a reset."""
-    (spec, inputs, start, layout), parts = call, parts_of(call.spec.cell)
-    reset, one = padded_call(call).start.reset, from_parts(one_like(to_parts(start.h, parts), parts), parts)
+    (spec, inputs, context, layout), parts = call, parts_of(call.spec.cell)
+    reset, one = padded_call(call).context.reset, from_parts(one_like(to_parts(context.h, parts), parts), parts)
     # With candidates of 0, the state from 1 is the product.
     inputs = [*inputs[:-1], torch.zeros_like(inputs[-1])]
-    _, product = ops.recurrence(spec._replace(activation="linear"), inputs, Start(one, one, None, start.dt), layout)
+    _, product = ops.recurrence(spec._replace(activation="linear"), inputs, Context(one, one, None, context.dt), layout)
     # Not 0, which means a reset: infinity and NaN do not decay.
     product = product.masked_fill(product == 0, torch.finfo(product.dtype).tiny)
     return product if reset is None else product.masked_fill(along(reset.any(1), product), 0.0)

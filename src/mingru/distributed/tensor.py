@@ -17,7 +17,7 @@ from ..check.values import require
 from ..modules.levels import Level
 from ..modules.recurrent_level import RecurrentLevel
 from ..modules.recurrent_levels import RecurrentLevels
-from ..ops.call import Layout, Spec, Start
+from ..ops.call import Context, Layout, Spec
 from ..ops.cells import MIXTURES, parts_of
 from ..ops.shape import States
 from .ranks import Part, derive, eager, outermost
@@ -132,9 +132,9 @@ class _Layer(Part):
         return [*inputs[:-1], self._join(inputs[-1])] if has_more else inputs
 
     @eager
-    def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
-        h, initial_state = map(self._divide, start[:2])
-        out, last = ops.recurrence(spec, inputs, start._replace(h=h, initial_state=initial_state), layout)
+    def _run_cell(self, spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
+        h, initial_state = map(self._divide, context[:2])
+        out, last = ops.recurrence(spec, inputs, context._replace(h=h, initial_state=initial_state), layout)
         return out if self.is_sharded else self._join(out), self._join(last)
 
     def _join(self, x: Tensor) -> Tensor:

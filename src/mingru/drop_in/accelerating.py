@@ -66,7 +66,7 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
     return report
 
 
-def _other_class(layer: Any, undo: bool) -> Any:
+def _other_class(layer: nn.Module, undo: bool) -> Any:
     """Return the class that replaces that of a layer, or None."""
     kind = type(layer)
     for pair in () if not undo and _why_slow(layer) else OWN.items():
@@ -98,7 +98,7 @@ def why_left(layer: Any, own: dict[str, bool], done: str, name: str) -> str:
     return next(reason for reason, holds in reasons.items() if holds)
 
 
-def is_recurrent(module: Any) -> bool:
+def is_recurrent(module: nn.Module) -> bool:
     """Return whether a module is a recurrent layer or cell of torch, which may be scripted or traced."""
     names = [name for name, _ in module.named_parameters(recurse=False)]
     is_script = isinstance(module, torch.jit.ScriptModule) and ("weight_ih" in names or "weight_ih_l0" in names)

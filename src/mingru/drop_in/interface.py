@@ -12,8 +12,8 @@ from ..check.values import check_int, expectation, name_of, require, reworded
 from ..modules.options import arguments_of_class, defaults_of, not_default
 from ..modules.recurrent_levels import RecurrentLevels
 from ..modules.saved import add_guards
-from ..ops.graph import scripted_as, untraced
 from ..ops.linear_map import WeightAndBias
+from ..ops.modes import scripted_as, untraced
 from ..ops.shape import MaybeList
 
 Pair = tuple[Tensor, Tensor]

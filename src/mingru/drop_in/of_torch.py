@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import autograd, route
-from ..ops.call import BATCH_FIRST, Call, Start, spec_of
-from ..ops.graph import is_captured
+from ..ops.call import BATCH_FIRST, Call, Context, spec_of
+from ..ops.modes import are_ordinary, mode_of
 from ..ops.names_of_torch import PREPARE_SCRIPTABLE, len_torch_dispatch_stack, outside_of_graphs
 from . import operators
 
@@ -51,7 +51,7 @@ class OfTorch(ABCMeta):
     def __hash__(cls) -> int:
         return hash(cls.of_torch) if cls.of_torch else super().__hash__()
 
-    def __instancecheck__(cls, instance: Any) -> bool:
+    def __instancecheck__(cls, instance: object) -> bool:
         # Not before a layer of ours has values: transformers would initialize it as one of torch, and fail at a norm.
         return cls.__subclasscheck__(type(instance)) and not getattr(instance, "_is_empty", False)
 
@@ -73,26 +73,26 @@ def gru_cell(x: Tensor, hx: Tensor, *weights: Any) -> Tensor:
     products with few rows.
     """
     is_large = len(hx) >= 64 and hx.numel() * (hx.size(-1) + x.size(-1)) >= 2**21
-    if is_large and x.is_cpu and not torch.is_grad_enabled() and not is_captured():
+    if is_large and x.is_cpu and not torch.is_grad_enabled() and mode_of(x).is_eager and not len_torch_dispatch_stack():
         flat, (batch, inputs), size = [each for each in weights if each is not None], x.shape, hx.size(-1)
         shapes = [(batch, size), (3 * size, inputs), (3 * size, size), (3 * size,), (3 * size,)][: 1 + len(flat)]
         is_usual = [each.shape for each in (hx, *flat) if each.dtype == x.dtype and each.is_cpu] == shapes
         is_usual = is_usual and len(flat) != 3 and x.dtype in (torch.float32, torch.float64)
-        if is_usual and route.is_for_native(x, hx, *flat) and not len_torch_dispatch_stack():
+        if is_usual and are_ordinary(x, hx, *flat) and route.kernels_for(x) == "native":
             of_input, of_state, *biases = flat
             bias: Any = biases[0] + F.pad(biases[1][: 2 * size], (0, size)) if biases else None
             of_candidate = biases[1][2 * size :] if biases else None
             before = hx.unsqueeze(1)
-            start = Start(before, before, None, None, of_state, of_candidate)
-            call = Call(spec_of("gru", "tanh", False, 0.0), [x.unsqueeze(1), of_input, bias], start, BATCH_FIRST)
-            return autograd.run_kernel("linear_kernel", "native", call, True)[1].squeeze(1)
+            context = Context(before, before, None, None, of_state, of_candidate)
+            call = Call(spec_of("gru", "tanh", False, 0.0), [x.unsqueeze(1), of_input, bias], context, BATCH_FIRST)
+            return autograd.run_kernel("linear_kernel", route.NATIVE, call, True)[1].squeeze(1)
     return torch.gru_cell(x, hx, *weights)
 
 
 _OPERATORS = SimpleNamespace(gru=operators.gru, lstm=operators.lstm, gru_cell=gru_cell, lstm_cell=torch.lstm_cell)
 
 
-def _computed(forward: Any) -> Any:
+def _computed(forward: Any) -> FunctionType:
     """Return torch's `forward`, with its checks and errors, in which the module of torch's operators is ours."""
     names = {**forward.__globals__, "_VF": _OPERATORS}
     # Otherwise `torch.compile`, told to compile recurrent layers, looks for the names in torch's module.

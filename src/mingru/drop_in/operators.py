@@ -12,23 +12,23 @@ from torch import Tensor
 
 from ..ops import autograd, route
 from ..ops.backends.native import is_slower, is_slower_lstm
-from ..ops.call import Call, Layout, Start, spec_of
-from ..ops.graph import is_captured
+from ..ops.call import Call, Context, Layout, spec_of
 from ..ops.layout import is_packing
+from ..ops.modes import are_ordinary, mode_of
 from ..ops.names_of_torch import len_torch_dispatch_stack, outside_of_graphs
 
 
 @outside_of_graphs
 def gru(x: Tensor, *args: Any) -> Any:
     """Compute `torch.gru` by the kernels of a GRU where these take less time."""
-    found = None if is_captured() else _computed("gru", x, *_with_batch_sizes(args))
+    found = _computed("gru", x, *_with_batch_sizes(args)) if mode_of(x).is_eager else None
     return torch.gru(x, *args) if found is None else found
 
 
 @outside_of_graphs
 def lstm(x: Tensor, *args: Any) -> Any:
     """Compute `torch.lstm` by the kernels of an LSTM where these take less time."""
-    found = None if is_captured() else _computed("lstm", x, *_with_batch_sizes(args))
+    found = _computed("lstm", x, *_with_batch_sizes(args)) if mode_of(x).is_eager else None
     return torch.lstm(x, *args) if found is None else found
 
 
@@ -68,7 +68,7 @@ def _computed(cell: str, x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], 
         outs = []
         for at in range(first, first + directions):
             weights = flat[at * per : (at + 1) * per]
-            out, last = _recurrence(cell, x, before[at], weights, at > first, layout, is_copied)
+            out, last = _one_direction(cell, x, before[at], weights, at > first, layout, is_copied)
             outs.append(out)
             lasts.append(last)
         x = torch.cat(outs, -1) if directions == 2 else outs[0]
@@ -83,12 +83,10 @@ def _is_usual(
 ) -> bool:
     """Return whether eager code may compute these tensors: on the CPU, of one dtype, in the shapes of torch's."""
     every = (x, *states, *flat)
-    if not route.is_for_native(*every, batch_sizes) or len_torch_dispatch_stack() or x.numel() == 0:
+    if not are_ordinary(*every, batch_sizes) or len_torch_dispatch_stack() or x.numel() == 0:
         return False
-    if (
-        not all(each is not None and each.is_cpu and each.dtype == x.dtype for each in every)
-        or x.layout != torch.strided
-    ):
+    are_alike = all(each is not None and each.is_cpu and each.dtype == x.dtype for each in every)
+    if not are_alike or x.layout != torch.strided or route.kernels_for(x) != "native":
         return False
     if batch_sizes is None:
         batch = x.size(1 - int(batch_first))
@@ -101,8 +99,8 @@ def _is_usual(
     return [each.shape for each in (*states, *flat)] == [*of_states, *of_weights]
 
 
-def _recurrence(
-    cell: str, x: Tensor, before: Tensor, weights: list[Any], reverse: bool, layout: Layout, is_copied: bool
+def _one_direction(
+    cell: str, x: Tensor, before: Tensor, weights: list[Tensor], reverse: bool, layout: Layout, is_copied: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute a layer in one direction from its states, (B, 1, H) or (B, 2, H). Return its outputs and last states."""
     bias: Any = None
@@ -115,6 +113,6 @@ def _recurrence(
         bias = biases[0] + biases[1]
     if is_copied and not x.requires_grad:
         of_input = of_input.clone()
-    start = Start(before, before, None, None, of_state, of_candidate)
-    call = Call(spec_of(cell, "tanh", reverse, 0.0), [x, of_input, bias], start, layout)
-    return autograd.run_kernel("linear_kernel", "native", call, True)
+    context = Context(before, before, None, None, of_state, of_candidate)
+    call = Call(spec_of(cell, "tanh", reverse, 0.0), [x, of_input, bias], context, layout)
+    return autograd.run_kernel("linear_kernel", route.NATIVE, call, True)

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..check.calls import arguments_checked
 from .accelerating import SUBCLASS, described
-from .of_torch import OWN, PATCHES
+from .of_torch import OWN, PATCHES, OfTorch
 from .replacing import LIKE, Wanted, converted, wanted
 
 
@@ -44,11 +44,11 @@ class _Patch:
     everywhere: bool
     report: PatchReport
 
-    def builds(self, cls: Any) -> bool:
+    def builds(self, cls: OfTorch) -> bool:
         """Return whether the block builds a class. A copy of its context, such as a task's, may outlive it."""
         return self in _RUNNING and cls.of_torch in self.wanted
 
-    def build(self, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def build(self, cls: OfTorch, *args: Any, **kwargs: Any) -> Any:
         """Construct what stands for a class of torch, and report it."""
         options, twin = self.wanted[cls.of_torch], LIKE[cls.of_torch]
         given = dict(zip(signature(twin).parameters, args, strict=False)) | kwargs
@@ -167,7 +167,7 @@ def _subclasses(of_torch: type[nn.Module]) -> Iterator[type[nn.Module]]:
         yield from _subclasses(subclass)
 
 
-def _bind(by_id: dict[int, Any], everywhere: bool) -> None:
+def _bind(by_id: dict[int, type], everywhere: bool) -> None:
     """Bind every name for a class of torch to ours, in torch.nn or in all modules of programs too."""
     own, modules = ("torch", __name__.partition(".")[0]), list(sys.modules.items())
     of_programs = [each for name, each in modules if everywhere and name.partition(".")[0] not in own]

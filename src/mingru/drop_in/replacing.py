@@ -15,14 +15,14 @@ from .layers import GRULike, GRULikeCell, LSTMLike, LSTMLikeCell
 from .of_torch import OWN
 
 # Not by the names of torch.nn, which are other classes in a block of `patch`.
-LIKE: dict[Any, Any] = dict(zip(OWN, (GRULike, LSTMLike, GRULikeCell, LSTMLikeCell), strict=True))
+LIKE: dict[type, Any] = dict(zip(OWN, (GRULike, LSTMLike, GRULikeCell, LSTMLikeCell), strict=True))
 for _of_torch, _like in LIKE.items():
     # So that a program in a block of `patch` takes our layers for those that it asked for.
     OWN[_of_torch].register(_like)
 
 _NO_CELL = "accelerate(model) computes the layers in less time, and cell='gru', 'mingru' or 'minlstm' names others"
 # The options for each class of torch that is replaced.
-Wanted = dict[Any, dict[str, Any]]
+Wanted = dict[type, dict[str, Any]]
 
 
 class Report(NamedTuple):

@@ -98,7 +98,7 @@ class MinGRU(nn.Module):
         self.num_layers = num_layers
         self.rnn = WithStatesOfTorch("MinGRU", hidden_size, hidden_size, num_layers, **options)
 
-    def initial_state(self, batch_size: int, device: Any) -> tuple[Tensor]:
+    def initial_state(self, batch_size: int, device: torch.device | str) -> tuple[Tensor]:
         """Return the state (L, B, H) in a tuple."""
         return (torch.zeros(self.num_layers, batch_size, self.hidden_size, device=device),)
 

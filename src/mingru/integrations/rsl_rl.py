@@ -20,12 +20,12 @@ __all__ = ["MinGRUModel"]
 class _OnePass(RNN):
     """Replaces the layers of rsl_rl's module, and its call over padded trajectories."""
 
-    def __init__(self, rnn: Any) -> None:
+    def __init__(self, rnn: nn.Module) -> None:
         torch.nn.Module.__init__(self)
         self.rnn = rnn
         self.hidden_state = None
 
-    def forward(self, input: Tensor, masks: Tensor | None = None, hidden_state: Any = None) -> Any:
+    def forward(self, input: Tensor, masks: Tensor | None = None, hidden_state: Tensor | None = None) -> Any:
         if masks is None or hidden_state is None:
             return super().forward(input, masks, hidden_state)
         x = unpad_trajectories(input, masks)
@@ -69,16 +69,16 @@ class MinGRUModel(RNNModel):
         layers = WithStatesOfTorch("MinGRUModel", self.obs_dim, rnn_hidden_dim, rnn_num_layers, **options)
         self.rnn = _OnePass(layers)
 
-    def as_jit(self) -> Any:
+    def as_jit(self) -> nn.Module:
         """Return the module that rsl_rl exports to TorchScript."""
         return _exported(super().as_jit)
 
-    def as_onnx(self, verbose: bool = False) -> Any:
+    def as_onnx(self, verbose: bool = False) -> nn.Module:
         """Return the module that rsl_rl exports to ONNX."""
         return _exported(super().as_onnx, verbose)
 
 
-def _exported(export: Callable[..., Any], *args: Any) -> Any:
+def _exported(export: Callable[..., nn.Module], *args: bool) -> nn.Module:
     # Here, rsl_rl takes the layers for torch's. It builds none.
     of_torch, nn.GRU = nn.GRU, WithStatesOfTorch  # type: ignore[assignment, misc]
     try:

@@ -22,7 +22,7 @@ from ..modules.minlstm import MinLSTM
 from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate, arguments_of_class, not_default
 from ..modules.recurrent_level import NORMS
 from ..ops import layout
-from ..ops.graph import is_scripting
+from ..ops.modes import is_scripting
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .causal_conv import CausalConv, plus_convolved
 
@@ -46,7 +46,7 @@ class LayerOptions(TypedDict, total=False):
     forget_bias: float
     normalize: bool
     block_size: int | None
-    device: Any
+    device: torch.device | str | int | None
     dtype: torch.dtype | None
 
 
@@ -244,6 +244,6 @@ def check_layer_options(name: str, cell: str, layer_options: Iterable[str], argu
             raise TypeError(unknown_argument(name, option, own))
 
 
-def _check_ratio(name: str, argument: str, ratio: Any, dims: int) -> None:
+def _check_ratio(name: str, argument: str, ratio: float, dims: int) -> None:
     expected = f"a finite number with {argument} * dims >= 1"
     check_number(name, argument, ratio, expected, lambda x: math.isfinite(x * dims) and round(x * dims) >= 1)

@@ -73,7 +73,7 @@ def load(cls: Any, folder_or_name: str | os.PathLike[str], revision: str | None,
     return model.to(device).eval()
 
 
-def _path(name: str, argument: str, path: Any) -> Path:
+def _path(name: str, argument: str, path: str | os.PathLike[str]) -> Path:
     check_type(name, argument, path, (str, os.PathLike), "a str or a path")
     require(name, argument, os.fspath(path) != "", "a path", "''", "use '.' for the current folder")
     return Path(path)

@@ -78,7 +78,7 @@ class Sampling:
 
 
 def stream(
-    lm: Any, prompts: Any, max_new_tokens: int, sampling: Sampling, stop: Any, seed: Any, state: Any
+    lm: Any, prompts: Any, max_new_tokens: int, sampling: Sampling, stop: Any, seed: Any, state: MaybeList
 ) -> Iterator[Tensor]:
     """Return an iterator over the new tokens of each step, with -1 for sequences that have ended."""
     ids, lengths = padded(lm.name, prompts, lm.vocab_size, lm.embedding.weight.device)
@@ -164,15 +164,14 @@ def padded(name: str, prompts: Any, vocab_size: int, device: torch.device) -> tu
     return ids, torch.tensor(lengths, device="cpu") if len(set(lengths)) > 1 else None
 
 
-def check_ids(name: str, argument: str, ids: Any, num_dims: int, device: torch.device) -> None:
+def check_ids(name: str, argument: str, ids: Tensor, num_dims: int, device: torch.device) -> None:
     """Check that ids are integers (S,) or (B, S) on this device."""
     letters = "(S,)" if num_dims == 1 else "(B, S)"
     remedy = encode_remedy(ids) or instead_of_a_tensor(argument, ids)[1]
     check_type(name, argument, ids, Tensor, f"an integer tensor {letters}", remedy)
     if ids.dim() == num_dims and ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            expectation(name, argument, "int64 or int32", str(ids.dtype), converted(argument, ids, "long()"))
-        )
+        remedy = converted(argument, ids, "long()")
+        raise TypeError(expectation(name, argument, "int64 or int32", str(ids.dtype), remedy))
     if ids.dim() != num_dims:
         remedy = f"add a batch dimension with {argument}.unsqueeze(0)" if (ids.dim(), num_dims) == (1, 2) else ""
         remedy = "pass numbers of tokens, which the model embeds" if ids.is_floating_point() else remedy
@@ -189,7 +188,7 @@ def check_range(name: str, argument: str, ids: Tensor, vocab_size: int) -> None:
         raise ValueError(expectation(name, argument, expected, str(int(wrong[0])))) from None
 
 
-def encode_remedy(ids: Any) -> str:
+def encode_remedy(ids: object) -> str:
     """Return the fix for a text in place of tokens; otherwise ""."""
     return "encode the text first: the model takes the numbers of tokens" if isinstance(ids, str) else ""
 
@@ -208,7 +207,7 @@ def joined(prompts: Tensor | Sequence[Tensor], new: list[Tensor]) -> Tensor | li
     return [torch.cat([prompt, row[row >= 0].to(prompt.dtype)]) for prompt, row in zip(prompts, table, strict=True)]
 
 
-def stop_tokens(name: str, stop: Any, vocab_size: int) -> list[int]:
+def stop_tokens(name: str, stop: int | Sequence[int] | None, vocab_size: int) -> list[int]:
     """Return the tokens as a list; raise an error if one is invalid."""
     tokens = [] if stop is None else [stop] if isinstance(stop, int) else stop
     expected = "a token, a list of tokens or None"

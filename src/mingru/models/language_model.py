@@ -17,7 +17,7 @@ from ..check.values import check_int, check_min_decay, check_number, per_layer, 
 from ..modules.layer import Layer, typed_as
 from ..modules.recurrent_level import NORMS
 from ..modules.stack import Stack
-from ..ops.graph import is_scripting
+from ..ops.modes import is_scripting
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from . import files, generation
 from .block import Block, BlockOptions, check_layer_options
@@ -166,7 +166,7 @@ class LanguageModel(Layer):
         self._check_state(h, x.shape)
         check_steps(self, LANGUAGE_MODEL.batch_first[0], x, x.shape, "mingru", reset, lengths)
 
-    def _check_state(self, state: Any, x: Shape) -> None:
+    def _check_state(self, state: MaybeList, x: Shape) -> None:
         if state is not None:
             check_states(self, state, self.blocks._state_forms(x), self.embedding.weight, "tensors")
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..check.values import check_int, check_parts, dims, per_layer, require
-from ..ops.call import Layout, Spec, Start
+from ..ops.call import Context, Layout, Spec
 from ..ops.cells import GATES
-from ..ops.graph import is_autocast, is_scripting
 from ..ops.in_cache import Map
+from ..ops.modes import is_autocast, is_scripting
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, unflattened
 from .group_norm import GroupNorm
 from .initial_state import default_start, learned_state, reset_initial_state
@@ -134,10 +134,10 @@ class ConvLevel(Level):
         if initial is None:
             initial = torch.full([1], self._zero_state, dtype=dtype, device=x.device)
         initial = initial.expand(self._shape_of_initial_state)
-        starts: list[Start] = []
+        contexts: list[Context] = []
         for index in range(self.num_directions):
-            starts.append(Start(initial[index] if h is None else h[index], initial[index], reset))
-        out, states = self._directions(y, starts, layout)
+            contexts.append(Context(initial[index] if h is None else h[index], initial[index], reset))
+        out, states = self._directions(y, contexts, layout)
         if self.residual:
             out = out + (x if self.align is None else unflattened(self.align(steps), x))
         return out, states
@@ -149,20 +149,20 @@ class ConvLevel(Level):
         """Return the convolution of each direction."""
         return [self.conv] if self.conv_reverse is None else [self.conv, self.conv_reverse]
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
+    def _direction(self, y: Tensor, context: Context, layout: Layout, reverse: bool, found: MaybeList) -> States:
         if is_scripting():
-            return self._from_inputs(self.spec(reverse), y, start, layout, found)
+            return self._from_inputs(self.spec(reverse), y, context, layout, found)
         else:
-            return self._mapped(self.spec(reverse), y, start, layout)
+            return self._mapped(self.spec(reverse), y, context, layout)
 
-    def _mapped(self, spec: Spec, y: Tensor, start: Start, layout: Layout) -> States:
+    def _mapped(self, spec: Spec, y: Tensor, context: Context, layout: Layout) -> States:
         """Compute the map and the recurrence, by one kernel if possible. `mingru.distributed` replaces this."""
         if is_autocast(y):
-            start = start._replace(h=start.h.to(accumulate_dtype(y.dtype)))
+            context = context._replace(h=context.h.to(accumulate_dtype(y.dtype)))
         conv: Any = self.conv_reverse if spec.reverse else self.conv
         shape = (self.hidden_dims, *self.geometry.space(tuple(y.shape[3:])))
         mapped = Map(conv, lambda part: self._inputs(part, spec.reverse), shape)
-        return ops.mapped_recurrence(spec, y, mapped, start, layout)
+        return ops.mapped_recurrence(spec, y, mapped, context, layout)
 
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
         """Return the pre-activations of gate and candidate; their channels and spatial dimensions are contiguous."""

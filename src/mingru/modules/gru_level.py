@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..check.values import check_flag, check_int, require
-from ..ops.call import Start
+from ..ops.call import Context
 from ..ops.linear_map import RecurrentMap
 from ..ops.plan import plannable
 from .recurrent_level import RecurrentLevel, RecurrentOptions
@@ -48,10 +48,10 @@ class GRULevel(RecurrentLevel):
                 both += both.new_empty(len(both)).uniform_(-bound, bound)
         super().initialize_maps()
 
-    def _with_recurrent(self, start: Start, reverse: bool) -> Start:
+    def _with_recurrent(self, context: Context, reverse: bool) -> Context:
         # By calls, because hooks may compute the weights.
         weight, bias = self.recurrent()
         if self.recurrent_reverse is not None:
             if reverse:
                 weight, bias = self.recurrent_reverse()
-        return Start(*start[:4], weight, bias)
+        return Context(*context[:4], weight, bias)

@@ -14,7 +14,7 @@ from ..check.calls import MISTAKES, explain, explained
 from ..check.forms import LAYER, Form, Shape, Table, check_call
 from ..check.values import check_choice, check_int, expectation, name_of
 from ..ops import plan
-from ..ops.graph import is_compiling, is_scripting, untraced
+from ..ops.modes import is_compiling, is_scripting, untraced
 from ..ops.plan import plannable
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .saved import Saved

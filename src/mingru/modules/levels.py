@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.call import Layout, Spec, Start, spec_of
+from ..ops.call import Context, Layout, Spec, spec_of
 from ..ops.cells import default_candidate, gate_biases, parts_of
 from ..ops.layout import in_reverse
 from ..ops.linear_map import gated
@@ -72,25 +72,25 @@ class Level(Saved):
         """Return the recurrence of one direction."""
         return spec_of(self.cell, self.candidate, reverse, self.min_decay)
 
-    def _directions(self, y: Tensor, starts: list[Start], layout: Layout, found: MaybeList = None) -> Outputs:
-        """Return the output and the last states; `starts` has one entry for each direction.
+    def _directions(self, y: Tensor, contexts: list[Context], layout: Layout, found: MaybeList = None) -> Outputs:
+        """Return the output and the last states; `contexts` has one entry for each direction.
 
         Append the states of all steps in each direction to `found`.
         """
-        out, last = self._direction(y, starts[0], layout, False, found)
+        out, last = self._direction(y, contexts[0], layout, False, found)
         states = [last]
-        if len(starts) > 1:
-            back, last = self._direction(y, self._in_reverse(starts[1], layout), layout, True, found)
+        if len(contexts) > 1:
+            back, last = self._direction(y, self._in_reverse(contexts[1], layout), layout, True, found)
             # The features of packed steps are dimension 1.
             out = torch.cat([out, back], min(2, y.dim() - 1))
             states.append(last)
         return out, states
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
+    def _direction(self, y: Tensor, context: Context, layout: Layout, reverse: bool, found: MaybeList) -> States:
         """Run one direction: by one kernel if possible, scripted by operations that TorchScript can compile."""
         raise NotImplementedError
 
-    def _from_inputs(self, spec: Spec, y: Tensor, start: Start, layout: Layout, found: MaybeList = None) -> States:
+    def _from_inputs(self, spec: Spec, y: Tensor, context: Context, layout: Layout, found: MaybeList = None) -> States:
         """Run one direction from its pre-activations."""
         inputs = self._inputs(y, spec.reverse)
         gate: MaybeTensor = None
@@ -100,9 +100,9 @@ class Level(Saved):
             # A convolution may have states of any batch, features and space.
             sizes = list(inputs[0].shape)
             sizes = [sizes[1 if layout.time_first else 0], 1, self.hidden_dims] + sizes[3:]  # noqa: RUF005 (not in TorchScript)
-            own = start.h.expand(sizes), start.initial_state.expand(sizes)
-            start = Start(own[0], own[1], *start[2:])
-        out, last = self._recurrence(spec, inputs, start, layout)
+            own = context.h.expand(sizes), context.initial_state.expand(sizes)
+            context = Context(own[0], own[1], *context[2:])
+        out, last = self._run_cell(spec, inputs, context, layout)
         if found is not None:
             found.append(out)
         return gated((out, last), gate)
@@ -111,12 +111,12 @@ class Level(Saved):
         """Return the pre-activations of one direction, and its output gate if it has one."""
         raise NotImplementedError
 
-    def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
+    def _run_cell(self, spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
         """Compute the recurrence from its pre-activations. `mingru.distributed` replaces it."""
-        return ops.recurrence(spec, inputs, start, layout)
+        return ops.recurrence(spec, inputs, context, layout)
 
-    def _in_reverse(self, start: Start, layout: Layout) -> Start:
-        return in_reverse(start, layout)
+    def _in_reverse(self, context: Context, layout: Layout) -> Context:
+        return in_reverse(context, layout)
 
 
 class Levels(Layer):

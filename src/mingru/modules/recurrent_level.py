@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..check.values import check_int, check_parts, is_number, level_of_the_caller, require
-from ..ops.call import Layout, Spec, Start
+from ..ops.call import Context, Layout, Spec
 from ..ops.cells import CELLS, GATES
-from ..ops.graph import is_scripting
+from ..ops.modes import is_scripting
 from ..ops.plan import plannable
 from ..ops.shape import MaybeList, States
 from .levels import Level
@@ -105,9 +105,9 @@ class RecurrentLevel(Level):
         add_marks(self, options.device)
 
     def forward(
-        self, x: Tensor, starts: list[Start], layout: Layout, found: list[Tensor] | None = None
+        self, x: Tensor, contexts: list[Context], layout: Layout, found: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the output in the layout of x, and the last states; `starts` has one entry for each direction.
+        """Return the output in the layout of x, and the last states; `contexts` has one entry for each direction.
 
         Append the states of all steps in each direction to `found`.
         """
@@ -117,12 +117,12 @@ class RecurrentLevel(Level):
         if self.highway:
             inputs = self._inputs(y, False)
             gate = inputs.pop()
-            out, last = self._recurrence(self.spec(False), inputs, starts[0], layout)
+            out, last = self._run_cell(self.spec(False), inputs, contexts[0], layout)
             if found is not None:
                 found.append(out)
             # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
             return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
-        out, states = self._directions(y, starts, layout, found)
+        out, states = self._directions(y, contexts, layout, found)
         if self.projections is not None:
             out = torch.cat(self.projected(list(out.chunk(len(self.projections), -1))), -1)
         if self.residual:
@@ -157,25 +157,25 @@ class RecurrentLevel(Level):
         """Return whether the norm is computed with the linear map: not if several maps read its result."""
         return self._is_one_kernel(found) and self.linear_reverse is None
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
-        spec, start = self.spec(reverse), self._with_recurrent(start, reverse)
+    def _direction(self, y: Tensor, context: Context, layout: Layout, reverse: bool, found: MaybeList) -> States:
+        spec, context = self.spec(reverse), self._with_recurrent(context, reverse)
         if not is_scripting():
             if self._is_one_kernel(found):
-                out, last = self._mapped(spec, y, start, layout)
+                out, last = self._mapped(spec, y, context, layout)
                 if found is not None:
                     found.append(out)
                 return out, last
-        return self._from_inputs(spec, y, start, layout, found)
+        return self._from_inputs(spec, y, context, layout, found)
 
-    def _mapped(self, spec: Spec, y: Tensor, start: Start, layout: Layout) -> States:
+    def _mapped(self, spec: Spec, y: Tensor, context: Context, layout: Layout) -> States:
         """Compute the map and the recurrence, by one kernel if possible. `mingru.distributed` replaces this."""
         linear: Any = self.linear_reverse if spec.reverse else self.linear
         norm = self.norm if self.linear_reverse is None else None
-        return ops.linear_recurrence(spec, y, linear, start, layout, self.recompute, norm, self.has_output_gate)
+        return ops.linear_recurrence(spec, y, linear, context, layout, self.recompute, norm, self.has_output_gate)
 
-    def _with_recurrent(self, start: Start, reverse: bool) -> Start:
-        """Return the start with the recurrent weights of a direction, if the cell has any."""
-        return start
+    def _with_recurrent(self, context: Context, reverse: bool) -> Context:
+        """Return the context with the recurrent weights of a direction, if the cell has any."""
+        return context
 
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
         """Return the pre-activations of one direction; those of the highway or of the output gate are the last."""

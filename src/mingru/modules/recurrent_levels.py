@@ -14,10 +14,10 @@ from torch.nn.utils.rnn import PackedSequence
 from ..check.calls import explained
 from ..check.values import check_min_decay, name_of
 from ..ops import plan
-from ..ops.call import Layout, Start
+from ..ops.call import Context, Layout
 from ..ops.cells import CELLS
-from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
+from ..ops.modes import is_autocast, is_captured, is_scripting
 from ..ops.names_of_torch import is_symbolic
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, as_dtype, reshaped
 from . import scripted
@@ -47,15 +47,15 @@ class RecurrentLevels(Levels, role="sequence"):
     """What to do about a state_dict of torch.nn."""
 
     def __init__(self, **arguments: Any) -> None:
-        kind, layer_kind = RecurrentOptions, RecurrentLevel
+        own_options, own_level = RecurrentOptions, RecurrentLevel
         if arguments.get("cell", self.cell) == "gru":
-            kind, layer_kind = GRUOptions, GRULevel
-        options = kind(name_of(type(self)), **{"cell": self.cell, **arguments})
+            own_options, own_level = GRUOptions, GRULevel
+        options = own_options(name_of(type(self)), **{"cell": self.cell, **arguments})
         bounds = check_min_decay(options.name, options.min_decay, options.gates)
         inner = options.num_directions * (options.proj_size or options.hidden_dims)
         sizes = [options.input_dims, *[inner] * (options.num_layers - 1)]
         layers = zip(options.cells, sizes, bounds, strict=True)
-        super().__init__(options, [layer_kind(*layer, options, self._linear_map) for layer in layers])
+        super().__init__(options, [own_level(*layer, options, self._linear_map) for layer in layers])
         # One that takes no elapsed times, if there is one.
         self.cell = next((cell for cell in options.cells if CELLS[cell].not_timed is not None), options.cells[0])
         self.min_decay = one_or_all(bounds)
@@ -232,13 +232,13 @@ class RecurrentLevels(Levels, role="sequence"):
         if dt is not None:
             dt = as_dtype(dt, accumulate_dtype(x.dtype))
         initial = h if reset is None else list(self._state(x, None, 1).unbind(0))
-        starts: list[Start] = []
+        contexts: list[Context] = []
         for index, first in enumerate(h):
-            starts.append(Start(first, initial[index], reset, dt))
+            contexts.append(Context(first, initial[index], reset, dt))
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             at = index * self.num_directions
-            x, last = layer(x, starts[at : at + self.num_directions], layout, found)
+            x, last = layer(x, contexts[at : at + self.num_directions], layout, found)
             if index < self.num_layers - 1 and self.dropout > 0:
                 x = F.dropout(x, self.dropout, self.training)
             states += last

@@ -12,7 +12,7 @@ from ..check.calls import arguments_checked
 from ..check.forms import LAYER, Form, Shape, check_list
 from ..check.values import check_dropout, check_type, expectation, require
 from ..ops import layout
-from ..ops.graph import untraced
+from ..ops.modes import untraced
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .layer import Composite, Layer, Steps, data_of, with_data
 from .levels import Levels

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .graph import is_old_onnx
+from .modes import is_old_onnx
 
 ACTIVATIONS = ("positive", "linear", "tanh")
 

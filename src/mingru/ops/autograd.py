@@ -17,60 +17,59 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import block_recurrence
-from .backend import Kernel, scan_backward_by, scan_by
+from .backend import Gradients, Kernel, scan_backward_by, scan_by
 from .backends import torch_in_graphs
 from .call import FIRST_INPUT, Call, Spec, flattened, from_flat
 from .cells import CELLS
-from .graph import are_batched, is_compiling, without_autocast
 from .layout import as_linear_scan, divided, in_layout, is_transposed, joined, padded_call, without_padding
 from .linear_map import gated, normalized
-from .names_of_torch import is_exporting, jvp_nesting
-from .route import backend_of
+from .modes import are_batched, mode_of, without_autocast
+from .names_of_torch import jvp_nesting
+from .route import Way, backend_of, way_of
 from .scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
 from .shape import States, as_dtype, conjugate, times
 
 
-def composed(backend: str, call: Call) -> States:
+def composed(way: Way, call: Call) -> States:
     """Compute a recurrence by differentiable operations and the linear scan of a backend."""
     padded = padded_call(call)
     if call.spec.cell == "gru":
-        with without_autocast(call.tensors[0]):
+        with without_autocast(call.tensors[0], way.mode):
             return in_layout(block_recurrence.composed(padded), call)
-    own = backend_of(backend).recurrence
+    own = backend_of(way.backend).recurrence
     if own is not None:
         return in_layout(own(padded), call)
     linear = as_linear_scan(padded)
     if linear.parts == 1:
-        return in_layout(scan(backend, linear), call)
-    if is_compiling():
+        return in_layout(scan(way, linear), call)
+    if way.mode.is_compiled:
         # Compilers and exported graphs may not support complex numbers.
         return in_layout(torch_in_graphs.scan(linear), call)
     if linear.parts == 2:
         a, b, h = (torch.view_as_complex(x.contiguous()) for x in linear[:3])
-        out, last = map(torch.view_as_real, scan(backend, linear._replace(a=a, b=b, h=h, parts=1)))
+        out, last = map(torch.view_as_real, scan(way, linear._replace(a=a, b=b, h=h, parts=1)))
     else:
-        out, last = scan(backend, linear)
+        out, last = scan(way, linear)
     out, last = in_layout((out, last), call)
     # Copies, because outputs must not be views.
     return out.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
 
 
-def scan(backend: str, call: LinearScan) -> States:
+def scan(way: Way, call: LinearScan) -> States:
     """Compute the linear scan by a backend, so that it is differentiable."""
-    own = backend_of(backend)
+    (backend, mode), own = way, backend_of(way.backend)
     if own.scan is not None:
         # Kernels convert numbers when they load them.
         call = in_accumulation_dtype(call)
         if own.kernel is None:
             return own.scan(call)
-    in_compile = is_compiling() and not is_exporting()
+    in_compile = mode.is_compiled and not mode.is_exported
     if in_compile and not (torch.is_grad_enabled() and any(x.requires_grad for x in call[:3])):
         # Dynamo cannot trace the functions below if no tensor requires gradients. The kernel alone has no derivatives,
         # which transforms such as `torch.func.grad` may need.
         return _scan_in_graphs(call)
-    function = ScanInGraph if is_compiling() else Scan
-    states: States = function.apply(backend, *call)  # type: ignore[no-untyped-call]
-    return states
+    run: Any = ScanInGraph.apply if mode.is_compiled else Scan.apply if mode.needs_operations else apply_scan
+    return run(backend, *call)  # type: ignore[no-any-return]
 
 
 def _scan_in_graphs(call: LinearScan) -> States:
@@ -96,7 +95,7 @@ class ScanInGraph(torch.autograd.Function):
         ctx.save_for_forward(a, h, reset, output[0])
 
     @staticmethod
-    def backward(ctx: Any, *grad: Any) -> Any:
+    def backward(ctx: Any, *grad: Any) -> Gradients:
         a, h, reset, out = ctx.saved_tensors
         # No gradient depends on b, so b was not saved; `out` fills its field.
         call = LinearScan(a, out, h, reset, *ctx.constants)
@@ -105,7 +104,7 @@ class ScanInGraph(torch.autograd.Function):
         if own.scan is None and not torch.is_grad_enabled() and not batched:
             return None, *scan_backward_by(own.kernel, call, out, *grad), None, None, None
         # Kernels have no rule for batched gradients.
-        delta = adjoint(_scan_in_graphs if batched else partial(scan, ctx.backend), call, grad)
+        delta = adjoint(_scan_in_graphs if batched else partial(scan, way_of(ctx.backend, mode_of(out))), call, grad)
         needs = ctx.needs_input_grad
         grad_a = times(delta, conjugate(previous_states(call, out), call.parts), call.parts) if needs[1] else None
         grad_h = grad_of_h(call, delta) if needs[3] else None
@@ -116,7 +115,7 @@ class Scan(ScanInGraph):
     """Compute the linear scan, with rules for forward mode and vmap too."""
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> States:
         if jvp_nesting() > 1:
             why = "because PyTorch silently drops the inner tangent of a custom function"
             remedy = "use jacfwd over jacrev, or the backend 'sequential'"
@@ -127,39 +126,42 @@ class Scan(ScanInGraph):
         drive = torch.zeros_like(out) if db is None else db
         if da is not None:
             drive = drive + as_dtype(times(da, previous_states(call, out), call.parts), out.dtype)
-        return scan(ctx.backend, call._replace(b=drive, h=torch.zeros_like(h) if dh is None else dh))
+        call = call._replace(b=drive, h=torch.zeros_like(h) if dh is None else dh)
+        return scan(way_of(ctx.backend, mode_of(drive)), call)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], backend: str, *call: Any) -> Any:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *call: Any) -> tuple[States, tuple[int, int]]:
         def fold(arg: Any, dim: int | None) -> Any:
             if not isinstance(arg, Tensor):
                 return arg
             batched = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             return batched.flatten(0, 1)
 
-        states = scan(backend, LinearScan(*(fold(arg, dim) for arg, dim in zip(call, in_dims[1:], strict=True))))
+        folded = LinearScan(*(fold(arg, dim) for arg, dim in zip(call, in_dims[1:], strict=True)))
+        states = scan(way_of(backend, mode_of(folded.b)), folded)
         out, last = (torch.unflatten(tensor, 0, [info.batch_size, -1]) for tensor in states)
         return (out, last), (0, 0)
 
 
-def run_kernel(name: str, backend: str, call: Call, keep: bool) -> States:
+def run_kernel(name: str, way: Way, call: Call, keep: bool) -> States:
     """Run a kernel of the backend, so that it is differentiable. `name`: of its field, "kernel" or "linear_kernel"."""
-    spec, tensors, start, layout = call
-    if name == "kernel" and tensors[0].dim() > 3 and is_compiling():
+    spec, tensors, context, layout = call
+    backend, mode = way
+    if name == "kernel" and tensors[0].dim() > 3 and mode.is_compiled:
         # Inductor treats tensors of more dimensions as images, and changes the strides of tensors saved for backward.
         flat = [x.flatten(2).contiguous() for x in tensors]
-        initial_state = start.initial_state.expand_as(start.h)
-        flat_start = start._replace(h=start.h.flatten(2), initial_state=initial_state.flatten(2))
-        out, last = run_kernel(name, backend, Call(spec, flat, flat_start, layout), keep)
-        return out.view(tensors[0].shape), last.view(start.h.shape)
+        initial_state = context.initial_state.expand_as(context.h)
+        flat_context = context._replace(h=context.h.flatten(2), initial_state=initial_state.flatten(2))
+        out, last = run_kernel(name, way, Call(spec, flat, flat_context, layout), keep)
+        return out.view(tensors[0].shape), last.view(context.h.shape)
     kernel: Kernel = getattr(backend_of(backend), name)
-    given: list[Any] = [*flattened(start, layout), *tensors]
+    given: list[Any] = [*flattened(context, layout), *tensors]
     if torch.is_grad_enabled() and kernel.backward is not None:
-        if start.reset is None:
+        if context.reset is None:
             given[1] = None  # the initial state, which nothing reads
         # A flat list, because autograd ignores tensors inside tuples.
-        run: Callable[..., States] = Recurrence.apply if is_compiling() else apply
-        return run(KernelCall(name, backend, spec, layout.time_first, keep), *given)
+        run: Callable[..., States] = Recurrence.apply if mode.is_compiled else apply
+        return run(KernelCall(name, backend, spec, layout.time_first, keep, mode.is_compiled), *given)
     out, last, *_ = kernel.forward(spec, given, layout.time_first, None)
     return out, last
 
@@ -174,6 +176,7 @@ class KernelCall(NamedTuple):
     time_first: bool
     keep: bool
     """Whether the pre-activations are kept for the backward pass."""
+    is_compiled: bool = False
 
 
 # With fewer values, a copy of the output takes less time than to count its changes.
@@ -185,12 +188,12 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: KernelCall, *tensors: Any) -> States:
-        name, backend, spec, time_first, keep = call
+        name, backend, spec, time_first, keep, is_compiled = call
         kernel: Kernel = getattr(backend_of(backend), name)
         out, last, kept, *states = kernel.forward(spec, tensors, time_first, keep)
         ctx.changes = None
         # Not `out` itself: torch refuses a backward pass whose tensors a program has changed in place.
-        if states or is_compiling():
+        if states or is_compiled:
             pass
         elif out.numel() < COPIED:
             states, out = [out], out.clone()
@@ -203,8 +206,8 @@ class Recurrence(torch.autograd.Function):
         return out, last
 
     @staticmethod
-    def backward(ctx: Any, *grad: Any) -> Any:
-        (name, backend, spec, time_first, _), (states, kept, *tensors) = ctx.call, ctx.saved_tensors
+    def backward(ctx: Any, *grad: Any) -> Gradients:
+        (name, backend, spec, time_first, *_), (states, kept, *tensors) = ctx.call, ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or are_batched(*grad):
             again = partial(_again, name, backend, spec, time_first)
@@ -218,20 +221,22 @@ class Recurrence(torch.autograd.Function):
         return None, *kernel.backward(spec, tensors, time_first, (states, kept, *grad), needs)
 
 
-# Without what `Function.apply` does for transforms, in which no kernel runs.
-apply: Any = super(torch.autograd.Function, Recurrence).apply
+# Without what `Function.apply` does for transforms, which takes as long as a small call.
+apply: Callable[..., States] = super(torch.autograd.Function, Recurrence).apply
+apply_scan: Callable[..., States] = super(torch.autograd.Function, Scan).apply
 
 
 def _again(name: str, backend: str, spec: Spec, time_first: bool, *tensors: Any) -> States:
     """Compute the same as a kernel by differentiable operations."""
     call = from_flat(spec, tensors, time_first)
-    if call.start.reset is None:
+    if call.context.reset is None:
         # The initial state was not saved, and nothing reads it.
-        call = call._replace(start=call.start._replace(initial_state=call.start.h))
+        call = call._replace(context=call.context._replace(initial_state=call.context.h))
     if spec.cell == "lstm":
         return block_recurrence.lstm_by_torch(call)
+    way = way_of(backend, mode_of(call.tensors[0]))
     if name != "linear_kernel":
-        return composed(backend, call)
+        return composed(way, call)
     (x, weight, bias), layout = call.tensors, call.layout
     if layout.lengths is not None:
         # Otherwise a NaN in the padding would reach the gradients of the weights.
@@ -241,7 +246,7 @@ def _again(name: str, backend: str, spec: Spec, time_first: bool, *tensors: Any)
     x = x if weight is None else F.linear(x, weight, bias)
     inputs = list(x.chunk(CELLS[spec.cell].num_inputs + spec.output_gate, -1))
     gate = inputs.pop() if spec.output_gate else None
-    parts = [composed(backend, part) for part in divided(call._replace(tensors=inputs))]
+    parts = [composed(way, part) for part in divided(call._replace(tensors=inputs))]
     return gated(joined(parts, layout), gate)
 
 
@@ -258,8 +263,7 @@ def differentiable(
         with without_autocast(grad[0]):
             states = function(*views)
             # A state may not depend on what needs a gradient.
-            outputs, grads = zip(
-                *(pair for pair in zip(states, grad, strict=True) if pair[0].requires_grad), strict=True
-            )
+            pairs = [pair for pair in zip(states, grad, strict=True) if pair[0].requires_grad]
+            outputs, grads = zip(*pairs, strict=True)
             found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]

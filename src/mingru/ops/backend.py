@@ -14,6 +14,10 @@ from .cells import NUM_INPUTS
 from .scan import LinearScan
 from .shape import States, as_dtype
 
+# The tensors of `call.flattened`, with None for those that are absent, and gradients of some of them.
+Given = Sequence[Any]
+Gradients = Sequence[Any]
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -22,7 +26,7 @@ class Kernel:
     Backward computes the pre-activations again unless forward keeps them.
     """
 
-    forward: Callable[[Spec, Sequence[Any], bool, bool | None], tuple[Any, ...]]
+    forward: Callable[[Spec, Given, bool, bool | None], tuple[Any, ...]]
     """(spec, tensors, time_first, keep) -> (out, last, kept), and the states if `out` is gated. The tensors are a list
     like that of `call.flattened`. `keep` is None without a backward pass."""
     backward: Any
@@ -85,7 +89,7 @@ def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
     return spec_of(cell, "linear", call.reverse, 0.0), tensors
 
 
-def grads_of_start(tensors: Sequence[Any], of_states: Sequence[Any], grad_dt: Tensor | None) -> Sequence[Any]:
+def grads_of_context(tensors: Given, of_states: Gradients, grad_dt: Tensor | None) -> Gradients:
     """Return the gradients of all tensors of a call before the inputs, but those of recurrent weights.
 
     `of_states`: of h and of the initial state, that for each sequence; empty or None if there is none.

@@ -8,6 +8,7 @@ From the pre-activations r_t, z_t and c_t, with the recurrent weights U and the 
 The weights are (3 H, K), with the rows of torch.nn.GRU: r, z, c. Each row has those of the K features of its block.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
-from .call import Call, Layout, Spec, Start, from_flat
-from .graph import is_old_onnx, is_onnx, is_true_for_all_sizes, scripted_as, without_autocast
+from .call import Call, Context, Layout, Spec, from_flat
 from .layout import in_layout, padded_call, padding_of, without_padding
+from .modes import Mode, is_true_for_all_sizes, scripted_as, without_autocast
 from .names_of_torch import is_exporting, loop
 from .shape import States, accumulate_dtype, as_dtype
 
@@ -30,15 +31,15 @@ _Own = tuple[Tensor, Tensor | None, Tensor]
 
 def composed(call: Call) -> States:
     """Compute a padded call step by step, by differentiable operations that TorchScript can compile."""
-    start, lengths, reverse = call.start, call.layout.lengths, call.spec.reverse
-    weight, bias, reset = start.recurrent, start.recurrent_bias, start.reset
+    context, lengths, reverse = call.context, call.layout.lengths, call.spec.reverse
+    weight, bias, reset = context.recurrent, context.recurrent_bias, context.reset
     assert call.spec.activation == "tanh" and call.spec.min_decay == 0.0, "a GRU with another recurrence"
     assert weight is not None
     dtype, size = accumulate_dtype(call.tensors[0].dtype), weight.size(1)
     # The product with the states, (blocks, B, K), does not mix blocks.
     weight = as_dtype(weight, dtype).view(3, -1, size, size).permute(1, 3, 0, 2).reshape(-1, size, 3 * size)
     bias = None if bias is None else as_dtype(bias, dtype).view(-1, 1, size)
-    h, initial_state = [_in_blocks(as_dtype(x, dtype), size)[0] for x in [start.h, start.initial_state]]
+    h, initial_state = [_in_blocks(as_dtype(x, dtype), size)[0] for x in [context.h, context.initial_state]]
     x = torch.stack([_in_blocks(as_dtype(x, dtype), size) for x in call.tensors], 1)
     reset = None if reset is None else reset.t().unsqueeze(2)
     padding = None if lengths is None else padding_of(lengths, call.tensors[0]).t().unsqueeze(2)
@@ -88,7 +89,7 @@ def _all_steps(h: Tensor, steps: _Steps, own: _Own) -> States:
     if unrolls or is_true_for_all_sizes(steps[0].size(0) == 1):
         return _each_step(h, steps, own)
 
-    def step(h: Tensor, *tensors: Any) -> list[Tensor]:
+    def step(h: Tensor, *tensors: Tensor) -> list[Tensor]:
         rest = iter(tensors)
         given: Any = [tuple(None if each is None else next(rest) for each in some) for some in (steps, own)]
         # Outputs must not share memory. The states before the steps, because AOTInductor fails if it can write what
@@ -105,14 +106,14 @@ def _all_steps(h: Tensor, steps: _Steps, own: _Own) -> States:
 
 def kept_in_padding(call: Call) -> Call:
     """Return the same call of pre-activations side by side without lengths: update gates keep the state in padding."""
-    (x,), start, (time_first, _, lengths) = call.tensors, call.start, call.layout
+    (x,), context, (time_first, _, lengths) = call.tensors, call.context, call.layout
     assert lengths is not None
     padding = padding_of(lengths, x.transpose(0, 1) if time_first else x)
     padding = padding.t() if time_first else padding
     r, z, c = x.chunk(3, -1)
     z = z.masked_fill(padding.unsqueeze(-1), torch.finfo(x.dtype).max)
-    reset = None if start.reset is None else start.reset & ~padding
-    return Call(call.spec, [torch.cat([r, z, c], -1)], start._replace(reset=reset), Layout(time_first))
+    reset = None if context.reset is None else context.reset & ~padding
+    return Call(call.spec, [torch.cat([r, z, c], -1)], context._replace(reset=reset), Layout(time_first))
 
 
 def dense(weight: Tensor) -> Tensor:
@@ -124,32 +125,32 @@ def dense(weight: Tensor) -> Tensor:
     return weight.repeat(1, features // size).masked_fill(block.repeat(3).unsqueeze(1) != block, 0.0)
 
 
-def is_one_node(x: Tensor, start: Start, layout: Layout) -> bool:
+def is_one_node(mode: Mode, x: Tensor, context: Context, layout: Layout) -> bool:
     """Return whether a graph for ONNX has one node for this, which takes no resets. One step needs none."""
-    if is_old_onnx():
-        if start.reset is not None:
-            raise ValueError(
-                "GRU: reset must be None in an export with dynamo=False, which has no loop; use mingru.export.onnx"
-            )
-        return layout.lengths is None
-    return is_onnx() and start.reset is None and not is_true_for_all_sizes(x.size(0 if layout.time_first else 1) == 1)
+    if not mode.is_onnx:
+        return False
+    if not mode.is_traced:
+        return context.reset is None and not is_true_for_all_sizes(x.size(0 if layout.time_first else 1) == 1)
+    if context.reset is not None:
+        why = "in an export with dynamo=False, which has no loop; use mingru.export.onnx"
+        raise ValueError(f"GRU: reset must be None {why}")
+    return layout.lengths is None
 
 
-def in_onnx(call: Call) -> States:
+def in_onnx(mode: Mode, call: Call) -> States:
     """Compute the recurrence of a linear map by one node of an ONNX graph; the tensors are x, weight and bias."""
-    (x, weight, bias), start, (time_first, _, lengths) = call.tensors, call.start, call.layout
-    dtype, features = accumulate_dtype(x.dtype), start.h.size(2)
-    assert start.recurrent is not None
-    weights = [as_dtype(weight, dtype), dense(as_dtype(start.recurrent, dtype))]
+    (x, weight, bias), context, (time_first, _, lengths) = call.tensors, call.context, call.layout
+    dtype, features = accumulate_dtype(x.dtype), context.h.size(2)
+    assert context.recurrent is not None
+    weights = [as_dtype(weight, dtype), dense(as_dtype(context.recurrent, dtype))]
     biases = [weight.new_zeros(3 * features, dtype=dtype) if bias is None else as_dtype(bias, dtype)]
-    own = None if start.recurrent_bias is None else as_dtype(start.recurrent_bias, dtype)
+    own = None if context.recurrent_bias is None else as_dtype(context.recurrent_bias, dtype)
     # Not padded, of which the exporters would make operations.
     biases.append(0.0 * biases[0] if own is None else torch.cat([0.0 * own, 0.0 * own, own]))
-    x, h = as_dtype(x if time_first else x.transpose(0, 1), dtype), as_dtype(start.h, dtype).transpose(0, 1)
-    if is_old_onnx():
-        out, last = torch.gru(
-            x.flip(0) if call.spec.reverse else x, h, weights + biases, True, 1, 0.0, False, False, False
-        )
+    x, h = as_dtype(x if time_first else x.transpose(0, 1), dtype), as_dtype(context.h, dtype).transpose(0, 1)
+    if mode.is_traced:
+        steps = x.flip(0) if call.spec.reverse else x
+        out, last = torch.gru(steps, h, weights + biases, True, 1, 0.0, False, False, False)
         out = out.flip(0) if call.spec.reverse else out
     else:
         # ONNX has the update gate first.
@@ -168,7 +169,7 @@ def in_onnx(call: Call) -> States:
             # ONNX Runtime does not keep the state of an empty sequence.
             last = torch.where((lengths > 0).unsqueeze(1), last, h)
     out, last = as_dtype(out if time_first else out.transpose(0, 1), call.tensors[0].dtype), last.transpose(0, 1)
-    return out, as_dtype(last, start.h.dtype)
+    return out, as_dtype(last, context.h.dtype)
 
 
 def lstm_by_torch(call: Call) -> States:
@@ -176,13 +177,13 @@ def lstm_by_torch(call: Call) -> States:
 
     As of packed sequences, because the code for padded ones has no second derivatives.
     """
-    (x, weight, bias), recurrent, batch_sizes = call.tensors, call.start.recurrent, call.layout.batch_sizes
+    (x, weight, bias), recurrent, batch_sizes = call.tensors, call.context.recurrent, call.layout.batch_sizes
     # One direction in reverse is the second of two with equal weights.
     num, shape = 1 + call.spec.reverse, x.shape[:-1]
     if batch_sizes is None:
         batch_sizes = torch.full([shape[0]], shape[1], device="cpu")
     weights = [weight, recurrent, *([] if bias is None else [bias, torch.zeros_like(bias)])] * num
-    before = [each.expand(num, *each.shape) for each in call.start.h.unbind(1)]
+    before = [each.expand(num, *each.shape) for each in call.context.h.unbind(1)]
     options: Any = weights, bias is not None, 1, 0.0, False, num == 2
     out, *last = torch.lstm(x.flatten(0, -2), batch_sizes, before, *options)
     return out.chunk(num, 1)[-1].view(*shape, -1), torch.stack([each[-1] for each in last], 1)
@@ -194,13 +195,15 @@ def blocks_of(weight: Tensor, size: int) -> Tensor:
     return by_block.diagonal(0, 1, 3).permute(0, 3, 1, 2).reshape(-1, size)
 
 
-def by_torch(spec: Spec, given: Any, time_first: bool, keep: bool | None = None) -> tuple[Tensor, Tensor, None]:
+def by_torch(
+    spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None = None
+) -> tuple[Tensor, Tensor, None]:
     """Compute the recurrence of a linear map by `torch.gru`, on any device; the tensors are x, weight and bias.
 
     A sequence with resets is one sequence for each piece between them.
     """
     call = from_flat(spec, given, time_first)
-    (x, weight, bias), start, lengths = call.tensors, call.start, call.layout.lengths
+    (x, weight, bias), context, lengths = call.tensors, call.context, call.layout.lengths
     if weight is None:
         # Finite, because torch.gru has a linear map, whose products with 0 must be 0.
         finite = torch.finfo(x.dtype)
@@ -212,11 +215,11 @@ def by_torch(spec: Spec, given: Any, time_first: bool, keep: bool | None = None)
             of_inputs = call._replace(tensors=[*F.linear(x, weight, bias).chunk(3, -1)])
             return *in_layout(composed(padded_call(of_inputs)), call), None
         dtype = accumulate_dtype(x.dtype)
-        second, zeros = start.recurrent_bias, weight.new_zeros(len(weight))
+        second, zeros = context.recurrent_bias, weight.new_zeros(len(weight))
         if second is not None:
-            second = F.pad(second, (2 * start.h.size(2), 0))
-        assert start.recurrent is not None
-        weights = [weight, dense(start.recurrent), *(zeros if each is None else each for each in (bias, second))]
+            second = F.pad(second, (2 * context.h.size(2), 0))
+        assert context.recurrent is not None
+        weights = [weight, dense(context.recurrent), *(zeros if each is None else each for each in (bias, second))]
         # One piece of memory, as cuDNN needs it; of several it makes one, with a warning. Made anew for each call,
         # because an edit of `weight.data` does not change the version of a weight.
         whole = torch.cat([as_dtype(each, dtype).flatten() for each in weights])
@@ -226,15 +229,15 @@ def by_torch(spec: Spec, given: Any, time_first: bool, keep: bool | None = None)
         (steps,), reverse = padded.tensors, call.spec.reverse
         # As in training, because the backward pass of cuDNN needs it. There is no dropout.
         options = weights, True, 1, 0.0, True, False
-        if start.reset is None and padded.layout.lengths is None:
-            h = as_dtype(start.h, dtype).transpose(0, 1).contiguous()
+        if context.reset is None and padded.layout.lengths is None:
+            h = as_dtype(context.h, dtype).transpose(0, 1).contiguous()
             out, last = torch.gru(steps.flip(1) if reverse else steps, h, *options, True)
             states = out.flip(1) if reverse else out, last.transpose(0, 1)
         else:
             packed, batch_sizes, h, rows, sequences, pieces = _in_pieces(padded)
             found, lasts = torch.gru(packed, batch_sizes, h, *options)
             out = steps.new_zeros(steps.shape[:2].numel(), h.size(2)).index_copy(0, rows, found)
-            last = as_dtype(start.h, dtype).squeeze(1).index_copy(0, sequences, lasts[0].index_select(0, pieces))
+            last = as_dtype(context.h, dtype).squeeze(1).index_copy(0, sequences, lasts[0].index_select(0, pieces))
             states = torch.unflatten(out, 0, steps.shape[:2]), last.unsqueeze(1)
         out, last = in_layout(states, call)
         # A copy, because outputs are not views.
@@ -248,14 +251,14 @@ def _in_pieces(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tens
         Data, batch sizes and states before the pieces; the index in (B S) of each packed step; the sequences that have
         steps, and the last piece of each.
     """
-    (x,), start, lengths = call.tensors, call.start, call.layout.lengths
+    (x,), context, lengths = call.tensors, call.context, call.layout.lengths
     batch, num_steps = x.shape[:2]
     done = torch.arange(num_steps, device=x.device).expand(batch, -1)
     ends = torch.full_like(done[:, :1], num_steps) if lengths is None else lengths.to(x.device).unsqueeze(1)
     # In the order of the pass.
     steps = (ends - 1 - done).clamp(min=0) if call.spec.reverse else done
     is_valid = done < ends
-    reset = torch.zeros_like(is_valid) if start.reset is None else start.reset.gather(1, steps)
+    reset = torch.zeros_like(is_valid) if context.reset is None else context.reset.gather(1, steps)
     rows = (torch.arange(batch, device=x.device).unsqueeze(1) * num_steps + steps)[is_valid]
     first = (reset | (done == 0))[is_valid].nonzero().squeeze(1)
     sizes = first.diff(append=first.new_full((1,), len(rows)))
@@ -263,7 +266,7 @@ def _in_pieces(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tens
     order, rank = packed.sorted_indices, packed.unsorted_indices
     assert order is not None and rank is not None
     sequence = rows[first] // num_steps
-    states = (each.expand_as(start.h).squeeze(1)[sequence] for each in (start.initial_state, start.h))
+    states = (each.expand_as(context.h).squeeze(1)[sequence] for each in (context.initial_state, context.h))
     # The first pieces continue from h, and all others follow a reset.
     h = torch.where(reset[is_valid][first].unsqueeze(1), *states)[order]
     is_last = torch.cat([sequence[1:] != sequence[:-1], torch.ones_like(sequence[:1], dtype=torch.bool)])

@@ -35,7 +35,7 @@ class Spec(NamedTuple):
     """Whether the last rows of the linear map are an output gate; see `linear_map.gated`."""
 
 
-class Start(NamedTuple):
+class Context(NamedTuple):
     """What a recurrence has beside its inputs: states, resets, elapsed times, and recurrent weights."""
 
     h: Tensor
@@ -73,19 +73,19 @@ class Call(NamedTuple):
     spec: Spec
     tensors: list[Tensor]
     """The inputs of the cell, its pre-activations. For a kernel of a linear map: x, and weight and bias or None."""
-    start: Start
+    context: Context
     layout: Layout
 
 
 # The fields as tuples, because a trace can pass tuples to a scripted function, but no NamedTuple.
 SpecTuple = tuple[str, str, bool, float, str, float, bool]
-StartTuple = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+ContextTuple = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 LayoutTuple = tuple[bool, Tensor | None, Tensor | None]
 
 
-def call_of(spec: SpecTuple, tensors: list[Tensor], start: StartTuple, layout: LayoutTuple) -> Call:
+def call_of(spec: SpecTuple, tensors: list[Tensor], context: ContextTuple, layout: LayoutTuple) -> Call:
     """Return the call of these tuples."""
-    return Call(Spec(*spec), tensors, Start(*start), Layout(*layout))
+    return Call(Spec(*spec), tensors, Context(*context), Layout(*layout))
 
 
 def spec_of(cell: str, activation: str, reverse: bool, min_decay: float) -> Spec:
@@ -101,22 +101,22 @@ def is_plain(spec: Spec) -> bool:
     return spec[4:] == _PLAIN and (spec.cell != "gru" or (spec.activation == "tanh" and spec.min_decay == 0.0))
 
 
-def with_steps(start: Start, reset: Tensor | None, dt: Tensor | None) -> Start:
-    """Return a start with other resets and elapsed times, the values that belong to steps."""
-    return Start(start.h, start.initial_state, reset, dt, *start[4:])
+def with_steps(context: Context, reset: Tensor | None, dt: Tensor | None) -> Context:
+    """Return a context with other resets and elapsed times, the values that belong to steps."""
+    return Context(context.h, context.initial_state, reset, dt, *context[4:])
 
 
-def flattened(start: Start, layout: Layout) -> list[Any]:
+def flattened(context: Context, layout: Layout) -> list[Any]:
     """Return all tensors in one list, for kernels and autograd, in the order of csrc/scan.h. The inputs follow."""
-    return [*start, *layout[1:]]
+    return [*context, *layout[1:]]
 
 
 # The index of the first input in such a list.
-FIRST_INPUT = len(Start._fields) + len(Layout._fields) - 1
+FIRST_INPUT = len(Context._fields) + len(Layout._fields) - 1
 
 
 def from_flat(spec: Spec, tensors: Sequence[Any], time_first: bool) -> Call:
     """Return the call of such a list."""
-    at = len(Start._fields)
+    at = len(Context._fields)
     layout = Layout(time_first, *tensors[at:FIRST_INPUT])
-    return Call(spec, [*tensors[FIRST_INPUT:]], Start(*tensors[:at]), layout)
+    return Call(spec, [*tensors[FIRST_INPUT:]], Context(*tensors[:at]), layout)

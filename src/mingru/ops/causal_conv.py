@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import differentiable
-from .backend import SCANS
+from .backend import SCANS, Gradients
 from .backends import native
-from .call import Layout, Start, flattened
-from .graph import are_batched, scripted_as
+from .call import Context, Layout, flattened
+from .modes import are_batched, scripted_as
 from .route import is_for_native
 from .shape import States, as_dtype
 from .traced import Traced
@@ -65,13 +65,13 @@ class _Fused(torch.autograd.Function):
     """Compute the convolution and its first derivatives by the operators, all others by `composed`."""
 
     @staticmethod
-    def forward(ctx: Any, num_past: int, adds_x: bool, *tensors: Any) -> Any:
+    def forward(ctx: Any, num_past: int, adds_x: bool, *tensors: Any) -> States:
         ctx.num_past, ctx.adds_x = num_past, adds_x
         ctx.save_for_backward(*tensors)
-        return torch.ops.mingru.causal_conv_forward(*_arguments(*tensors), adds_x)
+        return torch.ops.mingru.causal_conv_forward(*_arguments(*tensors), adds_x)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, *grad: Any) -> Any:
+    def backward(ctx: Any, *grad: Tensor) -> Gradients:
         tensors = ctx.saved_tensors
         if torch.is_grad_enabled() or are_batched(*grad):
             again = partial(composed, num_past=ctx.num_past, adds_x=ctx.adds_x)
@@ -84,7 +84,7 @@ class _Fused(torch.autograd.Function):
 def _arguments(x: Tensor, weight: Tensor, bias: Maybe, state: Tensor, reset: Maybe, lengths: Maybe) -> tuple[Any, ...]:
     """Return the first arguments of the operators."""
     layout = Layout(False, None, None if lengths is None else lengths.long().contiguous())
-    given = [*flattened(Start(state, state, reset), layout), x]
+    given = [*flattened(Context(state, state, reset), layout), x]
     return x, weight, bias, *native.arguments(SCANS["linear_scan", False], given, False)[:2]
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import activate, log_g
-from .call import Spec, Start
-from .graph import is_onnx
+from .call import Context, Spec
+from .modes import is_onnx
 from .shape import accumulate_dtype, along, as_dtype, to_parts
 
 
@@ -63,9 +63,9 @@ def zero_state(cell: str, activation: str) -> float:
     return 0.5 if activation == "positive" or turns else 0.0
 
 
-def gate_biases(cell: str, memory: Tensor) -> list[Tensor]:
-    """Return the biases of the first inputs with which a state lasts 1 / (1 - |a|) = memory steps."""
-    odds = (2 * memory - 1 if cell == "mingru_signed" else memory - 1).log()
+def gate_biases(cell: str, steps: Tensor) -> list[Tensor]:
+    """Return the biases of the first inputs with which a state lasts so many steps, 1 / (1 - |a|)."""
+    odds = (2 * steps - 1 if cell == "mingru_signed" else steps - 1).log()
     signs = {"minlstm": (1, -1), "minlstm_unnormalized": (1,), "gru": (0, 1)}
     return [sign * odds for sign in signs.get(cell, (-1,))]
 
@@ -93,7 +93,7 @@ MIXTURES = tuple(name for name in CELLS if len(cells_of(name)) > 1)
 NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if name not in (*MIXTURES, "gru")}
 
 
-def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
+def coefficients(spec: Spec, inputs: list[Tensor], context: Context) -> tuple[Tensor, Tensor]:
     """Return a and b, in the accumulation dtype. Both are new tensors, because a scan may overwrite them.
 
     mingru, with z = sigma(gate):                  a = 1 - z, b = z activate(candidate)
@@ -111,14 +111,14 @@ def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor
         # 1 - |tanh(x / 2)| = 2 sigma(-|x|), which does not cancel.
         return -(0.5 * gate).tanh(), 2.0 * (-gate.abs()).sigmoid() * activate(candidate, spec.activation)
     if spec.cell == "mingru_rotation":
-        return _rotation(spec, inputs, start)
+        return _rotation(spec, inputs, context)
     if spec.cell == "mingru_quaternion":
-        return _quaternion(spec, inputs, start)
+        return _quaternion(spec, inputs, context)
     if spec.cell == "minlstm_unnormalized":
         forget, input, candidate = _wide(inputs)
         return forget.sigmoid(), input.sigmoid() * activate(candidate, spec.activation)
     gate, candidate = _gate_and_candidate(spec, inputs)
-    keep, update = _decay(gate, spec.min_decay, start)
+    keep, update = _decay(gate, spec.min_decay, context)
     return keep, update * activate(candidate, spec.activation)
 
 
@@ -136,9 +136,9 @@ def log_coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return log_keep, (least - log_keep.expm1()).log() + log_g(candidate)
 
 
-def _decay(gate: Tensor, min_decay: float, start: Start) -> tuple[Tensor, Tensor]:
+def _decay(gate: Tensor, min_decay: float, context: Context) -> tuple[Tensor, Tensor]:
     """Return r and 1 - r as in `coefficients`, both in full relative precision."""
-    dt = start.dt
+    dt = context.dt
     if dt is None:
         # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
         keep, update = (-gate).sigmoid(), gate.sigmoid()
@@ -192,28 +192,28 @@ def _gate_and_candidate(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tenso
     return x[0], x[1]
 
 
-def _rotation(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
+def _rotation(spec: Spec, inputs: list[Tensor], context: Context) -> tuple[Tensor, Tensor]:
     """Return a and b (B, S, H / 2, *, 2). The first input has pairs of a gate and an angle, in units of pi / 4."""
     gates, candidates = [to_parts(x, 2) for x in _wide(inputs)]
     gate, turn = gates.unbind(-1)
-    angle = _angle(turn, start)
-    keep, update = _decay(gate, spec.min_decay, start)
+    angle = _angle(turn, context)
+    keep, update = _decay(gate, spec.min_decay, context)
     a = torch.stack([keep * angle.cos(), keep * angle.sin()], -1)
     return a, update.unsqueeze(-1) * activate(candidates, spec.activation)
 
 
-def _quaternion(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
+def _quaternion(spec: Spec, inputs: list[Tensor], context: Context) -> tuple[Tensor, Tensor]:
     """Return a and b (B, S, H / 4, *, 4). The first input has a gate and a vector of three numbers, in units of pi / 4.
 
     With the angle phi = |v|, exp(i v_1 + j v_2 + k v_3) = cos(phi) + sin(phi) / phi (i v_1 + j v_2 + k v_3).
     """
     gates, candidates = [to_parts(x, 4) for x in _wide(inputs)]
     if is_onnx():
-        keep, update = _decay(gates[..., :1], spec.min_decay, start)
-        return keep * unit_quaternion(gates[..., 1:], start), update * activate(candidates, spec.activation)
+        keep, update = _decay(gates[..., :1], spec.min_decay, context)
+        return keep * unit_quaternion(gates[..., 1:], context), update * activate(candidates, spec.activation)
     gate, vector = gates[..., 0], gates[..., 1:]
     unit = torch.full_like(gate, 0.25 * math.pi)
-    dt = start.dt
+    dt = context.dt
     if dt is not None:
         unit = unit * along(_elapsed(dt), gate)
     # A vector whose square overflows counts as 0, because nothing is known about its angle. Infinity becomes NaN.
@@ -225,21 +225,21 @@ def _quaternion(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor,
     is_small = small < 0.25
     small = torch.where(is_small, small, 0.0)
     size = torch.where(is_small, 1.0, square).sqrt()
-    angle = _angle(size, start)
+    angle = _angle(size, context)
     cosine = torch.where(is_small, _alternating(small, 0), angle.cos())
     sine = torch.where(is_small, unit * _alternating(small, 1), angle.sin() / size)
-    keep, update = _decay(gate, spec.min_decay, start)
+    keep, update = _decay(gate, spec.min_decay, context)
     a = torch.cat([cosine.unsqueeze(-1), sine.unsqueeze(-1) * vector], -1)
     return keep.unsqueeze(-1) * a, update.unsqueeze(-1) * activate(candidates, spec.activation)
 
 
-def unit_quaternion(vector: Tensor, start: Start) -> Tensor:
+def unit_quaternion(vector: Tensor, context: Context) -> Tensor:
     """Return the exponential above from few operations, without derivatives at 0.
 
     The bounds give the same results for vectors whose length would be 0 or infinite; 2^63 is a number of whole turns.
     """
     size = torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp(1e-15, 2.0**63)
-    angle = _angle(size, start)
+    angle = _angle(size, context)
     return torch.cat([angle.cos(), angle.sin() / size * vector], -1)
 
 
@@ -251,9 +251,9 @@ def _alternating(square: Tensor, odd: int) -> Tensor:
     return total
 
 
-def _angle(turn: Tensor, start: Start) -> Tensor:
+def _angle(turn: Tensor, context: Context) -> Tensor:
     """Return an angle in units of pi / 4, times the elapsed time, as an angle in which whole turns are left out."""
-    dt, turn = start.dt, 0.125 * turn
+    dt, turn = context.dt, 0.125 * turn
     if dt is None:
         turn = _without_whole_turns(turn)
     else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import route
 from .call import Call
-from .graph import are_eager, is_autocast
+from .modes import are_ordinary, mode_of
 from .shape import States, accumulate_dtype
 
 _SLICE_BYTES = 4 << 20
@@ -33,10 +33,9 @@ class Map(NamedTuple):
 
 def sizes_of(x: Tensor, of: Map, num_inputs: int) -> tuple[int, int] | None:
     """Return the size of a slice in the first two dimensions of x, or None if slices cannot be used."""
-    if not (x.is_cpu and type(of.module) in _CONVOLUTIONS and are_eager(x, *of.module.parameters())):
-        return None
+    is_known = x.is_cpu and type(of.module) in _CONVOLUTIONS and are_ordinary(x, *of.module.parameters())
     # A hook must be called with the whole batch.
-    if torch.is_grad_enabled() or is_autocast(x) or route.is_hooked(of.module):
+    if not is_known or torch.is_grad_enabled() or not mode_of(x).is_eager or route.is_hooked(of.module):
         return None
     outer, inner = x.shape[:2]
     size = num_inputs * math.prod(of.state_shape) * x.element_size()
@@ -49,11 +48,11 @@ def sizes_of(x: Tensor, of: Map, num_inputs: int) -> tuple[int, int] | None:
 
 def in_slices(run: Callable[[Call], States], call: Call, of: Map, sizes: tuple[int, int]) -> States:
     """Call `run` on one slice of x after the other."""
-    spec, (x,), start, layout = call
+    spec, (x,), context, layout = call
     time, batch = (0, 1) if layout.time_first else (1, 0)
     out = x.new_empty((*x.shape[:2], *of.state_shape))
     # In the accumulation dtype, so that the state is not rounded between slices.
-    states = start.h.to(accumulate_dtype(x.dtype))
+    states = context.h.to(accumulate_dtype(x.dtype))
     lasts = []
     for first in range(0, x.shape[batch], sizes[batch]):
         elements = slice(first, first + sizes[batch])
@@ -62,8 +61,8 @@ def in_slices(run: Callable[[Call], States], call: Call, of: Map, sizes: tuple[i
         for begin in reversed(begins) if spec.reverse else begins:
             steps = slice(begin, begin + sizes[time])
             at = (steps, elements) if layout.time_first else (elements, steps)
-            reset, dt = (None if steps is None else steps[at] for steps in (start.reset, start.dt))
-            part = Call(spec, [x[at]], start._replace(h=last, reset=reset, dt=dt), layout)
+            reset, dt = (None if steps is None else steps[at] for steps in (context.reset, context.dt))
+            part = Call(spec, [x[at]], context._replace(h=last, reset=reset, dt=dt), layout)
             out[at], last = run(part)
         lasts.append(last)
-    return out, torch.cat(lasts).to(start.h.dtype)
+    return out, torch.cat(lasts).to(context.h.dtype)

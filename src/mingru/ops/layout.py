@@ -8,9 +8,9 @@ CPU, counts the sequences that have each step. Everything here is scriptable.
 import torch
 from torch import Tensor
 
-from .call import Call, Layout, Spec, Start, with_steps
+from .call import Call, Context, Layout, Spec, with_steps
 from .cells import cells_of, coefficients, parts_of
-from .graph import for_trace, is_captured, is_old_onnx
+from .modes import for_trace, is_captured, is_old_onnx
 from .scan import LinearScan
 from .shape import States, along, as_dtype, from_parts, one_like, plus_times, to_parts
 
@@ -18,7 +18,7 @@ from .shape import States, along, as_dtype, from_parts, one_like, plus_times, to
 def padded_call(call: Call) -> Call:
     """Return the same call for batch-first sequences, without resets and with elapsed times of 1 in the padding."""
     inputs, layout = call.tensors, call.layout
-    reset, dt = call.start.reset, call.start.dt
+    reset, dt = call.context.reset, call.context.dt
     batch_sizes, lengths = layout.batch_sizes, layout.lengths
     if batch_sizes is not None:
         lengths = lengths_of(batch_sizes)
@@ -37,22 +37,22 @@ def padded_call(call: Call) -> Call:
             # Not `masked_fill`, which ONNX Runtime has not for a mask.
             reset = None if reset is None else reset & ~padding
             dt = None if dt is None else dt.masked_fill(padding, 1.0)
-    return Call(call.spec, inputs, with_steps(call.start, reset, dt), Layout(False, None, lengths))
+    return Call(call.spec, inputs, with_steps(call.context, reset, dt), Layout(False, None, lengths))
 
 
 def divided(call: Call) -> list[Call]:
     """Return a call for each cell of a mixture, of its part of the features; the call itself for any other cell."""
-    spec, start, layout = call.spec, call.start, call.layout
+    spec, context, layout = call.spec, call.context, call.layout
     cells = cells_of(spec.cell)
     if len(cells) == 1:
         return [call]
     dim = 2 if layout.batch_sizes is None else 1
     inputs = [x.chunk(len(cells), dim) for x in call.tensors]
-    states = [x.chunk(len(cells), 2) for x in (start.h, start.initial_state.expand_as(start.h))]
+    states = [x.chunk(len(cells), 2) for x in (context.h, context.initial_state.expand_as(context.h))]
     calls: list[Call] = []
     for index, cell in enumerate(cells):
         own = Spec(cell, *spec[1:])
-        first = Start(states[0][index], states[1][index], start.reset, start.dt)
+        first = Context(states[0][index], states[1][index], context.reset, context.dt)
         calls.append(Call(own, [x[index] for x in inputs], first, layout))
     return calls
 
@@ -67,16 +67,16 @@ def joined(states: list[States], layout: Layout) -> States:
 
 def as_linear_scan(call: Call) -> LinearScan:
     """Return the scan that a cell computes, of numbers with its parts. The call must come from `padded_call`."""
-    spec, start = call.spec, call.start
-    a, b = coefficients(spec, call.tensors, start)
+    spec, context = call.spec, call.context
+    a, b = coefficients(spec, call.tensors, context)
     parts = parts_of(spec.cell)
     lengths = call.layout.lengths
     if lengths is not None:
         a, b = kept_in_padding(a, b, lengths, parts)
-    h = to_parts(start.h, parts)
-    reset = start.reset
+    h = to_parts(context.h, parts)
+    reset = context.reset
     if reset is not None:
-        initial_state = to_parts(start.initial_state.expand_as(start.h), parts)
+        initial_state = to_parts(context.initial_state.expand_as(context.h), parts)
         b = torch.where(along(reset, b), plus_times(b, a, as_dtype(initial_state, b.dtype), parts), b)
     return LinearScan(a, b, as_dtype(h, b.dtype), reset, spec.reverse, parts)
 
@@ -95,7 +95,7 @@ def in_layout(states: States, call: Call) -> States:
     if layout.time_first:
         # A copy, because outputs must be contiguous and not views. Not in place, because backward keeps `out`.
         out = out.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-    return out, as_dtype(last, call.start.h.dtype)
+    return out, as_dtype(last, call.context.h.dtype)
 
 
 def is_transposed(x: Tensor) -> bool:
@@ -106,9 +106,8 @@ def is_transposed(x: Tensor) -> bool:
 def is_packing(batch_sizes: Tensor, num_rows: int) -> bool:
     """Return whether so many packed steps can have these batch sizes. Kernels read and write memory by them."""
     sizes: list[int] = batch_sizes.tolist()
-    return (
-        batch_sizes.dim() == 1 and sizes == sorted(sizes, reverse=True) and sizes[-1:] > [0] and sum(sizes) == num_rows
-    )
+    is_falling = batch_sizes.dim() == 1 and sizes == sorted(sizes, reverse=True) and sizes[-1:] > [0]
+    return is_falling and sum(sizes) == num_rows
 
 
 def lengths_of(batch_sizes: Tensor) -> Tensor:
@@ -146,9 +145,8 @@ def packing_of(lengths: Tensor, x: Tensor, time_first: bool) -> tuple[Tensor, Te
     The longest sequences are the first. Empty sequences are not packed.
     """
     if is_old_onnx():
-        raise ValueError(
-            "lengths must be None in an export with dynamo=False, which cannot sort; use mingru.export.onnx"
-        )
+        why = "in an export with dynamo=False, which cannot sort; use mingru.export.onnx"
+        raise ValueError("lengths must be None " + why)
     lengths, order = lengths.cpu().sort(descending=True, stable=True)
     num_steps = x.size(0 if time_first else 1)
     batch_sizes = (torch.arange(num_steps, device=lengths.device).unsqueeze(1) < lengths).sum(1)
@@ -168,14 +166,14 @@ def with_lengths(x: Tensor, lengths: Tensor, time_first: bool) -> tuple[Tensor, 
     return x, Layout(time_first, None, lengths.long().contiguous())
 
 
-def in_reverse(start: Start, layout: Layout) -> Start:
-    """Return the start of the reverse direction, whose resets and elapsed times move by one step.
+def in_reverse(context: Context, layout: Layout) -> Context:
+    """Return the context of the reverse direction, whose resets and elapsed times move by one step.
 
     A reset at step t is a boundary between the steps t - 1 and t, and dt the time between them. The reverse direction
     crosses that boundary before step t - 1. Before the last step of each sequence, it sees no reset, and uses the time
     before the first step, which no other step uses.
     """
-    reset, dt = start.reset, start.dt
+    reset, dt = context.reset, context.dt
     if reset is not None:
         reset = of_next_step(reset, torch.zeros_like(reset), layout)
     if dt is not None:
@@ -185,7 +183,7 @@ def in_reverse(start: Start, layout: Layout) -> Start:
         else:
             first = (dt[:1] if layout.time_first else dt[:, :1]).expand_as(dt)
         dt = of_next_step(dt, first, layout)
-    return with_steps(start, reset, dt)
+    return with_steps(context, reset, dt)
 
 
 def padding_of(lengths: Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .call import Spec
-from .shape import States, accumulate_dtype
+from .shape import MaybeTensor, States, accumulate_dtype
 
 
 class WeightAndBias(nn.Module):
@@ -71,7 +71,7 @@ def with_norm(spec: Spec, kind: str, eps: float | None, dtype: torch.dtype) -> S
     return spec._replace(norm=kind, eps=torch.finfo(accumulate_dtype(dtype)).eps if eps is None else eps)
 
 
-def map_with_norm(weight: Any, bias: Any, scale: Any, shift: Any) -> Any:
+def map_with_norm(weight: Tensor, bias: MaybeTensor, scale: MaybeTensor, shift: MaybeTensor) -> Any:
     """Return the map with weights w and b of a norm before it: W (w x + b) + c = (W diag(w)) x + (W b + c)."""
     if shift is not None:
         bias = weight @ shift if bias is None else torch.addmv(bias, weight, shift)

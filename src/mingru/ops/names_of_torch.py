@@ -5,6 +5,7 @@ but slower. The attributes of `nn.Module` that its subclasses use, such as `_mod
 """
 
 from contextlib import nullcontext
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -23,10 +24,6 @@ def _of_torch(path: str, otherwise: Any) -> Any:
 
 def _yes(*args: object) -> bool:
     return True
-
-
-def _none(*args: object) -> None:
-    return None
 
 
 def _copied(x: Tensor, shape: list[int]) -> Tensor:
@@ -66,10 +63,13 @@ loop = _of_torch("ops.higher_order.scan", None)
 # `mingru.export.onnx` raises an error.
 pytree = _of_torch("utils._pytree", _Missing())
 # Layers cannot be captured by `make_fx` if a check depends on values.
-_get_dispatch_mode = _of_torch("_C._get_dispatch_mode", _none)
-_is_key_included = _of_torch("_C._dispatch_tls_is_dispatch_key_included", _none)
+_get_dispatch_mode = _of_torch("_C._get_dispatch_mode", lambda key: None)
+_is_included = _of_torch("_C._dispatch_tls_is_dispatch_key_included", lambda key: None)
 _PROXY = _of_torch("_C._TorchDispatchModeKey.PROXY", None)
-_BEFORE_DISPATCH = _of_torch("_C.DispatchKey.PreDispatch", None)
+_PRE_DISPATCH = _of_torch("_C.DispatchKey.PreDispatch", None)
+# No level is -1. Without the name, forward mode runs in fused kernels, which have no rule for it. A function of Python
+# would take longer.
+forward_level = partial(getattr, forward_ad, "_current_level", -1)
 _eager_transforms = _of_torch("_functorch.eager_transforms", None)
 
 # Scripting compiles the eager code of a function in place of its twin, and fails if TorchScript does not support it.
@@ -103,7 +103,7 @@ def is_untransformed() -> bool:
 
     Without the names, no call runs in fused kernels.
     """
-    return not (is_tracing() or are_functorch_transforms_active() or getattr(forward_ad, "_current_level", 0) >= 0)
+    return not (is_tracing() or are_functorch_transforms_active() or forward_level() >= 0)
 
 
 def is_exporting() -> bool:
@@ -116,11 +116,7 @@ def is_exporting() -> bool:
 
 def is_symbolic() -> bool:
     """Return whether tensors may have no values: in `torch.compile`, `torch.export` and `make_fx`, not in a trace."""
-    return (
-        torch.compiler.is_compiling()
-        or _get_dispatch_mode(_PROXY) is not None
-        or bool(_is_key_included(_BEFORE_DISPATCH))
-    )
+    return torch.compiler.is_compiling() or _get_dispatch_mode(_PROXY) is not None or bool(_is_included(_PRE_DISPATCH))
 
 
 def jvp_nesting() -> int:

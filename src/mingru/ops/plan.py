@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import autograd, linear_map, names_of_torch, route
-from .backends.triton.plan import KEEPING
-from .call import Layout, Start
+from .backends.triton import CELLS as CELLS_OF_TRITON
+from .call import Context, Layout
 from .causal_conv import causal_conv
-from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
 from .linear_map import FORWARDS, HOOKS, RecurrentMap
+from .modes import is_autocast, is_compiling, is_device_context
 from .shape import MaybeTensor, Outputs, States
 from .traced import Direction, Recording, Traced
 
@@ -122,7 +122,7 @@ class LayerPlan:
         # Whether recurrences with gradients, and the kernels of GPUs, compute them.
         self.is_trained = not any(getattr(each, "checkpoint", False) and each.training for each in modules)
         specs = [each.spec for directions in scans for each in directions]
-        self.is_for_gpu = all(spec.cell in KEEPING and not spec.output_gate for spec in specs)
+        self.is_for_gpu = all(spec.cell in CELLS_OF_TRITON and not spec.output_gate for spec in specs)
         # The attributes of each module; copies of them without the notes; the names of notes, by index of the module.
         watched = [each for each in modules if type(each) is not nn.ModuleList]
         self._now, self._types_now = list(map(vars, watched)), list(map(type, watched))
@@ -311,7 +311,7 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
             return None
         if module.role == "step":
             reset, dt = (None if each is None else each.unsqueeze(-1) for each in (reset, dt))
-        start = Start(x, x, reset, dt)
+        start = Context(x, x, reset, dt)
         others = in_reverse(start, Layout(time_first)) if plan.is_bidirectional else start
         # As both directions see them.
         pairs = zip(start[2:4], others[2:4], strict=True)

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from .backend import SCANS, Backend, Kernel, warn_once
 from .backends import in_log_space, native, sequential, torch_in_graphs, torch_in_place, triton
 from .call import Call, Spec
 from .cells import CELLS, cells_of, parts_of
-from .graph import are_eager, are_ordinary, is_autocast, is_compiling
 from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, map_with_norm, weights_of_norm, with_norm
-from .names_of_torch import has_any_global_hook, is_exporting, is_symbolic, is_tracing
+from .modes import EAGER, Mode, are_ordinary, is_compiling, mode_of
+from .names_of_torch import has_any_global_hook
 from .shape import as_dtype
 
 BackendName = Literal["auto", "native", "triton", "torch", "log", "sequential"]
@@ -32,8 +32,9 @@ BACKENDS: dict[Any, Backend] = {
 }
 # Backends that "auto" tries, in this order. "torch" supports everything.
 FASTEST_FIRST = ("native", "triton", "torch")
-# What runs if the caller selected "triton": an error if a kernel fails.
-_SELECTED = {"triton": "triton alone"}
+# The traceable version of "torch", for tensors without values.
+_IN_GRAPHS = "torch in graphs"
+_CHOSEN = {"triton alone": triton.ALONE, _IN_GRAPHS: torch_in_graphs.BACKEND}
 VARIABLE = "MINGRU_BACKEND"
 # What `os.environ` looks up; its own `get` would take longer than everything else here.
 _environment, _KEY = vars(os.environ)["_data"], os.environ.encodekey(VARIABLE)
@@ -42,6 +43,20 @@ _CASTS = 256
 # The last cell of a mixture, which fewer backends compute than the first.
 _RAREST = {cell: cells_of(cell)[-1] for cell in CELLS}
 _BY_VARIABLE = f"the environment variable {VARIABLE}"
+
+
+class Way(NamedTuple):
+    """How a recurrence is computed."""
+
+    backend: str
+    """Name of the backend, for `backend_of`."""
+    mode: Mode
+
+
+# Made once, because most calls have one of these.
+_EAGER = {name: Way(name, EAGER) for name in (*BACKENDS, *_CHOSEN)}
+# That of an eager call that the compiled kernels compute.
+NATIVE = _EAGER["native"]
 
 
 class _Chosen(threading.local):
@@ -121,50 +136,54 @@ def kernels_for(x: Tensor) -> str | None:
     if x.is_cpu and names[0] == "native":
         return None if BACKENDS["native"].unavailable() else "native"
     if "triton" in names and _why_not("triton", x, SCANS["linear_scan", False]) is None:
-        return _SELECTED.get(name, "triton")
+        return "triton alone" if name == "triton" else "triton"
     return None
 
 
-def is_for_native(x: Tensor, *others: Any) -> bool:
+def is_for_native(x: Tensor, *others: Tensor | None) -> bool:
     """Return whether an eager call computes these tensors, some of which may be None, in the compiled kernels."""
-    return x.is_cpu and are_eager(x, *others) and kernels_for(x) == "native" and not is_autocast(x)
+    return x.is_cpu and mode_of(x).is_eager and are_ordinary(x, *others) and kernels_for(x) == "native"
 
 
-def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
-    """Return the name of the backend that runs this spec on this tensor, for `backend_of`."""
-    name, selected_by = _selected(backend)
+def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> Way:
+    """Return how this spec runs on this tensor: the entrance of every recurrence."""
+    mode, (name, selected_by) = mode_of(sequence), _selected(backend)
     if name != "auto":
         _check_name(name, f"{spec.cell}: {selected_by}")
     # An exported graph may run where the kernels of this package are not installed.
-    if is_tracing() or (name == "auto" and is_compiling() and is_exporting()):
-        return "torch"
+    if mode.is_traced or (name == "auto" and mode.is_exported):
+        return way_of("torch", mode)
     if name == "auto":
         for name in FASTEST_FIRST:
             if _why_not(name, sequence, spec) is None:
                 break
-        if name == "torch" and not is_compiling():
+        if name == "torch" and not mode.is_compiled:
             _warn_if_kernels_are_missing(sequence, spec)
-        return name
+        return (_EAGER.get(name) if mode.is_eager else None) or way_of(name, mode)
     why = _why_not(name, sequence, spec)
     if why is not None:
         selected_by = f"{spec.cell}: {selected_by}"
         raise ValueError(f"{selected_by} selects {name!r}, which cannot run this because {why}; use 'auto'")
-    return _SELECTED.get(name, name)
+    # If the caller selected it, a kernel that fails is an error.
+    return way_of("triton alone" if name == "triton" else name, mode)
+
+
+def way_of(backend: str, mode: Mode) -> Way:
+    """Return how a backend that was chosen runs in this mode, which in a backward pass may be another."""
+    return Way(_IN_GRAPHS if backend == "torch" and mode.is_symbolic else backend, mode)
 
 
 def backend_of(name: str) -> Backend:
-    """Return the backend that was chosen. While a graph is captured, "torch" is its traceable version."""
-    if name == "torch" and is_symbolic():
-        return torch_in_graphs.BACKEND
-    return triton.ALONE if name == "triton alone" else BACKENDS[name]
+    """Return the backend that was chosen."""
+    return _CHOSEN.get(name) or BACKENDS[name]
 
 
-def kernel_of(name: str, call: Call) -> Kernel | None:
+def kernel_of(way: Way, call: Call) -> Kernel | None:
     """Return the fused kernel that can compute the recurrence from its pre-activations, or None."""
-    spec, inputs, start, layout = call
-    kernel = backend_of(name).kernel
+    spec, inputs, context, layout = call
+    kernel = None if way.mode.needs_operations else backend_of(way.backend).kernel
     # The fields after the states are options, such as elapsed times, that a caller may have differentiated or wrapped.
-    if kernel is None or not kernel.computes(spec) or not are_ordinary(*inputs, *start[2:]):
+    if kernel is None or not kernel.computes(spec) or not are_ordinary(*inputs, *context[2:]):
         return None
     # The parts of a number must be next to each other.
     if parts_of(spec.cell) > 1 and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
@@ -172,22 +191,20 @@ def kernel_of(name: str, call: Call) -> Kernel | None:
     return None if layout.lengths is not None and kernel.packed and not kernel.lengths else kernel
 
 
-def fused_with(
-    linear: Any, name: str, call: Call, norm: nn.Module | None = None, output_gate: bool = False
-) -> Call | None:
+def fused_with(linear: Any, way: Way, call: Call, norm: nn.Module | None = None, gated: bool = False) -> Call | None:
     """Return the call of a fused kernel that computes the recurrence of linear(norm(x)), or None.
 
     Without a linear map, x has the pre-activations of a GRU, side by side.
     """
-    spec, (x,), start, layout = call
-    kernel = backend_of(name).linear_kernel
-    has_more = norm is not None or output_gate
+    spec, (x,), context, layout = call
+    kernel = None if way.mode.needs_operations else backend_of(way.backend).linear_kernel
+    has_more = norm is not None or gated
     if kernel is None or not kernel.computes(spec) or (has_more and not kernel.whole):
         return None
-    if output_gate:
+    if gated:
         spec = spec._replace(output_gate=True)
     # The kernel's sizes depend on the values of lengths, which a captured graph does not know.
-    if layout.lengths is not None and (not kernel.lengths or is_symbolic()):
+    if layout.lengths is not None and (not kernel.lengths or way.mode.is_symbolic):
         return None
     of_map: list[Any] = [None, None]
     if linear is not None:
@@ -197,24 +214,24 @@ def fused_with(
         of_map = [linear.weight, linear.bias]
         if of_map[0] is None:
             return None
-    if not are_ordinary(x, *of_map, *start[2:]) or not x.is_floating_point() or x.numel() == 0:
+    if not are_ordinary(x, *of_map, *context[2:]) or not x.is_floating_point() or x.numel() == 0:
         return None
     if linear is None:
-        return Call(spec, [x, *of_map], start, layout)
+        return Call(spec, [x, *of_map], context, layout)
     weight, bias = of_map
     # The product with the weight of a norm would broadcast.
     if weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
         return None
-    if is_autocast(x):
+    if way.mode.is_autocast:
         # For few rows, as in a step, `linear` is faster, because autocast casts its weights once for all calls.
         is_small = spec.cell != "gru" and x.shape[:-1].numel() * _CASTS < weight.numel()
-        if not kernel.autocast or (is_small and not is_compiling()):
+        if not kernel.autocast or (is_small and not way.mode.is_compiled):
             return None
         tensors = _autocast(x, weight, bias)
-        return Call(spec, [*tensors], start, layout) if norm is None and tensors is not None else None
+        return Call(spec, [*tensors], context, layout) if norm is None and tensors is not None else None
     if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
         return None
-    call = Call(spec, [x, weight, bias], start, layout)
+    call = Call(spec, [x, weight, bias], context, layout)
     return call if norm is None else _with_norm(call, norm)
 
 
@@ -245,12 +262,9 @@ def _autocast(*tensors: Tensor | None) -> Any:
 def is_hooked(module: nn.Module) -> bool:
     """Return whether calling the module does more than its class did when this package was imported."""
     cls = type(module)
-    return bool(
-        has_any_global_hook()
-        or (not is_compiling() and cls.forward is not FORWARDS.get(cls, cls.forward))
-        or "forward" in module.__dict__
-        or any(map(module.__dict__.get, HOOKS))
-    )
+    is_patched = not is_compiling() and cls.forward is not FORWARDS.get(cls, cls.forward)
+    has_more = "forward" in module.__dict__ or any(map(module.__dict__.get, HOOKS))
+    return bool(has_any_global_hook()) or is_patched or has_more
 
 
 def _warn_if_kernels_are_missing(sequence: Tensor, spec: Spec) -> None:

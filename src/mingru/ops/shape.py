@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .graph import is_captured
+from .modes import is_captured
 from .names_of_torch import unsafe_view
 
 # The states of all steps, and the state after the last step, (B, 1, *).

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import native
-from .call import Spec, Start, is_plain
+from .call import Context, Spec, is_plain
 from .cells import CELLS
 from .linear_map import NORMS
 
@@ -202,14 +202,14 @@ class Traced:
         return self.then("causal_conv", state[0], *self.recording.weights(weight, bias)), state
 
     def recurrence(
-        self, spec: Spec, linear: Any, start: Start, recompute: bool | None, norm: Any, output_gate: bool
+        self, spec: Spec, linear: Any, context: Context, recompute: bool | None, norm: Any, output_gate: bool
     ) -> "tuple[Traced, Any]":
         """Return the recurrence of linear(norm(x)) in one direction, and the state."""
-        recording, (state, layer), steps = self.recording, start.h, self.recording.steps
+        recording, (state, layer), steps = self.recording, context.h, self.recording.steps
         recording.require(type(linear).forward is nn.Linear.forward, norm is None or type(norm) in NORMS)
         # What else a spec or a start says, the instructions do not.
-        known = Start(start.h, start.h, None, None, start.recurrent, start.recurrent_bias)
-        recording.require(is_plain(spec), all(map(operator.is_, start, known)))
+        known = Context(context.h, context.h, None, None, context.recurrent, context.recurrent_bias)
+        recording.require(is_plain(spec), all(map(operator.is_, context, known)))
         recording.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
         recording.next_layer(state, layer)
         of_norm = None
@@ -220,8 +220,8 @@ class Traced:
         for each, dim in ((linear.bias, 0), *((getattr(norm, name, None), 1) for name in ("weight", "bias"))):
             recording.require(each is None or each.shape == linear.weight.shape[dim : dim + 1])
         own, recurrent = recording.weights(linear.weight, linear.bias), [-1, -1]
-        if start.recurrent is not None:
-            recurrent = recording.weights(start.recurrent, start.recurrent_bias)
+        if context.recurrent is not None:
+            recurrent = recording.weights(context.recurrent, context.recurrent_bias)
         of = Direction(spec._replace(output_gate=output_gate), of_norm, own, recurrent, recompute, {})
         if spec.reverse:
             # Reads the same x as the direction before it.
@@ -229,8 +229,8 @@ class Traced:
             recording.require(self.at == len(steps) - 1, len(directions) == 1, own_state == state)
             directions.append(of)
             recording.is_open = True
-            return Traced(recording, None, True), start.h
-        return self.then("scan", ([of], state)), start.h
+            return Traced(recording, None, True), context.h
+        return self.then("scan", ([of], state)), context.h
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

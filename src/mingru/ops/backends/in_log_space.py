@@ -33,9 +33,9 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (decay + (log_b - decay).logcumsumexp(1)).exp()
 
 
-def _recurrence(call: Call) -> States:
-    spec, start, lengths = call.spec, call.start, call.layout.lengths
-    for name, given in (("reset", start.reset), ("dt", start.dt)):
+def _states_in_log_space(call: Call) -> States:
+    spec, context, lengths = call.spec, call.context, call.layout.lengths
+    for name, given in (("reset", context.reset), ("dt", context.dt)):
         if given is not None:
             why = "a decay may then be 0, which has no logarithm"
             raise ValueError(f"{spec.cell}: the backend 'log' takes no {name}, because {why}; use 'auto'")
@@ -46,9 +46,9 @@ def _recurrence(call: Call) -> States:
         log_a, log_b = log_a.masked_fill(padding, 0.0), log_b.masked_fill(padding, torch.finfo(log_b.dtype).min / 4)
     if spec.reverse:
         log_a, log_b = log_a.flip(1), log_b.flip(1)
-    out = parallel_scan_log(log_a[:, 1:], log_b) + log_a.cumsum(1).exp() * start.h.to(log_b.dtype)
+    out = parallel_scan_log(log_a[:, 1:], log_b) + log_a.cumsum(1).exp() * context.h.to(log_b.dtype)
     last = out[:, -1:].clone()
     return out.flip(1) if spec.reverse else out, last
 
 
-BACKEND = Backend(unsupported=_unsupported, recurrence=_recurrence)
+BACKEND = Backend(unsupported=_unsupported, recurrence=_states_in_log_space)

@@ -8,7 +8,7 @@ B sequences, C chunks of T steps, and F features.
 The product of numbers is one of matrices: a b = M(a) b, whose row i and column j have the part i ^ j of a, with a sign.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from torch import Tensor
 from ..activation import activate
 from ..call import Call
 from ..cells import _decay, unit_quaternion
-from ..graph import is_true_for_all_sizes
 from ..layout import in_layout, padded_call
+from ..modes import is_true_for_all_sizes
 from ..scan import LinearScan
 from ..shape import States, accumulate_dtype, along, as_dtype, from_parts, times, to_parts
 from . import torch_in_graphs
 
+# A value of a graph, for which onnxscript has no type.
+Value = Any
 # Of M(a) for quaternions. A complex number has the first two rows and columns.
 _SIGNS = ((1, -1, -1, -1), (1, 1, -1, 1), (1, 1, 1, -1), (1, -1, 1, 1))
 # Dimensions of (P, 2, B, C, T, F).
@@ -43,28 +45,28 @@ def _operator(
 
 
 @_operator.register_fake
-def _(a: Tensor, b: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(a: Tensor, b: Tensor, h: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(b), torch.empty_like(h)
 
 
 def mixed_step(call: Call) -> States | None:
     """Compute one step of all cells of a mixture together; None if the call is another."""
-    spec, (gate, candidate), start, layout = call
+    spec, (gate, candidate), context, layout = call
     is_step = gate.dim() == 3 and is_true_for_all_sizes(gate.size(0 if layout.time_first else 1) == 1)
     if spec.cell != "mingru_mixed" or not is_step or layout.lengths is not None:
         return None
-    spec, (gate, candidate), start, layout = padded_call(call)
+    spec, (gate, candidate), context, layout = padded_call(call)
     gate, candidate = (as_dtype(x, accumulate_dtype(x.dtype)) for x in (gate, candidate))
     features = range(gate.size(2))
     turning = [feature for feature in features if feature >= len(features) // 2]
     own = [feature - feature % 4 if feature in turning else feature for feature in features]
     vectors = [feature for feature in turning if feature % 4]
-    keep, update = _decay(gate.index_select(2, torch.tensor(own, device=gate.device)), spec.min_decay, start)
+    keep, update = _decay(gate.index_select(2, torch.tensor(own, device=gate.device)), spec.min_decay, context)
     vector = gate.index_select(2, torch.tensor(vectors, device=gate.device))
-    unit = unit_quaternion(vector.reshape(-1, 1, len(vectors) // 3, 3), start)
-    h = as_dtype(start.h, gate.dtype)
-    if start.reset is not None:
-        h = torch.where(along(start.reset, h), as_dtype(start.initial_state, h.dtype), h)
+    unit = unit_quaternion(vector.reshape(-1, 1, len(vectors) // 3, 3), context)
+    h = as_dtype(context.h, gate.dtype)
+    if context.reset is not None:
+        h = torch.where(along(context.reset, h), as_dtype(context.initial_state, h.dtype), h)
     out = _turned(keep, unit, update * activate(candidate, spec.activation), h)
     return in_layout((out, out), call)
 
@@ -81,7 +83,7 @@ def _(keep: Tensor, unit: Tensor, b: Tensor, h: Tensor) -> Tensor:
     return torch.empty_like(b)
 
 
-def translation() -> dict[Any, Any]:
+def translation() -> dict[Any, Callable[..., Value]]:
     """Return the functions that write the nodes of the operators, as `torch.onnx.export` takes them."""
 
     def nodes(a, b, h, reset=None, reverse: bool = False, parts: int = 1, most_steps: int = 1):  # type: ignore[no-untyped-def]
@@ -94,9 +96,9 @@ def translation() -> dict[Any, Any]:
 
 
 class _Nodes:
-    """The nodes of one scan. onnxscript has no types for the values of a graph, which are `Any` here."""
+    """The nodes of one scan."""
 
-    def __init__(self, b: Any, parts: int, most_steps: int) -> None:
+    def __init__(self, b: Value, parts: int, most_steps: int) -> None:
         from onnxscript import opset18
 
         self.op: Any = opset18
@@ -109,13 +111,13 @@ class _Nodes:
         root = next((size for size in range(2, largest) if self.most <= size * size), largest)
         self.size = self.most if self.is_one else root
 
-    def numbers(self, value: Any) -> Any:
+    def numbers(self, value: Any) -> Value:
         return self.op.Constant(value=_tensor(value, self.dtype))
 
-    def integers(self, *values: int) -> Any:
+    def integers(self, *values: int) -> Value:
         return self.op.Constant(value_ints=values)
 
-    def scan(self, a: Any, b: Any, h: Any, reset: Any, reverse: bool) -> Any:
+    def scan(self, a: Value, b: Value, h: Value, reset: Value, reverse: bool) -> Value:
         op, size = self.op, self.size
         zero = self.numbers(0.0)
         if self.num_steps == 1:
@@ -138,7 +140,7 @@ class _Nodes:
             # Beside the state, a column for the decay. They begin as 0 and as 1.
             b = op.Pad(b, self.integers(0, 1, *[0] * 10))
             x = self.numbers([[[[[[float(part == 0)]]]], [[[[0.0]]]]] for part in range(self.parts)])
-        resets: Sequence[Any] = [None] * size
+        resets: Sequence[Value | None] = [None] * size
         if reset is not None:
             reset = op.Unsqueeze(self._chunks(reset, 1, count), self.integers(3))
             resets = self._split(reset, 2, size)
@@ -157,9 +159,8 @@ class _Nodes:
             # The matrix of the carry-in, which is smaller than that of the decays.
             added = self._product(self._matrix(carry, 0, right=True), decay)
             out = op.Add(state, added if seen is None else op.Where(seen, zero, added))
-        out = op.Reshape(
-            op.Squeeze(out, self.integers(_COLUMNS)), op.Concat(self.integers(0, 0, -1), of_features, axis=0)
-        )
+        shape = op.Concat(self.integers(0, 0, -1), of_features, axis=0)
+        out = op.Reshape(op.Squeeze(out, self.integers(_COLUMNS)), shape)
         if not self.is_fixed or self.num_steps % size:
             out = op.Slice(out, self.integers(0), count, self.integers(2))
         end = self.integers(-1), self.integers(1 << 62), self.integers(2)
@@ -170,7 +171,7 @@ class _Nodes:
         out = self._flipped(out, 2) if reverse else out
         return tuple(self._parts_last(each, of_space, len(spaces)) for each in (out, last))
 
-    def turned(self, keep: Any, unit: Any, b: Any, h: Any) -> Any:
+    def turned(self, keep: Value, unit: Value, b: Value, h: Value) -> Value:
         """Return b + keep h, of which the second half is turned by unit (B, 1, H / 8, 4).
 
         The part i ^ j of the unit times the part j of h is added to the part i of the product.
@@ -186,7 +187,7 @@ class _Nodes:
         turned = op.Concat(still, op.Reshape(product, self.integers(0, 1, -1)), axis=2)
         return op.Add(b, op.Mul(keep, turned))
 
-    def _carry_in(self, totals: Any, first: Any, seen: Any, zero: Any, count: Any) -> Any:
+    def _carry_in(self, totals: Value, first: Value, seen: Value, zero: Value, count: Value) -> Value:
         """Return the state before each chunk, (P, 1, B, C, 1, F), from the decays and states of whole chunks.
 
         By recursive doubling, as in `torch_in_graphs`. Before the chunks, there are h, whose decay is 0, and zeros.
@@ -216,7 +217,7 @@ class _Nodes:
             state = op.Where(op.Greater(count, self.integers(self.most)), self.numbers(float("nan")), state)
         return op.Slice(state, self.integers(1), self.integers(-1), self.integers(_CHUNKS))
 
-    def _matrix(self, a: Any, at: int = 0, right: bool = False) -> Any:
+    def _matrix(self, a: Value, at: int = 0, right: bool = False) -> Value:
         """Return M(a) from parts in dimension `at`, in two dimensions there; if `right`, the M' of b a = M'(a) b.
 
         The matrices of `right` are smaller where a has fewer elements than b.
@@ -230,11 +231,11 @@ class _Nodes:
         matrix = self.op.Gather(a, self.op.Constant(value=_tensor(order, 7)), axis=at)
         return self.op.Mul(matrix, self.op.Reshape(self.numbers(signs), self.integers(*[self.parts] * 2, *trailing)))
 
-    def _product(self, matrix: Any, x: Any, at: int = 1) -> Any:
+    def _product(self, matrix: Value, x: Value, at: int = 1) -> Value:
         product = self.op.Mul(matrix, x)
         return product if self.parts == 1 else self.op.ReduceSum(product, self.integers(at), keepdims=0)
 
-    def _chunks(self, x: Any, at: int, count: Any, *trailing: Any) -> Any:
+    def _chunks(self, x: Value, at: int, count: Value, *trailing: Value) -> Value:
         """Return x with the time, its dimension `at`, in two dimensions: chunks, and their steps."""
         op, rank = self.op, at + 1 + len(trailing)
         if not self.is_fixed or self.num_steps % self.size:
@@ -243,26 +244,26 @@ class _Nodes:
             x = op.Pad(x, op.Concat(self.integers(*[0] * (rank + at)), more, *after, axis=0))
         return op.Reshape(x, op.Concat(self.integers(*[0] * at, -1, self.size), *trailing, axis=0))
 
-    def _split(self, x: Any, dim: int, count: int) -> Sequence[Any]:
+    def _split(self, x: Value, dim: int, count: int) -> Sequence[Value]:
         return self.op.Split(x, num_outputs=count, axis=dim) if count > 1 else [x]
 
-    def _flipped(self, x: Any, dim: int) -> Any:
+    def _flipped(self, x: Value, dim: int) -> Value:
         return self.op.Slice(x, *map(self.integers, (-1, -(1 << 62), dim, -1)))
 
-    def _parts_first(self, x: Any, rest: int) -> Any:
+    def _parts_first(self, x: Value, rest: int) -> Value:
         """Return (B, S, *, P) as (P, B, S, F)."""
         op = self.op
         x = op.Unsqueeze(x, self.integers(0)) if self.parts == 1 else op.Transpose(x, perm=[2 + rest, *range(2 + rest)])
         return x if rest == 1 else op.Reshape(x, self.integers(0, 0, 0, -1))
 
-    def _parts_last(self, x: Any, of_space: Any, rest: int) -> Any:
+    def _parts_last(self, x: Value, of_space: Value, rest: int) -> Value:
         op = self.op
         if rest > 1:
             x = op.Reshape(x, op.Concat(self.integers(0, 0, 0), of_space, axis=0))
         return op.Squeeze(x, self.integers(0)) if self.parts == 1 else op.Transpose(x, perm=[*range(1, 3 + rest), 0])
 
 
-def _tensor(value: Any, dtype: Any) -> Any:
+def _tensor(value: Any, dtype: int) -> Any:
     from onnx_ir import DataType, tensor
 
     return tensor(value, DataType(dtype))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Kernel, grads_of_start
+from ..backend import Backend, Given, Gradients, Kernel, grads_of_context
 from ..call import FIRST_INPUT, Spec
 from ..cells import MIXTURES
 from ..layout import is_transposed
@@ -65,7 +65,7 @@ def _register_shapes() -> None:
     def rows_of(x: Tensor, weight: Tensor | None) -> int:
         return x.shape[-1] if weight is None else weight.shape[0]
 
-    def of_start(call: list[Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    def of_context(call: list[Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
         h, has_reset = call[0], flag(bits, "has_reset")
         # Each cell of a mixture has its own groups.
         count = 2 if bits & 0xFF in map(CELL_NUMBERS.get, MIXTURES) else 1
@@ -89,7 +89,7 @@ def _register_shapes() -> None:
     def recurrence_backward(inputs: list[Tensor], call: list[Tensor], out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         num_leading = 1 if flag(rest[2], "has_batch_sizes") else 2
         num_grads = len(inputs) * out.shape[num_leading:].numel()
-        return out.new_empty(*out.shape[:num_leading], num_grads), *of_start(call, rest[2])
+        return out.new_empty(*out.shape[:num_leading], num_grads), *of_context(call, rest[2])
 
     def linear_recurrence_forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, call: list[Tensor], bits: int, *numbers: float
@@ -110,7 +110,7 @@ def _register_shapes() -> None:
             grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
         grad_weight = x.new_empty(rows_of(x, weight) if flag(bits, "needs_weight") else 0, x.shape[-1])
         grad_bias = x.new_empty(1 if flag(bits, "needs_bias") else 0, rows_of(x, weight))
-        return grad_x, grad_weight, grad_bias, *of_start(call, bits), *of_recurrent(call, bits)
+        return grad_x, grad_weight, grad_bias, *of_context(call, bits), *of_recurrent(call, bits)
 
     def causal_conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any) -> States:
         return x.new_empty(x.shape), call[0].new_empty(call[0].shape)
@@ -179,7 +179,7 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
 
 
 def arguments(
-    spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None = None, needs: Sequence[bool] = ()
+    spec: Spec, given: Given, time_first: bool, keep: bool | None = None, needs: Sequence[bool] = ()
 ) -> tuple[list[Tensor], int, float]:
     """Return a call as all operators take it: its tensors, numbers and flags in one number, and `min_decay`.
 
@@ -208,36 +208,36 @@ def arguments(
     return tensors, bits, spec.min_decay
 
 
-def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _forward(spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
     out, last = torch.ops.mingru.recurrence_forward([*given[FIRST_INPUT:]], *arguments(spec, given, time_first))
     return out, last if last.dtype == given[0].dtype else last.to(given[0].dtype), None
 
 
-def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
+def _backward(spec: Spec, given: Given, time_first: bool, saved: Given, needs: Sequence[bool]) -> Gradients:
     inputs, needs_dt, (states, _, grad_out, grad_last) = [*given[FIRST_INPUT:]], needs[3], saved
     tensors, bits, min_decay = arguments(spec, given, time_first, None, [needs_dt])
     rest = grad_out, as_dtype(grad_last, tensors[0].dtype), bits, min_decay
     grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(inputs, tensors, states, *rest)
     parts = map(Tensor.view_as, grads.chunk(len(inputs), -1), inputs)
-    of_start = grads_of_start(given, of_states, grads_of_dt.sum(-1) if needs_dt else None)
-    return *of_start, *parts
+    of_context = grads_of_context(given, of_states, grads_of_dt.sum(-1) if needs_dt else None)
+    return *of_context, *parts
 
 
-def _linear_recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _linear_forward(spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
     all_of = *given[FIRST_INPUT:], *arguments(spec, given, time_first, keep), spec.eps
     out, last, kept, states = torch.ops.mingru.linear_recurrence_forward(*all_of)
     return out, as_dtype(last, given[0].dtype), kept, *([states] if spec.output_gate else [])
 
 
-def _linear_recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
+def _linear_backward(spec: Spec, given: Given, time_first: bool, saved: Given, needs: Sequence[bool]) -> Gradients:
     wanted = [needs[3], needs[4] or needs[5], *needs[FIRST_INPUT:]]
     tensors, bits, min_decay = arguments(spec, given, time_first, None, wanted)
     states, kept, grad_out, grad_last = saved
     rest = as_dtype(grad_last, tensors[0].dtype), bits, min_decay, spec.eps
     results = torch.ops.mingru.linear_recurrence_backward(*given[FIRST_INPUT:], tensors, states, kept, grad_out, *rest)
     grad_x, grad_weight, grad_bias, *of_states, grads_of_dt, of_recurrent, of_bias = results
-    of_start = grads_of_start(given, of_states, grads_of_dt.sum(-1) if needs[3] else None)
-    grads = *of_start[:4], of_recurrent, of_bias, *of_start[6:], grad_x, grad_weight, grad_bias.squeeze(0)
+    of_context = grads_of_context(given, of_states, grads_of_dt.sum(-1) if needs[3] else None)
+    grads = *of_context[:4], of_recurrent, of_bias, *of_context[6:], grad_x, grad_weight, grad_bias.squeeze(0)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
@@ -246,6 +246,6 @@ _ALL = dict.fromkeys(("packed", "lengths", "autocast", "whole"), True)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
     unsupported=_unsupported,
-    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=_CELLS, flags=FLAGS),
-    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, **_ALL, cells=CELL_NUMBERS, flags=FLAGS),
+    kernel=Kernel(_forward, _backward, packed=True, cells=_CELLS, flags=FLAGS),
+    linear_kernel=Kernel(_linear_forward, _linear_backward, **_ALL, cells=CELL_NUMBERS, flags=FLAGS),
 )

@@ -19,37 +19,36 @@ from torch import Tensor
 
 from .. import block_recurrence
 from ..backend import Backend
-from ..call import Call, Layout, LayoutTuple, Spec, SpecTuple, Start, StartTuple, call_of
-from ..graph import for_trace, is_old_onnx, is_scripting, is_true_for_all_sizes
+from ..call import Call, Context, ContextTuple, Layout, LayoutTuple, Spec, SpecTuple, call_of
 from ..layout import as_linear_scan, divided, in_layout, joined, padded_call
-from ..names_of_torch import is_exporting
+from ..modes import for_trace, is_exported, is_old_onnx, is_scripting, is_true_for_all_sizes
 from ..scan import LinearScan
 from ..shape import States, along, empty_states, matrices, plus_product, plus_times, product
 
 
-def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
+def recurrence(spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
     """Compute the recurrence of a cell. A saved scripted module contains this function and needs no mingru."""
-    return joined([_of_cell(call) for call in divided(Call(spec, inputs, start, layout))], layout)
+    return joined([_of_cell(call) for call in divided(Call(spec, inputs, context, layout))], layout)
 
 
 def _of_cell(call: Call) -> States:
     if call.tensors[0].numel() == 0:
         out = torch.stack(call.tensors).sum(0)
         # So that their gradients are 0, as torch.nn.GRU's are, and not None.
-        for weight in [call.start.recurrent, call.start.recurrent_bias]:
+        for weight in [call.context.recurrent, call.context.recurrent_bias]:
             if weight is not None:
                 out = out + weight[:0].sum().to(out.dtype)
-        return empty_states(out, call.start.h)
+        return empty_states(out, call.context.h)
     if call.spec.cell == "gru":
         return in_layout(block_recurrence.composed(padded_call(call)), call)
     return in_layout(scan(as_linear_scan(padded_call(call))), call)
 
 
 @for_trace()
-def traced_recurrence(spec: SpecTuple, inputs: list[Tensor], start: StartTuple, layout: LayoutTuple) -> States:
+def traced_recurrence(spec: SpecTuple, inputs: list[Tensor], context: ContextTuple, layout: LayoutTuple) -> States:
     """Call `recurrence` from a trace."""
-    call = call_of(spec, inputs, start, layout)
-    return recurrence(call.spec, inputs, call.start, call.layout)
+    call = call_of(spec, inputs, context, layout)
+    return recurrence(call.spec, inputs, call.context, call.layout)
 
 
 @for_trace()
@@ -82,15 +81,16 @@ def most_steps() -> int:
 
 def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, parts: int) -> States:
     """Return the states (B, S, *) and the last state (B, 1, *); h (B, 1, *) is the state before the first step."""
-    num_steps, a = b.size(1), matrices(a, parts)
-    chunk = _steps_of_a_chunk(num_steps)
-    if _is_few(num_steps) or (is_old_onnx() and num_steps == 1):
+    num_steps, a, is_old = b.size(1), matrices(a, parts), is_old_onnx()
+    chunk = chunk_size() if is_old else _steps_of_a_chunk(num_steps)
+    if num_steps == 1 if is_old else _is_few(num_steps):
         resets = [] if reset is None else _split(reset, 1, reverse)
         states = _step(_split(a, 1, reverse), _split(b, 1, reverse), resets, h, parts)
         return torch.cat(_in_order(states, reverse), 1), states[-1]
 
     num_chunks = (num_steps + chunk - 1) // chunk
-    has_view = is_scripting() or is_old_onnx() or _is_few(num_chunks)
+    are_few = not is_old and _is_few(num_chunks)
+    has_view = is_scripting() or is_old or are_few
     if not has_view:
         # One or two more than needed, so that the size is never 1: export would add a guard on a size that may be 1.
         num_chunks = num_steps // chunk + 2
@@ -103,7 +103,11 @@ def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, 
     local = [b_t[0]] + _step(a_t[1:], b_t[1:], resets[1:], b_t[0], parts)  # noqa: RUF005 (not in TorchScript)
     decay, seen_reset = _cumulative_decays(a_t, resets, parts)
     of_chunks = None if reset is None else seen_reset[-1]
-    carry_in = _carry_in(decay[-1], local[-1], of_chunks, h.unsqueeze(2), reverse, parts, chunk)
+    if are_few:
+        carry_in = _carry_in(decay[-1], local[-1], of_chunks, h.unsqueeze(2), reverse, parts)
+    else:
+        of_chunks = None if of_chunks is None else along(of_chunks, local[-1])
+        carry_in = _doubled(decay[-1], local[-1], of_chunks, h.unsqueeze(2), reverse, parts, chunk)
     if reset is not None:
         mask = along(torch.cat(_in_order(seen_reset, reverse), 2), carry_in)
         carry_in = torch.where(mask, 0.0, carry_in)
@@ -120,30 +124,27 @@ def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, 
 
 def _steps_of_a_chunk(num_steps: int) -> int:
     """Return the square root of the length if it is known, because a graph then has the fewest operations."""
-    if not is_old_onnx():
-        for size in range(2, chunk_size()):
-            if most_steps() <= size * size or is_true_for_all_sizes(num_steps <= size * size):
-                return size
+    for size in range(2, chunk_size()):
+        if most_steps() <= size * size or is_true_for_all_sizes(num_steps <= size * size):
+            return size
     return chunk_size()
 
 
 def _is_few(count: int) -> bool:
     """Return whether a number of steps or chunks is at most `chunk_size` and, in a captured graph, fixed."""
-    if is_old_onnx():
-        return False
     for number in range(chunk_size() + 1):  # noqa: SIM110 (not in TorchScript)
         if is_true_for_all_sizes(count == number):
             return True
     return False
 
 
-def _reaches(distance: int, count: int, chunk: int) -> bool:
+def _reaches(distance: int, count: int, chunk: int, in_export: bool) -> bool:
     """Return whether recursive doubling has covered all chunks, or all that the graph supports."""
     if is_scripting():
         return distance >= count
     else:
         # `torch.compile` may add guards: one more graph for more than 4096 steps, and one for more than a million.
-        may_guard = distance in (1 << 8, 1 << 16) and not is_exporting()
+        may_guard = distance in (1 << 8, 1 << 16) and not in_export
         known = distance > most_steps() // chunk + 2 or is_true_for_all_sizes(distance >= count)
         return known or (may_guard and distance >= count)
 
@@ -209,10 +210,10 @@ def _doubled(
     decay = torch.cat([decay, zero, zero] if reverse else [zero, zero, decay], 1)
     count = state.size(1) - 1
     positions = torch.arange(count + 1, device=state.device)
-    distance = 1
+    distance, in_export = 1, is_exported()
     # One bound for the sources in each direction, because AOTInductor takes minutes to simplify two.
     if reset is None:
-        while not _reaches(distance, count, chunk):
+        while not _reaches(distance, count, chunk, in_export):
             sources = (positions + distance).clamp(max=count) if reverse else (positions - distance).clamp(min=0)
             matrix = matrices(decay, parts)
             state = plus_product(state, matrix, state.index_select(1, sources), parts)
@@ -221,31 +222,25 @@ def _doubled(
     else:
         no_reset = torch.zeros_like(reset[:, :1])
         seen = torch.cat([reset, no_reset, no_reset] if reverse else [no_reset, no_reset, reset], 1)
-        while not _reaches(distance, count, chunk):
+        while not _reaches(distance, count, chunk, in_export):
             sources = (positions + distance).clamp(max=count) if reverse else (positions - distance).clamp(min=0)
             matrix = matrices(decay, parts)
             state = plus_product(state, matrix, state.index_select(1, sources).masked_fill(seen, 0.0), parts)
             decay = product(matrix, decay.index_select(1, sources), parts).masked_fill(seen, 0.0)
             seen = seen | seen.index_select(1, sources)
             distance *= 2
-    if not is_scripting():
-        if is_exporting() and not is_true_for_all_sizes(distance >= count):
-            # NaN, because otherwise nothing would show that a sequence is longer than the graph supports.
-            state = state.masked_fill(positions[-1] > distance, torch.nan)
+    if in_export and not is_true_for_all_sizes(distance >= count):
+        # NaN, because otherwise nothing would show that a sequence is longer than the graph supports.
+        state = state.masked_fill(positions[-1] > distance, float("nan"))
     return state[:, 1:-1]
 
 
-def _carry_in(
-    decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor, reverse: bool, parts: int, chunk: int
-) -> Tensor:
-    """Return the carry-in of each chunk, (B, C, 1, *), from h (B, 1, 1, *) and the results of the chunks.
+def _carry_in(decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor, reverse: bool, parts: int) -> Tensor:
+    """Return the carry-in of each of few chunks, (B, C, 1, *), from h (B, 1, 1, *) and the results of the chunks.
 
     decay and state (B, C, 1, *) are the cumulative decay and the last state of each chunk, computed from a state of 0.
     `seen_reset` (B, C, 1) marks chunks that contain a reset.
     """
-    if not _is_few(state.size(1)):
-        mask = None if seen_reset is None else along(seen_reset, state)
-        return _doubled(decay, state, mask, h, reverse, parts, chunk)
     resets = [] if seen_reset is None else _split(seen_reset, 1, reverse)
     decays = _split(matrices(decay, parts), 1, reverse)[:-1]
     states = [h] + _step(decays, _split(state, 1, reverse)[:-1], resets, h, parts)  # noqa: RUF005 (not in TorchScript)

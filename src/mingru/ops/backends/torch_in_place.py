@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Kernel
+from ..backend import Backend, Given, Gradients, Kernel
 from ..block_recurrence import by_torch
 from ..call import Spec, from_flat
 from ..cells import NUM_INPUTS, parts_of
@@ -60,7 +60,7 @@ def _chunks_of(num_steps: int) -> list[int]:
     return [num_steps // size, size]
 
 
-def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Tensor, Tensor, None]:
+def _forward(spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Tensor, Tensor, None]:
     call = from_flat(spec, given, time_first)
     # In place, because the coefficients are new.
     states = _scan_in_place(as_linear_scan(padded_call(call)))
@@ -70,7 +70,7 @@ def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool |
     return out.contiguous(), last, None
 
 
-def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
+def _backward(spec: Spec, given: Given, time_first: bool, saved: Given, needs: Sequence[bool]) -> Gradients:
     """Compute the coefficients again. PyTorch differentiates them, but not the scan."""
     out, _, grad_out, grad_last = saved
     if time_first:
@@ -78,9 +78,8 @@ def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, sav
     # Of h and of the initial state, which without resets is None.
     wants = [True, given[1] is not None, *needs[2:]]
     with torch.enable_grad():
-        leaves: list[Any] = [
-            None if x is None else x.detach().requires_grad_(want) for x, want in zip(given, wants, strict=True)
-        ]
+        pairs = zip(given, wants, strict=True)
+        leaves: list[Any] = [None if x is None else x.detach().requires_grad_(want) for x, want in pairs]
         call = as_linear_scan(padded_call(from_flat(spec, leaves, time_first)))
     with torch.no_grad():
         # Only the decays are new.
@@ -148,6 +147,6 @@ def _chunks_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reve
 
 # Numbers with several parts need a scan of their own.
 _CELLS = [cell for cell in NUM_INPUTS if parts_of(cell) == 1]
-_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=False, cells=_CELLS)
+_KERNEL = Kernel(_forward, _backward, packed=False, cells=_CELLS)
 _OF_GRU = Kernel(by_torch, None, packed=True, lengths=True, autocast=True, cells=["gru"])
 BACKEND = Backend(scan=scan, kernel=_KERNEL, linear_kernel=_OF_GRU)

@@ -1,12 +1,12 @@
 """The `"triton"` backend: kernels for GPUs, compiled by Triton on first use.
 
-`launch` calls the kernel in `kernels`, divided as `plan` says. Importing this module registers two operators with
+`launch` calls the kernel in `kernels`, divided as `tiling` says. Importing this module registers two operators with
 PyTorch's dispatcher, but does not import Triton. Captured graphs contain the operators; eager calls skip the
 dispatcher. States have any floating dtype, and are computed in the accumulation dtype of the sequences. The operators
 take the parts of numbers as features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,19 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backend import Backend, Kernel, grads_of_start, warn_once
+from ...backend import Backend, Given, Gradients, Kernel, grads_of_context, warn_once
 from ...call import FIRST_INPUT, Call, Spec, from_flat, spec_of
 from ...cells import NUM_INPUTS
-from ...graph import are_eager, without_autocast
 from ...layout import is_transposed
+from ...modes import are_eager, without_autocast
 from ...names_of_torch import len_torch_dispatch_stack
 from ...shape import accumulate_dtype, as_dtype
 from . import fallback, launch
-from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
-from .plan import KEEPING
+from .device import CELLS, DEVICES, IS_INTERPRETED, unavailable, unsupported
 
-__all__ = ["ALONE", "BACKEND", "DEVICES"]
-Given = Sequence[Any]
+__all__ = ["ALONE", "BACKEND", "CELLS", "DEVICES"]
+Flags = Sequence[bool]
+# Runs a pass, "forward" or "backward", of a call.
+Run = Callable[..., tuple[Any, ...]]
 
 
 def _alone(name: str, call: Call, *of_pass: Any) -> Any:
@@ -52,7 +53,7 @@ def _register(name: str, saved: str, num_results: int) -> None:
     arguments = f"Tensor[] inputs, Tensor?[] given, {saved}str[] cell, float min_decay, bool[] flags"
     tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
-    def called(function: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def called(function: Run, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Call a function of a call with the arguments of the operator. Results that are not needed are empty."""
         inputs, given, *of_pass, (cell, activation), min_decay, (reverse, time_first, *needs) = arguments
         tensors = [*given[:4], None, None, *given[4:], *inputs]  # without recurrent weights
@@ -79,33 +80,33 @@ _register("forward", "", 2)
 _register("backward", "Tensor[] saved, ", 5)
 
 
-def _run(eager: Any, name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
+def _run(eager: Run, name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
     """Run a pass, by the function `eager` if the call may skip the dispatcher, because nothing else could take it.
 
     `of_pass`, only for "backward": out, grad_out and grad_last; whether dt and a bias need gradients.
     """
     if are_eager(*call.tensors) and not len_torch_dispatch_stack():
-        return eager(name, call, *of_pass)  # type: ignore[no-any-return]
-    spec, inputs, start, layout = call
-    initial_state: Any = start.initial_state.expand_as(start.h) if launch.has_initial_state(call) else None
-    given, needs = [start.h, initial_state, *start[2:4], *layout[1:]], of_pass[1:]
+        return eager(name, call, *of_pass)
+    spec, inputs, context, layout = call
+    initial_state = context.initial_state.expand_as(context.h) if launch.has_initial_state(call) else None
+    given, needs = [context.h, initial_state, *context[2:4], *layout[1:]], of_pass[1:]
     run = getattr(torch.ops.mingru, f"recurrence_triton_{name}")
     run = run.default if layout.batch_sizes is None else run.packed
     flags = [spec.reverse, layout.time_first, *needs]
     return tuple(run(inputs, given, *of_pass[:1], [spec.cell, spec.activation], spec.min_decay, flags))
 
 
-def _recurrence(eager: Any, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _forward(eager: Run, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
     out, last = _run(eager, "forward", from_flat(spec, given, time_first))
     return out, last, None
 
 
-def _recurrence_backward(eager: Any, spec: Spec, given: Given, time_first: bool, saved: Any, needs: Any) -> Any:
+def _backward(eager: Run, spec: Spec, given: Given, time_first: bool, saved: Given, needs: Flags) -> Gradients:
     call, needs_dt, (out, _, *grad) = from_flat(spec, given, time_first), needs[3], saved
     grads, *of_states, grad_dt, _ = _run(eager, "backward", call, [out, *grad], needs_dt, False)
     parts = grads.chunk(len(call.tensors), -1)
     of_inputs = [part.view(x.shape) for part, x in zip(parts, call.tensors, strict=True)]
-    return *grads_of_start(given, of_states, grad_dt if needs_dt else None), *of_inputs
+    return *grads_of_context(given, of_states, grad_dt if needs_dt else None), *of_inputs
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
@@ -124,13 +125,13 @@ def _mapped(spec: Spec, given: Given, time_first: bool, rows: Tensor, kept: Tens
     return pre, from_flat(spec, [*given[:FIRST_INPUT], *inputs], time_first)
 
 
-def _linear_recurrence(eager: Any, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _linear_forward(eager: Run, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
     pre, mapped = _mapped(spec, given, time_first, _in_memory_order(given[FIRST_INPUT]), None)
     out, last = _run(eager, "forward", mapped)
     return out, last, pre if keep else None
 
 
-def _linear_recurrence_backward(eager: Any, spec: Spec, given: Given, time_first: bool, saved: Any, needs: Any) -> Any:
+def _linear_backward(eager: Run, spec: Spec, given: Given, time_first: bool, saved: Given, needs: Flags) -> Gradients:
     (x, weight, bias), (out, kept, *grad) = given[FIRST_INPUT:], saved
     needs_dt, (needs_x, needs_weight, needs_bias) = needs[3], needs[FIRST_INPUT:]
     rows = _in_memory_order(x)
@@ -144,14 +145,14 @@ def _linear_recurrence_backward(eager: Any, spec: Spec, given: Given, time_first
         grad_weight = torch.mm(matrix.t(), rows.flatten(0, -2)) if needs_weight else None
     grad_x = grad_rows if grad_rows is None or rows is x else grad_rows.transpose(0, 1)
     of_bias = as_dtype(grad_bias, bias.dtype) if needs_bias else None
-    return *grads_of_start(given, of_states, grad_dt if needs_dt else None), grad_x, grad_weight, of_bias
+    return *grads_of_context(given, of_states, grad_dt if needs_dt else None), grad_x, grad_weight, of_bias
 
 
-def _backend(eager: Any) -> Backend:
+def _backend(eager: Run) -> Backend:
     """Return the backend whose eager passes this function runs."""
-    options: Any = {"packed": True, "lengths": True, "cells": KEEPING}
-    kernel = Kernel(partial(_recurrence, eager), partial(_recurrence_backward, eager), **options)
-    passes = partial(_linear_recurrence, eager), partial(_linear_recurrence_backward, eager)
+    options: Any = {"packed": True, "lengths": True, "cells": CELLS}
+    kernel = Kernel(partial(_forward, eager), partial(_backward, eager), **options)
+    passes = partial(_linear_forward, eager), partial(_linear_backward, eager)
     return Backend(unavailable, unsupported, kernel=kernel, linear_kernel=Kernel(*passes, autocast=True, **options))
 
 

@@ -7,7 +7,7 @@ of the parts of the inputs and, last, for the elapsed time, as of a number: (da,
 a and b are scale da and scale db. `scale` is a real number, or ABSENT if it is 1. The compiler drops unused
 derivatives.
 
-To add a cell, add its function, a branch to `cell`, and an entry to `plan.KEEPING`.
+To add a cell, add its function, a branch to `cell`, and an entry to `device.CELLS`.
 """
 
 import triton

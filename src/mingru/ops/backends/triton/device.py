@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 from contextlib import nullcontext
+from math import inf
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ from ...names_of_torch import MARKED_CONSTANT
 
 # Types of devices; ROCm calls itself "cuda".
 DEVICES = ("cuda", "xpu")
+# The cells that the kernels compute. Each has the inputs with which a step keeps the state: of a number its first part,
+# the other parts are 0.
+CELLS = {
+    "mingru": (-inf, 0.0),
+    "mingru_signed": (-inf, 0.0),
+    "mingru_rotation": (-inf, 0.0),
+    "minlstm": (0.0, -inf, 0.0),
+    "minlstm_unnormalized": (inf, -inf, 0.0),
+    "linear_scan": (1.0, 0.0),
+    "complex_linear_scan": (1.0, 0.0),
+    "mingru_quaternion": (-inf, 0.0),
+    "quaternion_linear_scan": (1.0, 0.0),
+}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _OLDEST = (3, 6)
 # Triton reads this variable when it is imported. Its interpreter runs the kernels on the CPU, for tests.
@@ -25,7 +39,7 @@ def unavailable() -> str | None:
     return _why_not()
 
 
-def _call_while_compiling(function: Any) -> None:
+def _call_while_compiling(function: object) -> None:
     """Make `torch.compile` call a function instead of tracing it.
 
     `torch.compiler.assume_constant_result` does this too, but it loads the whole compiler.

@@ -1,10 +1,10 @@
 """The passes by tensor operations, for a kernel that failed: a captured graph cannot choose another backend."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ...backend import Gradients, Kernel
 from ...call import FIRST_INPUT, Call, flattened
 from ...cells import NUM_INPUTS, parts_of
 from ...scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
@@ -14,23 +14,23 @@ from .launch import Results, Tensors, backward_results, forward_results, has_ini
 
 
 def _scan(call: Call) -> LinearScan:
-    (a, b), start, spec = call.tensors, call.start, call.spec
-    return in_accumulation_dtype(LinearScan(a, b, start.h, start.reset, spec.reverse, parts_of(spec.cell)))
+    (a, b), context, spec = call.tensors, call.context, call.spec
+    return in_accumulation_dtype(LinearScan(a, b, context.h, context.reset, spec.reverse, parts_of(spec.cell)))
 
 
-def _copied(results: Tensors, found: Sequence[Any]) -> None:
+def _copied(results: Tensors, found: Tensors) -> None:
     """Copy what was found into the results."""
     for result, x in zip(results, found, strict=True):
         result.copy_(x.reshape(result.shape))
 
 
-def _in_place(call: Call) -> tuple[Any, list[Any]] | None:
+def _in_place(call: Call) -> tuple[Kernel, list[Any]] | None:
     """Return the kernel of the backend "torch", which takes fewer operations, and its tensors, if it can run this."""
-    kernel: Any = torch_in_place.BACKEND.kernel
-    if call.spec.cell not in kernel.cells or call.layout[1:] != (None, None):
+    kernel = torch_in_place.BACKEND.kernel
+    if kernel is None or call.spec.cell not in kernel.cells or call.layout[1:] != (None, None):
         return None
-    start = call.start if has_initial_state(call) else call.start._replace(initial_state=None)  # type: ignore[arg-type]
-    return kernel, [*flattened(start, call.layout), *call.tensors]
+    context = call.context if has_initial_state(call) else call.context._replace(initial_state=None)  # type: ignore[arg-type]
+    return kernel, [*flattened(context, call.layout), *call.tensors]
 
 
 def forward(call: Call) -> States:
@@ -46,11 +46,11 @@ def forward(call: Call) -> States:
 
 def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Results:
     results, inputs = backward_results(call, saved, needs_dt, needs_bias), call.tensors
-    h, initial_state, _, dt, *_ = call.start
+    h, initial_state, _, dt, *_ = call.context
     after_reset = initial_state.expand_as(h) if has_initial_state(call) else None
-    grads, *of_start, of_bias = results
-    wanted: list[Any] = [*grads.chunk(len(inputs), -1), *of_start]
-    found: Sequence[Any]
+    grads, *of_context, of_bias = results
+    wanted: list[Any] = [*grads.chunk(len(inputs), -1), *of_context]
+    found: Gradients
     in_place = _in_place(call)
     if in_place is not None:
         kernel, given = in_place
@@ -64,7 +64,7 @@ def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Re
         with torch.enable_grad():
             all_of = *inputs, h, after_reset, dt
             leaves: list[Any] = [x if x is None else x.detach().requires_grad_() for x in all_of]
-            own = call.start._replace(h=leaves[-3], initial_state=leaves[-2], dt=leaves[-1])
+            own = call.context._replace(h=leaves[-3], initial_state=leaves[-2], dt=leaves[-1])
             states = torch_in_graphs.recurrence(call.spec, leaves[:-3], own, call.layout)
         needed = [x for x, result in zip(leaves, wanted, strict=True) if result is not None]
         wanted = [result for result in wanted if result is not None]

@@ -4,7 +4,7 @@ import ctypes
 import functools
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,18 @@ from ...cells import NUM_INPUTS
 from ...layout import is_packing, is_transposed, lengths_of
 from ...shape import States, accumulate_dtype
 from . import device as devices
-from .plan import KEEPING, Plan, Work, plan_of
+from .tiling import Tiling, Work, tiling_of
 
 Tensors = Sequence[Tensor]
 # Of the backward pass: gradients of the inputs and of h, and three that may not be needed.
 Results = tuple[Any, ...]
-# The memory of a launch by the names of the kernel's arguments; inputs and summaries have several.
-Memory = list[tuple[str, Any]]
+# The tensors of a launch with the names of the kernel's arguments; inputs and summaries have several.
+Named = list[tuple[str, Any]]
 # Its names, dtypes, strides, and addresses modulo 16, which matter for sequences of features.
 Forms = Sequence[tuple[str, torch.dtype, tuple[int, ...], int]]
 
 _SEVERAL = ("inputs", "summaries")
-# Sequences of features, other sequences, and states of which any batch stride is taken. All other memory is dense.
+# Sequences of features, other sequences, and states of which any batch stride is taken. All others are dense.
 _FEATURES, _STEPS, _STATES = ("inputs", "out", "grad_out", "grads"), ("reset", "dt"), ("h", "initial_state")
 # What the backward pass reads besides, and the results of each pass. The last three are sums over the steps or features
 # of a program.
@@ -48,13 +48,13 @@ class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what
     """A kernel cannot be compiled or launched on this machine."""
 
 
-def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any], again: bool = True) -> None:
+def run(name: str, num_programs: int, tiling: Tiling, args: dict[str, Any], again: bool = True) -> None:
     """Launch the kernel of a pass, "forward" or "backward", on the device of its inputs.
 
     It is compiled if it is not known.
     """
     device = args["inputs"][0][0].device
-    key = device, plan.warps, args["TYPES"]
+    key = device, tiling.warps, args["TYPES"]
     if key in _failures:
         # Also in a capture, because no call before it would help.
         raise KernelFailure(_failures[key])
@@ -65,7 +65,7 @@ def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any], again: b
             if not again or devices.is_capturing(device):
                 raise torch.OutOfMemoryError(f"mingru: {device} has no memory for a kernel: {error}") from error
             devices.free(device)
-            return run(name, num_programs, plan, args, False)
+            return run(name, num_programs, tiling, args, False)
         if devices.is_capturing(device):
             problem = "a CUDA graph cannot capture the first call of a Triton kernel, which loads it"
             raise RuntimeError(f"mingru: {problem}; call the module once before the capture") from error
@@ -128,86 +128,86 @@ def types_of(args: dict[str, Any]) -> object:
     return _types.setdefault(types, object())
 
 
-# What passes do, by what `_pass` knows of the memory.
+# What passes do, by what `_pass` knows of the tensors.
 _recipes: dict[Any, Any] = {}
 
 
-def _recipe(planned: Any, name: str, call: Call, memory: Memory, results: Memory) -> Any:
-    """Return the plan of a pass, and what it does with memory of the same forms.
+def _recipe(choose: Callable[[Work], Tiling], name: str, call: Call, named: Named, results: Named) -> Any:
+    """Return the tiling of a pass, and what it does with tensors of the same forms.
 
-    This is: functions that convert given memory, by its index; of each result its name, dtype, shape in memory, and the
-    function that returns it, or None; the shape of the summaries; and for each launch the arguments without the memory,
-    and the strides of each memory, or None if it is dense.
+    This is: functions that convert given tensors, by their index; of each result its name, dtype, shape in memory, and
+    the function that returns it, or None; the shape of the summaries; and for each launch the arguments without the
+    tensors, and the strides of each tensor, or None if it is dense.
     """
     (spec, (first, *_), (h, *_), (_, batch_sizes, _)), dtype = call, call.tensors[0].dtype
     num_dims, num_sequences, num_steps = 3 if batch_sizes is None else 2, h.shape[0], _num_steps(call)
     flat = functools.partial(_flat, num_dims=num_dims)
-    found = [(flat if kind in _FEATURES else _state if kind in _STATES else Tensor.contiguous) for kind, _ in memory]
-    dense = [convert(x) for convert, (_, x) in zip(found, memory, strict=True)]
-    conversions = [(at, found[at]) for at, x in enumerate(dense) if x is not memory[at][1]]
-    owned = [(kind, x) for x, (kind, _) in zip(dense, memory, strict=True)]
+    found = [(flat if arg in _FEATURES else _state if arg in _STATES else Tensor.contiguous) for arg, _ in named]
+    dense = [convert(x) for convert, (_, x) in zip(found, named, strict=True)]
+    conversions = [(at, found[at]) for at, x in enumerate(dense) if x is not named[at][1]]
+    owned = [(arg, x) for x, (arg, _) in zip(dense, named, strict=True)]
     forms = _forms(owned)
     num_features = math.prod(first.shape[num_dims - 1 :])
-    kinds, unit = {kind for kind, *_ in forms}, unit_of(num_features, forms)
-    is_timed, is_packed = spec.min_decay != 0 or "dt" in kinds, "offsets" in kinds
-    facts = name == "backward", "reset" in kinds, is_packed, is_timed, *devices.facts_of(first.device)
-    plan = planned(Work(spec.cell, dtype.itemsize, num_sequences, num_steps, num_features, *facts))
+    names, unit = {arg for arg, *_ in forms}, unit_of(num_features, forms)
+    is_timed, is_packed = spec.min_decay != 0 or "dt" in names, "offsets" in names
+    facts = name == "backward", "reset" in names, is_packed, is_timed, *devices.facts_of(first.device)
+    tiling = choose(Work(spec.cell, dtype.itemsize, num_sequences, num_steps, num_features, *facts))
     # Each program has a sum of its own.
-    counts = {"grad_initial_state": (plan.segments, 1), "grad_dt": (num_features // unit, 1 if is_packed else 2)}
-    counts["grad_bias"] = num_sequences * plan.segments, 0
+    counts = {"grad_initial_state": (tiling.segments, 1), "grad_dt": (num_features // unit, 1 if is_packed else 2)}
+    counts["grad_bias"] = num_sequences * tiling.segments, 0
     written: list[Any] = []
-    for kind, x in results:
-        forms.append((kind, x.dtype, flat(x).stride() if kind in _FEATURES else (), 0))
-        (count, dim), shape, finish = counts.get(kind, (1, 0)), x.shape, None
+    for arg, x in results:
+        forms.append((arg, x.dtype, flat(x).stride() if arg in _FEATURES else (), 0))
+        (count, dim), shape, finish = counts.get(arg, (1, 0)), x.shape, None
         if count > 1:
             shape, finish = (*shape[:dim], count, *shape[dim:]), functools.partial(torch.sum, dim=dim)
         elif not x.is_contiguous():
             shape, finish = x.transpose(0, 1).shape, functools.partial(torch.transpose, dim0=0, dim1=1)
-        written.append((kind, x.dtype, shape, finish))
-    launches = _launches(name, call, plan, unit, num_features, forms)
-    shape = 2, num_sequences, plan.segments, plan.chunks, num_features
+        written.append((arg, x.dtype, shape, finish))
+    launches = _launches(name, call, tiling, unit, num_features, forms)
+    shape = 2, num_sequences, tiling.segments, tiling.chunks, num_features
     # Not converted again for this launch.
-    memory[:] = owned
-    return plan, conversions, written, shape, launches
+    named[:] = owned
+    return tiling, conversions, written, shape, launches
 
 
-def _launches(name: str, call: Call, plan: Plan, unit: int, num_features: int, forms: list[Any]) -> Any:
-    """Return for each launch the arguments without the memory, and the strides of each memory; None if it is dense."""
+def _launches(name: str, call: Call, tiling: Tiling, unit: int, num_features: int, forms: list[Any]) -> Any:
+    """Return for each launch the arguments without tensors, and the strides of each tensor; None if it is dense."""
     (spec, _, _, (time_first, batch_sizes, _)), num_steps = call, _num_steps(call)
-    tile, is_packed = plan.chunks * plan.steps, batch_sizes is not None
+    tile, is_packed = tiling.chunks * tiling.steps, batch_sizes is not None
     # A whole number of tiles.
-    segment_steps = -(-num_steps // (plan.segments * tile)) * tile
-    args = {"CELL": spec.cell, "ACTIVATION": spec.activation, "KEEPING": KEEPING[spec.cell], "V": unit}
-    args |= {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
-    args |= {"EVEN": num_features % plan.features == 0, "backwards": int(spec.reverse != (name == "backward"))}
-    args |= {"num_steps": num_steps, "num_segments": plan.segments, "segment_steps": segment_steps}
+    segment_steps = -(-num_steps // (tiling.segments * tile)) * tile
+    args = {"CELL": spec.cell, "ACTIVATION": spec.activation, "KEEPING": devices.CELLS[spec.cell], "V": unit}
+    args |= {"C": tiling.chunks, "T": tiling.steps, "F": tiling.features, "STAGES": tiling.stages}
+    args |= {"EVEN": num_features % tiling.features == 0, "backwards": int(spec.reverse != (name == "backward"))}
+    args |= {"num_steps": num_steps, "num_segments": tiling.segments, "segment_steps": segment_steps}
     args |= {"num_units": num_features // unit, "bound": _bound(spec.min_decay)}
     launches: list[Any] = []
-    for own_forms in _of_launches(forms, 2 * [("summaries", accumulate_dtype(forms[0][1]), (), 0)], plan):
+    for own_forms in _of_launches(forms, 2 * [("summaries", accumulate_dtype(forms[0][1]), (), 0)], tiling):
         found: list[Any] = []
         before = None
-        for kind, _, strides, _ in own_forms:
-            own, is_shared, before = unit if kind in _FEATURES else 1, (kind, strides) == before, (kind, strides)
-            if kind in _FEATURES or kind in _STEPS:
+        for arg, _, strides, _ in own_forms:
+            own, is_shared, before = unit if arg in _FEATURES else 1, (arg, strides) == before, (arg, strides)
+            if arg in _FEATURES or arg in _STEPS:
                 batch, step = (0, strides[0]) if is_packed else strides[:2][:: -1 if time_first else 1]
                 found.append(() if is_shared else (batch // own, step // own))
             else:
-                found.append(strides[:1] if kind in _STATES else None)
-        filled = _filled(args, [(kind, _pointer(dtype)) for kind, dtype, *_ in own_forms], found)
+                found.append(strides[:1] if arg in _STATES else None)
+        filled = _filled(args, [(arg, _pointer(dtype)) for arg, dtype, *_ in own_forms], found)
         launches.append((args | {"TYPES": types_of(filled)}, found))
     return launches
 
 
-def _of_launches(memory: list[Any], summaries: list[Any], plan: Plan) -> list[list[Any]]:
-    """Return the memory of each launch. If time is divided into segments, the first writes summaries and no results."""
-    whole = [*memory, *summaries]
-    return [[each for each in whole if each[0] in _OF_SUMMARIES], whole] if plan.segments > 1 else [memory]
+def _of_launches(named: list[Any], summaries: list[Any], tiling: Tiling) -> list[list[Any]]:
+    """Return the tensors of each launch. If there are several segments, the first writes summaries and no results."""
+    whole = [*named, *summaries]
+    return [[each for each in whole if each[0] in _OF_SUMMARIES], whole] if tiling.segments > 1 else [named]
 
 
-def _filled(args: dict[str, Any], memory: Memory, strides: Sequence[Any]) -> dict[str, Any]:
-    """Return these arguments and the memory: sequences and states as tuples, with their strides."""
+def _filled(args: dict[str, Any], named: Named, strides: Sequence[Any]) -> dict[str, Any]:
+    """Return these arguments and the tensors: sequences and states as tuples, with their strides."""
     args = args.copy()
-    for (name, x), own in zip(memory, strides, strict=True):
+    for (name, x), own in zip(named, strides, strict=True):
         operand = x if own is None else (x, *own)
         args[name] = (*args.get(name, ()), operand) if name in _SEVERAL else operand
     return args
@@ -217,16 +217,16 @@ def unit_of(num_features: int, forms: Forms) -> int:
     """Return the number of features that one access may have: at most 16 bytes, by sizes, strides and addresses."""
     size = forms[0][1].itemsize
     bits = 16 // size | num_features
-    for kind, _, strides, address in forms:
-        if kind in _FEATURES:
+    for arg, _, strides, address in forms:
+        if arg in _FEATURES:
             for number in (address // size, *strides[:-1]):
                 bits |= number
     # The lowest bit is the largest power of 2 that divides all of them.
     return bits & -bits
 
 
-def _forms(memory: Memory) -> list[Any]:
-    return [(kind, x.dtype, x.stride(), x.data_ptr() & 15 if kind in _FEATURES else 0) for kind, x in memory]
+def _forms(named: Named) -> list[Any]:
+    return [(arg, x.dtype, x.stride(), x.data_ptr() & 15 if arg in _FEATURES else 0) for arg, x in named]
 
 
 def _on_meta(x: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def _state(h: Tensor) -> Tensor:
 
 def has_initial_state(call: Call) -> bool:
     """Return whether a state after resets is an argument. A linear scan starts from 0 after a reset."""
-    return call.start.reset is not None and call.spec.cell in NUM_INPUTS
+    return call.context.reset is not None and call.spec.cell in NUM_INPUTS
 
 
 def _num_steps(call: Call) -> int:
@@ -256,10 +256,10 @@ def _flat(x: Tensor, num_dims: int) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _given(call: Call, saved: Tensors) -> Memory:
+def _given(call: Call, saved: Tensors) -> Named:
     """Return what a pass reads."""
     _, inputs, (h, initial_state, reset, dt, *_), (_, batch_sizes, lengths) = call
-    memory: Memory = [("inputs", x) for x in inputs]
+    named: Named = [("inputs", x) for x in inputs]
     if batch_sizes is not None:
         x, sizes = inputs[0], tuple(batch_sizes.tolist())
         if devices.is_capturing(x.device):
@@ -268,48 +268,48 @@ def _given(call: Call, saved: Tensors) -> Memory:
             raise ValueError(f"mingru: packed sequences cannot be captured in a CUDA graph, {why}")
         # Each stream has a copy of its own, because another one does not wait for the copy, and may reuse its memory.
         offsets, lengths = _packing(sizes, x.shape[0], x.device, devices.stream_of(x.device))
-        memory.append(("offsets", offsets))
+        named.append(("offsets", offsets))
     # The kernel writes the gradients of dt with the strides of dt.
-    memory += [(kind, x) for kind, x in (("lengths", lengths), ("dt", dt), ("reset", reset)) if x is not None]
+    named += [(arg, x) for arg, x in (("lengths", lengths), ("dt", dt), ("reset", reset)) if x is not None]
     if has_initial_state(call):
-        memory.append(("initial_state", initial_state.expand_as(h)))
-    memory += [("h", h), *zip(_SAVED, saved, strict=False)]
+        named.append(("initial_state", initial_state.expand_as(h)))
+    named += [("h", h), *zip(_SAVED, saved, strict=False)]
     # A negative view and a ZeroTensor have other values than their memory, or no memory.
-    return [(kind, x.clone() if x.is_neg() or x._is_zerotensor() else x) for kind, x in memory]
+    return [(arg, x.clone() if x.is_neg() or x._is_zerotensor() else x) for arg, x in named]
 
 
 def _pass(name: str, call: Call, saved: Tensors, *needs: bool) -> dict[str, Tensor]:
     """Run a pass, and return its results by their names."""
-    memory, (spec, (x, *_), (h, *_), (time_first, batch_sizes, _)) = _given(call, saved), call
-    forms = _forms(memory)
+    named, (spec, (x, *_), (h, *_), (time_first, batch_sizes, _)) = _given(call, saved), call
+    forms = _forms(named)
     num_steps = None if batch_sizes is None else batch_sizes.shape
-    key = plan_of, name, spec, time_first, needs, x.device, x.shape, h.shape[0], num_steps, *forms
+    key = tiling_of, name, spec, time_first, needs, x.device, x.shape, h.shape[0], num_steps, *forms
     recipe = _recipes.get(key)
     if recipe is None:
         if len(_recipes) >= 4096:
             _recipes.clear()
-        # The forms alone, without the memory.
-        own = call.start._replace(h=_on_meta(h), dt=None if call.start.dt is None else _on_meta(call.start.dt))
-        meta = call._replace(tensors=[*map(_on_meta, call.tensors)], start=own)
+        # The forms alone, without memory.
+        own = call.context._replace(h=_on_meta(h), dt=None if call.context.dt is None else _on_meta(call.context.dt))
+        meta = call._replace(tensors=[*map(_on_meta, call.tensors)], context=own)
         results: Any = forward_results(meta) if name == "forward" else backward_results(meta, saved, *needs)
-        results = [(kind, y) for kind, y in zip(_WRITTEN[name], results, strict=True) if y is not None]
-        recipe = _recipes[key] = _recipe(plan_of, name, call, memory, results)
-    plan, conversions, written, shape, launches = recipe
+        results = [(arg, y) for arg, y in zip(_WRITTEN[name], results, strict=True) if y is not None]
+        recipe = _recipes[key] = _recipe(tiling_of, name, call, named, results)
+    tiling, conversions, written, shape, launches = recipe
     for at, convert in conversions:
-        memory[at] = memory[at][0], convert(memory[at][1])
-    new = [(kind, x.new_empty(own_shape, dtype=dtype)) for kind, dtype, own_shape, _ in written]
-    memory += new
-    both = x.new_empty(shape, dtype=accumulate_dtype(x.dtype)).unbind() if plan.segments > 1 else ()
+        named[at] = named[at][0], convert(named[at][1])
+    new = [(arg, x.new_empty(own_shape, dtype=dtype)) for arg, dtype, own_shape, _ in written]
+    named += new
+    both = x.new_empty(shape, dtype=accumulate_dtype(x.dtype)).unbind() if tiling.segments > 1 else ()
     summaries = [("summaries", each) for each in both]
-    num_programs = -(-shape[-1] // plan.features) * shape[1] * plan.segments
-    for each, (args, strides) in zip(_of_launches(memory, summaries, plan), launches, strict=True):
-        run(name, num_programs, plan, _filled(args, each, strides))
-    return {kind: y if own[3] is None else own[3](y) for (kind, y), own in zip(new, written, strict=True)}
+    num_programs = -(-shape[-1] // tiling.features) * shape[1] * tiling.segments
+    for each, (args, strides) in zip(_of_launches(named, summaries, tiling), launches, strict=True):
+        run(name, num_programs, tiling, _filled(args, each, strides))
+    return {arg: y if own[3] is None else own[3](y) for (arg, y), own in zip(new, written, strict=True)}
 
 
 # Kept, because each layer and pass of a module has the same batch sizes.
 @functools.lru_cache(64)
-def _packing(sizes: tuple[int, ...], num_rows: int, device: torch.device, stream: Any) -> tuple[Tensor, Tensor]:
+def _packing(sizes: tuple[int, ...], num_rows: int, device: torch.device, stream: object) -> tuple[Tensor, Tensor]:
     """Return the offset of each step in packed data, and the length of each sequence, on a device."""
     batch_sizes = torch.tensor(sizes, device="cpu")
     # In a compiled graph, no layer has checked them.
@@ -353,19 +353,19 @@ def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Re
 
 def forward_results(call: Call) -> States:
     """Return uninitialized tensors for the results of `forward`."""
-    x, h = call.tensors[0], call.start.h
+    x, h = call.tensors[0], call.context.h
     return x.new_empty(x.shape), h.new_empty(h.shape)
 
 
 def backward_results(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Results:
     """Return uninitialized tensors for the results of `backward`."""
-    x, (h, _, _, dt, *_) = call.tensors[0], call.start
+    x, (h, _, _, dt, *_) = call.tensors[0], call.context
     num_leading, shape, dtype = 2 if call.layout.batch_sizes is None else 1, x.shape, accumulate_dtype(x.dtype)
     size = len(call.tensors) * math.prod(shape[num_leading:])
     # In the memory order of the inputs.
     is_swapped = is_transposed(x)
     grads = x.new_empty((*(shape[1::-1] if is_swapped else shape[:num_leading]), size))
-    of_dt: Any = dt.shape if needs_dt and dt is not None else None
+    of_dt = dt.shape if needs_dt and dt is not None else None
     shapes = h.shape if has_initial_state(call) else None, of_dt, (size,) if needs_bias else None
     sums = [None if shape is None else x.new_empty(shape, dtype=dtype) for shape in shapes]
     return grads.transpose(0, 1) if is_swapped else grads, h.new_empty(h.shape), *sums

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru
 from mingru import ops
-from mingru.ops import Start, route, spec_of
+from mingru.ops import Context, route, spec_of
 from mingru.ops.backends import triton
 from mingru.ops.backends.triton import device, fallback, launch
-from mingru.ops.backends.triton.plan import KEEPING, Work, plan_of
+from mingru.ops.backends.triton.tiling import Work, tiling_of
 from mingru.ops.call import Call, Layout
 from mingru.ops.cells import NUM_INPUTS
 from mingru.ops.linear_map import are_recomputed
@@ -29,21 +29,21 @@ NONE_HERE = not (torch.cuda.is_available() or torch.xpu.is_available())
 # The last one: AMD GPUs for games.
 @pytest.mark.parametrize(("wave", "is_amd"), [(32, False), (64, True), (32, True)])
 @grid(backward=[False, True], itemsize=[2, 4, 8])
-def test_plans(wave, is_amd, itemsize, backward):
-    options = itertools.product([1, 8, 64, 5000], [1, 2, 17, 200, 10**6], [1, 32, 100, 512], KEEPING)
+def test_tilings(wave, is_amd, itemsize, backward):
+    options = itertools.product([1, 8, 64, 5000], [1, 2, 17, 200, 10**6], [1, 32, 100, 512], device.CELLS)
     for batch, steps, features, cell in options:
         for has_reset in (False, True):
             flags = {"has_reset": has_reset, "is_packed": has_reset, "is_timed": batch == 64, "is_amd": is_amd}
-            plan = plan_of(Work(cell, itemsize, batch, steps, features, backward, wave=wave, **flags))
-            assert all(number & (number - 1) == 0 for number in (plan.chunks, plan.features, plan.warps))
+            tiling = tiling_of(Work(cell, itemsize, batch, steps, features, backward, wave=wave, **flags))
+            assert all(number & (number - 1) == 0 for number in (tiling.chunks, tiling.features, tiling.warps))
             # A thread has at most 16 bytes of each step.
-            assert plan.chunks * plan.features * itemsize <= plan.warps * wave * 16 and 1 <= plan.steps <= 8
-            assert plan.segments == 1 or (cell in NUM_INPUTS and plan.chunks > 1)
+            assert tiling.chunks * tiling.features * itemsize <= tiling.warps * wave * 16 and 1 <= tiling.steps <= 8
+            assert tiling.segments == 1 or (cell in NUM_INPUTS and tiling.chunks > 1)
             # Most steps of a tile are steps of the sequence, if it is not short.
-            assert plan.chunks * plan.steps <= max(4 * steps, 8 * plan.steps)
-            assert plan.segments == 1 or plan.segments * plan.chunks * plan.steps <= steps
+            assert tiling.chunks * tiling.steps <= max(4 * steps, 8 * tiling.steps)
+            assert tiling.segments == 1 or tiling.segments * tiling.chunks * tiling.steps <= steps
             if is_amd:
-                assert plan.warps == 1 and plan.stages is None
+                assert tiling.warps == 1 and tiling.stages is None
 
 
 class Launch:
@@ -56,10 +56,10 @@ class Launch:
         backend = triton.BACKEND
         monkeypatch.setitem(route.BACKENDS, "triton", type(backend)(**{**vars(backend), "unavailable": lambda: None}))
 
-    def __call__(self, name, num_programs, plan, args):
+    def __call__(self, name, num_programs, tiling, args):
         assert num_programs > 0
         # What selects a kernel.
-        self.kernels.append((name, plan._replace(segments=1), args["TYPES"]))
+        self.kernels.append((name, tiling._replace(segments=1), args["TYPES"]))
         self.args = args
 
 
@@ -72,7 +72,7 @@ def test_few_kernels(monkeypatch):
         for batch, steps in itertools.product(batches, lengths):
             # Without memory.
             x = torch.zeros(1, 1, 256, requires_grad=True).expand(batch, steps, 256)
-            out, _ = ops.recurrence(MINGRU, [x, x], Start(x[:, :1], x[:, :1], None), backend="triton")
+            out, _ = ops.recurrence(MINGRU, [x, x], Context(x[:, :1], x[:, :1], None), backend="triton")
             torch.autograd.grad(out, x, torch.zeros(1, 1, 256).expand_as(out))
         return sorted(kernel[0] for kernel in set(launched.kernels))
 
@@ -95,7 +95,7 @@ def test_accesses_are_as_wide_as_sizes_strides_and_addresses_allow(monkeypatch):
 
     def unit(features, dtype=torch.float32, at=slice(None)):
         x = torch.zeros(2, 9, features, dtype=dtype)[..., at]
-        ops.recurrence(MINGRU, [x, x], Start(torch.zeros(2, 1, x.shape[2]), x[:, :1], None), backend="triton")
+        ops.recurrence(MINGRU, [x, x], Context(torch.zeros(2, 1, x.shape[2]), x[:, :1], None), backend="triton")
         return launched.args["V"]
 
     assert [unit(features) for features in (100, 102, 101)] == [4, 2, 1]
@@ -216,23 +216,23 @@ def test_why_triton_cannot_run(module, why, card, monkeypatch, tmp_path):
 def test_few_programs_divide_time_until_all_processors_have_two(processors, shape, backward):
     """There are 64 programs of 16 features in the first two shapes, and the third one is short."""
     work = Work("mingru", 2, *shape, backward=backward, processors=processors)
-    plan = plan_of(work)
+    tiling = tiling_of(work)
     is_long = shape[1] > 9
-    assert (plan.segments > 1) == is_long
+    assert (tiling.segments > 1) == is_long
     # Segments have a whole number of tiles.
-    assert not is_long or abs(64 * plan.segments - 2 * processors) < 64
-    assert plan_of(work._replace(processors=64)).segments == 1
+    assert not is_long or abs(64 * tiling.segments - 2 * processors) < 64
+    assert tiling_of(work._replace(processors=64)).segments == 1
 
 
 @pytest.mark.parametrize("processors", [40, 132, 160])
 def test_a_long_sequence_of_few_features_has_large_programs(processors):
     """Where there are no more segments, smaller programs would leave a larger GPU with less to do."""
-    plan = plan_of(Work("mingru", 4, 1, 10**6, 8, processors=processors))
-    assert (plan.warps, plan.segments) == (8, 62)
+    tiling = tiling_of(Work("mingru", 4, 1, 10**6, 8, processors=processors))
+    assert (tiling.warps, tiling.segments) == (8, 62)
 
 
 @pytest.mark.parametrize("facts", [(32, 132), (64, 304)])
-def test_what_a_plan_knows_of_the_device(facts, card):
+def test_what_a_tiling_knows_of_the_device(facts, card):
     card(warp_size=facts[0], multi_processor_count=facts[1], hip="7" if facts[0] == 64 else None)
     assert device.facts_of(torch.device("cuda", 0)) == (facts[0], facts[0] == 64, facts[1])
     assert device.facts_of(torch.device("cpu")) == (32, False, 132)
@@ -267,7 +267,7 @@ def test_old_cards_run_tensor_operations_and_say_so_once(capabilities, dtype, wh
     on_gpu = types.SimpleNamespace(is_cpu=False, dtype=dtype, device=torch.device("cuda", 0))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        chosen = {route.choose(MINGRU, on_gpu) for _ in range(2)}
+        chosen = {route.choose(MINGRU, on_gpu).backend for _ in range(2)}
     if why is None:
         assert (chosen, found) == ({"triton"}, [])
     else:
@@ -308,8 +308,8 @@ def test_the_fallback_takes_the_operations_of_the_backend_torch(has_reset):
     with Operations() as expected:
         out = mingru.functional.mingru(*leaves, reset=reset if has_reset else None, backend="torch")
         grads = torch.autograd.grad(out.sum(), leaves)
-    start = Start(leaves[-1].detach(), torch.full((3, 1, 4), 0.5), reset if has_reset else None, None, None, None)
-    call = Call(MINGRU, [*x.detach().unbind()], start, Layout(False))
+    context = Context(leaves[-1].detach(), torch.full((3, 1, 4), 0.5), reset if has_reset else None, None, None, None)
+    call = Call(MINGRU, [*x.detach().unbind()], context, Layout(False))
     with Operations() as found:
         states, last = fallback.forward(call)
         own = fallback.backward(call, [states, torch.ones_like(states), torch.zeros_like(last)], False, False)

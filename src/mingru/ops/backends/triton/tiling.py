@@ -1,28 +1,15 @@
 """How a kernel divides its work; see `kernels`."""
 
 import functools
-from math import inf
 from typing import NamedTuple
 
 from ...cells import NUM_INPUTS
 
-# Inputs with which a step keeps the state, for each cell; the first part of a number, whose other parts are 0.
-KEEPING = {
-    "mingru": (-inf, 0.0),
-    "mingru_signed": (-inf, 0.0),
-    "mingru_rotation": (-inf, 0.0),
-    "minlstm": (0.0, -inf, 0.0),
-    "minlstm_unnormalized": (inf, -inf, 0.0),
-    "linear_scan": (1.0, 0.0),
-    "complex_linear_scan": (1.0, 0.0),
-    "mingru_quaternion": (-inf, 0.0),
-    "quaternion_linear_scan": (1.0, 0.0),
-}
 MOST_SEGMENTS = 64
 
 
 class Work(NamedTuple):
-    """What a plan depends on."""
+    """What a tiling depends on."""
 
     cell: str
     itemsize: int
@@ -42,7 +29,7 @@ class Work(NamedTuple):
     """Number of multiprocessors."""
 
 
-class Plan(NamedTuple):
+class Tiling(NamedTuple):
     chunks: int
     """Number of chunks of a tile, C."""
     steps: int
@@ -57,8 +44,8 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def plan_of(work: Work) -> Plan:
-    """Return the plan of a kernel. Results are the same for all GPUs with as many processors and threads of a warp."""
+def tiling_of(work: Work) -> Tiling:
+    """Return the tiling of a kernel. It is the same for all GPUs with as many processors and threads of a warp."""
     itemsize, backward, num_steps, num_features = work.itemsize, work.backward, work.num_steps, work.num_features
     # Values of one step that a warp loads if each thread loads 16 bytes.
     warp = work.wave * 16 // itemsize
@@ -72,8 +59,8 @@ def plan_of(work: Work) -> Plan:
         # More steps would need more registers than there are.
         steps = 2
     if num_steps == 1:
-        return Plan(1, 1, min(warp, _power_of_2(num_features)), 1, 1, None)
-    walk = Plan(1, steps, min(warp, _power_of_2(num_features)), 1, 1, None)
+        return Tiling(1, 1, min(warp, _power_of_2(num_features)), 1, 1, None)
+    walk = Tiling(1, steps, min(warp, _power_of_2(num_features)), 1, 1, None)
     if num_steps <= 2 * steps or (work.num_sequences * num_features >= 1 << 17 and num_features > warp // 2):
         return walk
     # 128 bytes of a step if that gives enough programs for all processors of a GPU, otherwise fewer; 32 is a sector.
@@ -95,7 +82,7 @@ def plan_of(work: Work) -> Plan:
         if segments > 1:
             # A whole number of tiles, so that no segment is empty.
             length = -(-num_steps // (segments * chunks * steps)) * chunks * steps
-            return Plan(chunks, steps, features, -(-num_steps // length), warps, stages)
+            return Tiling(chunks, steps, features, -(-num_steps // length), warps, stages)
     if itemsize == 2:
         # Chunks need more registers, because the coefficients of all their steps are kept: 4 values of a step for each
         # thread instead of 8.
@@ -111,7 +98,7 @@ def plan_of(work: Work) -> Plan:
     # Three sizes, so that sequences of many lengths need few kernels.
     chunks = next((size for size in (8, 32) if size < chunks and size * steps >= num_steps), chunks)
     warps = max(1, chunks * features // warp)
-    return Plan(chunks, steps, features, 1, warps, stages)
+    return Tiling(chunks, steps, features, 1, warps, stages)
 
 
 def _power_of_2(number: int) -> int:
