@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import ops
 from .check.calls import explained
-from .check.forms import GRU, LINEAR_SCAN, MINGRU, MINLSTM, PARALLEL_SCAN_LOG, ROTATION, Forms, check_steps
-from .check.values import check_choice, check_flag, check_floating, check_min_decay, dims, expectation, require, written
+from .check.forms import GRU, LINEAR_SCAN, MINGRU, MINLSTM, PARALLEL_SCAN_LOG, ROTATION, Function, check_steps
+from .check.values import check_choice, check_flag, check_floating, check_min_decay, dims, expectation, require
 from .modules.options import Candidate, Gate
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
@@ -157,11 +157,11 @@ def mingru(
     check_choice(name, "kind", kind, GATES)
     (bound,) = check_min_decay(name, min_decay, [kind])
     spec = spec_of(GATES[kind], default_candidate(GATES[kind]) if activation is None else activation, False, bound)
+    forms = MINGRU
     inputs: dict[str, Any] = {"gate": gate, "candidate": candidate}
-    forms = ROTATION if kind == "rotation" else MINGRU
     if kind == "rotation":
         require(name, "angle", angle is not None, "a tensor like gate because kind is 'rotation'", "None")
-        inputs = {"gate": gate, "angle": angle, "candidate": candidate}
+        forms, inputs = ROTATION, {"gate": gate, "angle": angle, "candidate": candidate}
     else:
         expected = f"None because kind is {kind!r}"
         require(name, "angle", angle is None, expected, type(angle).__name__, "pass kind='rotation'")
@@ -229,11 +229,10 @@ def minlstm(
     References:
         Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
     """
-    name = "minlstm"
-    check_flag(name, "normalize", normalize)
+    check_flag("minlstm", "normalize", normalize)
     spec = spec_of("minlstm" if normalize else "minlstm_unnormalized", activation, False, 0.0)
     inputs = {"forget": forget, "input": input, "candidate": candidate}
-    return _checked_states(name, spec, MINLSTM, inputs, h, reset, dt, backend, initial_state)
+    return _checked_states("minlstm", spec, MINLSTM, inputs, h, reset, dt, backend, initial_state)
 
 
 @explained
@@ -294,7 +293,7 @@ def gru(
     """
     name = "gru"
     inputs = {"reset_gate": reset_gate, "update_gate": update_gate, "candidate": candidate}
-    table = _forms_of(GRU, reset_gate)
+    table = GRU.bind(reset_gate)
     require(name, "reset_gate", reset_gate.dim() == 3, "(B, S, H)", dims(reset_gate.shape))
     check_floating(name, "weight", weight)
     table["weight"].check(GRU, weight, reset_gate, None)
@@ -302,8 +301,7 @@ def gru(
     fits = weight.dim() == 2 and len(weight) == 3 * features and features % max(weight.shape[1], 1) == 0
     expected = f"(3 H, K) with H = {features} because of reset_gate, and K a divisor of H"
     require(name, "weight", fits and weight.shape[1] > 0, expected, dims(weight.shape))
-    if bias is not None:
-        table["bias"].check(GRU, bias, reset_gate, reset_gate.shape)
+    GRU.check(table, reset_gate, bias=bias)
     spec = spec_of("gru", "tanh", False, 0.0)
     return _checked_states(name, spec, GRU, inputs, h, reset, None, backend, initial_state, weight, bias)
 
@@ -311,7 +309,7 @@ def gru(
 def _checked_states(
     name: str,
     spec: Spec,
-    forms: Forms,
+    forms: Function,
     inputs: dict[str, Any],
     h: Tensor | None,
     reset: Tensor | None,
@@ -322,7 +320,7 @@ def _checked_states(
 ) -> Tensor:
     """Check the tensors of a call, and compute the states."""
     tensors = [*inputs.values()]
-    first, table = tensors[0], _forms_of(forms, tensors[0])
+    first, table = tensors[0], forms.bind(tensors[0])
     for argument, sequence in inputs.items():
         if argument in table:
             table[argument].check(forms, sequence, first, first.shape)
@@ -330,11 +328,8 @@ def _checked_states(
     check_steps(forms, table, first, first.shape, spec.cell, reset, None, dt)
     if dt is not None:
         dt = as_dtype(dt, accumulate_dtype(first.dtype))
-    if h is not None:
-        table["h"].check(forms, h, first, first.shape)
-    if initial_state is not None:
-        table["initial_state"].check(forms, initial_state, first, first.shape)
-    else:
+    forms.check(table, first, h=h, initial_state=initial_state)
+    if initial_state is None:
         value = zero_state(spec.cell, spec.activation)
         initial_state = torch.full((), value, dtype=first.dtype, device=first.device)
     shape = table["h"].shape(first.shape, None)
@@ -409,16 +404,14 @@ def linear_scan(
         >>> mingru.functional.linear_scan(a, b, lengths=torch.tensor([2]))
         (tensor([[1.0000, 1.5000, 0.0000, 0.0000]]), tensor([[1.5000]]))
     """
-    name = "linear_scan"
-    check_flag(name, "reverse", reverse)
+    check_flag("linear_scan", "reverse", reverse)
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape and is_expandable(a.shape, b.shape):
-        expected = f"(B, S, *) = {dims(b.shape)} like b"
-        raise ValueError(expectation(name, "a", expected, dims(a.shape), "use a.expand_as(b), which copies nothing"))
-    table = _forms_of(LINEAR_SCAN, a, or_complex=True)
+        expected, remedy = f"(B, S, *) = {dims(b.shape)} like b", "use a.expand_as(b), which copies nothing"
+        raise ValueError(expectation("linear_scan", "a", expected, dims(a.shape), remedy))
+    table = LINEAR_SCAN.bind(a, or_complex=True)
     table["b"].check(LINEAR_SCAN, b, a, a.shape)
-    check_steps(LINEAR_SCAN, table, a, a.shape, name, reset, lengths)
-    if h is not None:
-        table["h"].check(LINEAR_SCAN, h, a, a.shape)
+    check_steps(LINEAR_SCAN, table, a, a.shape, "linear_scan", reset, lengths)
+    LINEAR_SCAN.check(table, a, h=h)
     state = torch.zeros((), dtype=a.dtype, device=a.device) if h is None else h
     state = state.expand(table["h"].shape(a.shape, None))
     states = ops.linear_scan(a, b, state, reset, reverse, backend, lengths)
@@ -455,15 +448,5 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
     References:
         Heinsen 2023, "Efficient Parallelization of a Ubiquitous Sequential Computation"; Feng et al. 2024, appendix B.
     """
-    _forms_of(PARALLEL_SCAN_LOG, log_a)["log_b"].check(PARALLEL_SCAN_LOG, log_b, log_a, log_a.shape)
+    PARALLEL_SCAN_LOG.bind(log_a)["log_b"].check(PARALLEL_SCAN_LOG, log_b, log_a, log_a.shape)
     return _in_log_space.parallel_scan_log(log_a, log_b)
-
-
-def _forms_of(forms: Forms, x: Tensor, or_complex: bool = False) -> dict[str, Any]:
-    """Return the forms of the arguments beside a sequence x."""
-    (table,), name, argument = forms.batch_first, forms.name, forms.names["x"]
-    check_floating(name, argument, x, or_complex)
-    if x.dim() < table["x"].num_dims:
-        remedy = "add a batch dimension"
-        raise ValueError(expectation(name, argument, written(table["x"].parts), dims(x.shape), remedy))
-    return table

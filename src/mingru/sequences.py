@@ -69,7 +69,7 @@ def elapsed_times(
         raise TypeError(expectation(name, "t", "of a floating-point or integer dtype", str(t.dtype)))
     if t.dim() != 2:
         raise ValueError(expectation(name, "t", letters, dims(t.shape)))
-    (table,) = ELAPSED_TIMES.batch_first if batch_first else ELAPSED_TIMES.time_first
+    table = ELAPSED_TIMES.table(batch_first)
     check_steps(ELAPSED_TIMES, table, t, t.shape, "mingru", reset, lengths)
     if not batch_first:
         t, reset = t.t(), None if reset is None else reset.t()
@@ -140,7 +140,7 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
         >>> torch.testing.assert_close(out[:, 3:], rnn(sequences[2].unsqueeze(0))[0])
     """
     name = "reset_from_lengths"
-    (table,), count = RESET_FROM_LENGTHS.batch_first, lengths.numel() if isinstance(lengths, Tensor) else 0
+    table, count = RESET_FROM_LENGTHS.table(), lengths.numel() if isinstance(lengths, Tensor) else 0
     table["lengths"].check(RESET_FROM_LENGTHS, lengths, lengths, (count,))
     require(name, "lengths", bool((lengths >= 1).all()), "at least 1 each", str(lengths.tolist()))
     total = int(lengths.sum())
@@ -184,7 +184,7 @@ def check_resets(rnn: Callable[..., Any], x: Tensor, h: Any, reset: Tensor, out:
         early; pass reset[t] = flags[t - 1]
     """
     name, time = "check_resets", 1 if getattr(rnn, "batch_first", True) else 0
-    (table,) = CHECK_RESETS.batch_first if time == 1 else CHECK_RESETS.time_first
+    table = CHECK_RESETS.table(time == 1)
     table["reset"].check(CHECK_RESETS, reset, x, x.shape)
     expected, remedy = "True somewhere after the first step", "pass a rollout in which episodes begin"
     has_starts = bool(reset.narrow(time, 1, reset.shape[time] - 1).any())

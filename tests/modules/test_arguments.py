@@ -47,7 +47,6 @@ MEANT = {
     "input_dims": "input_size in_channels",
     "hidden_dims": "hidden_size hidden_sizes out_channels hidden_dim expansion_factor",
     "input_dims and hidden_dims": "dim",
-    "norm": "batch_norm",
     "candidate": "activation",
     "learn_initial_state": "lern_initial_state",
     "": "momentum",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .names import FORGOTTEN, counterpart, unknown_argument
+from .names import counterpart, unknown_argument
 from .values import expectation, is_number, name_of, not_a_tensor, require
 
 P = ParamSpec("P")
@@ -120,8 +120,7 @@ def misfit(
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        forgotten = FORGOTTEN.get(str(error).split("'")[-2]) if "'" in str(error) else None
-        return f"{name}: {error}; {remedy or forgotten or by_position(signature)}"
+        return f"{name}: {error}; {remedy or by_position(signature)}"
     return ""
 
 

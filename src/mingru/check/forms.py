@@ -6,7 +6,7 @@ directions. A part with "*" stands for any number of dimensions at the end. The 
 
 import functools
 import math
-import re
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -20,12 +20,23 @@ from ..ops.layout import is_packing
 from ..ops.modes import are_eager, is_autocast, is_captured
 from ..ops.shape import accumulate_dtype, is_expandable
 from . import names as meant
-from .values import check_type, converted, dims, expectation, instead_of_a_tensor, level_of_the_caller, require, written
+from .values import (
+    check_floating,
+    check_type,
+    converted,
+    dims,
+    expectation,
+    instead_of_a_tensor,
+    level_of_the_caller,
+    require,
+    written,
+)
 
 Shape = Sequence[int]
 EXPANDS = "expands to "
-# Where a layer has the sizes that x has not.
+# Where a layer has the sizes that x has not: K and C are those of the convolution of a block.
 SIZES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_directions"}
+SIZES |= {"K": "past_steps", "C": "input_dims"}
 
 
 # What a tensor contains that has no numbers: its dtypes in words, the dtypes, and the method that converts others.
@@ -42,17 +53,27 @@ STATES = ("h", "initial_state", "past", "dt")
 
 
 class Form:
-    """An argument of a call: its shape in letters, and what it contains; without a kind, numbers of the dtype of x."""
+    """An argument of a call: its shape in letters, and what it contains; without a kind, numbers of the dtype of x.
 
-    def __init__(self, argument: str, text: str, x: str, of: "Forms") -> None:
-        self.argument, self.is_state = argument, argument in STATES and argument != of.names["exact"]
+    `x` has the letters of the shape of x. An `exact` state must have the dtype of x.
+    """
+
+    def __init__(self, argument: str, text: str, x: list[str], exact: bool = False) -> None:
+        self.argument, self.is_state = argument, argument in STATES and not exact
         self.expands = text.startswith(EXPANDS)
         self.parts = text.removeprefix(EXPANDS).split()
-        self.shape = compiled(self.parts, x.split(), of.sizes)
-        self.num_dims = sum(part[0] != "*" for part in self.parts)
+        sizes, rest = [part for part in self.parts if part[0] != "*"], self.parts[-1:]
+        self._sizes, self.num_dims = [size_of(part, x) for part in sizes], len(sizes)
+        # The first dimension of x of those that end the shape.
+        self._rest = x.index(rest[0]) if len(self.parts) > len(sizes) else None
         self.noun, self.expected, self.dtypes, self.method = KINDS.get(argument, NUMBERS)
         # Lengths may be on the CPU, where they are read.
         self.dtype, self.or_cpu = self.dtypes[0], argument == "lengths"
+
+    def shape(self, x: Shape, of: Any) -> tuple[int, ...]:
+        """Return the shape, for this shape of x and a layer that has the other sizes."""
+        sizes = [size(x, of) for size in self._sizes]
+        return (*sizes,) if self._rest is None else (*sizes, *x[self._rest :])
 
     def dim(self, letters: str) -> int | None:
         """Return the dimension that one of these letters stands for, or None if there is none."""
@@ -106,20 +127,23 @@ class Form:
         raise usual_error(problem)(expectation(owner.name, name, expected, got, remedy or usual))
 
     def _of_numbers(self, like: Tensor) -> tuple[torch.dtype, ...]:
-        others = autocast_dtypes(like) if self.argument in ("x", *STATES) else ()
+        # Autocast converts what has another of its dtypes.
+        is_converted = self.argument in ("x", *STATES) and is_autocast(like)
+        others = (torch.float32, torch.bfloat16, torch.float16) if is_converted else ()
         return like.dtype, *others, *([accumulate_dtype(like.dtype)] if self.is_state else ())
 
 
-def compiled(parts: list[str], x: list[str], sizes: dict[str, str]) -> Callable[[Shape, Any], tuple[int, ...]]:
-    """Return a function of the shape of x, and of a layer that has the other sizes, to a shape."""
-
-    def of_letter(found: re.Match[str]) -> str:
-        return f"x[{x.index(found[0])}]" if found[0] in x else f"of.{sizes[found[0]]}"
-
-    of_parts = (f"*x[{x.index(part)}:]" if part[0] == "*" else re.sub("[A-Z]", of_letter, part) for part in parts)
-    # With the name of this file, because the compiler of torch skips code without one.
-    code = compile(f"lambda x, of: ({''.join(f'{part}, ' for part in of_parts)})", __file__, "eval")
-    return eval(code)  # type: ignore[no-any-return]
+def size_of(part: str, x: list[str]) -> Callable[[Shape, Any], int]:
+    """Return the function of the shape of x, and of a layer, that computes one dimension, such as "L*D" or "S+1"."""
+    for sign, combine in (("+", operator.add), ("*", operator.mul)):
+        first, _, second = part.partition(sign)
+        if second:
+            one, other = size_of(first, x), size_of(second, x)
+            return lambda shape, of: combine(one(shape, of), other(shape, of))
+    if part in x:
+        dim = x.index(part)
+        return lambda shape, of: shape[dim]
+    return lambda shape, of: int(part) if part.isdigit() else getattr(of, SIZES[part])
 
 
 Table = dict[str, Form]
@@ -133,24 +157,50 @@ def usual_error(problem: str) -> type[Exception]:
 class Forms:
     """The forms of all arguments of a call: a table for each form of x, and one for packed sequences.
 
-    `names` has the names that a caller sees: of arguments, of the size I, and of what has the dtype of other arguments;
-    and which state must have the dtype of x. The forms of a function have its name, and are in the place of a layer.
+    `names` has the names that a caller sees: of arguments, of the size I, and of what has the dtype of other arguments.
+    `exact` is the state that must have the dtype of x.
     """
+
+    def __init__(self, *tables: dict[str, str], packed: Any = None, exact: str = "", **names: str) -> None:
+        self.names = {"I": "input_dims", "x": "x", "like": names.get("x", "x"), **names}
+
+        def forms_of(texts: dict[str, str], more: str = "") -> Table:
+            x = (texts["x"] + more).split()
+            return {name: Form(name, text, x, name == exact) for name, text in texts.items()}
+
+        # The size of the batch is behind the shape of x.
+        self.packed = [] if packed is None else [forms_of(packed, " B")]
+        self.batch_first = [forms_of(table) for table in tables]
+        swapped = [{name: text.replace("B S", "S B") for name, text in table.items()} for table in tables]
+        self.time_first = [forms_of(table) for table in swapped]
+
+
+class Function:
+    """A function with the forms of its arguments, which is checked as a layer is; `x` is the name of the first one."""
 
     _hint = meant.of_functions
 
-    def __init__(self, *tables: dict[str, str], packed: Any = None, sizes: Any = (), **names: str) -> None:
-        self.names = {"I": "input_dims", "x": "x", "like": names.get("x", "x"), "name": "", "exact": "", **names}
-        self.name, self._forms = self.names["name"], self
-        self.sizes = SIZES | dict(sizes)
-        # The size of the batch is behind the shape of x.
-        self.packed = [] if packed is None else [self._table(packed, packed["x"] + " B")]
-        self.batch_first = [self._table(table, table["x"]) for table in tables]
-        swapped = [{name: text.replace("B S", "S B") for name, text in table.items()} for table in tables]
-        self.time_first = [self._table(table, table["x"]) for table in swapped]
+    def __init__(self, name: str, forms: dict[str, str], x: str = "x") -> None:
+        self.name, self._forms = name, Forms(forms, x=x)
 
-    def _table(self, texts: dict[str, str], x: str) -> Table:
-        return {argument: Form(argument, text, x, self) for argument, text in texts.items()}
+    def table(self, batch_first: bool = True) -> Table:
+        (table,) = self._forms.batch_first if batch_first else self._forms.time_first
+        return table
+
+    def bind(self, x: Tensor, or_complex: bool = False) -> Table:
+        """Return the forms of all arguments beside x, or raise an error if x has no numbers or too few dimensions."""
+        table, argument = self.table(), self._forms.names["x"]
+        check_floating(self.name, argument, x, or_complex)
+        if x.dim() < table["x"].num_dims:
+            remedy = "add a batch dimension"
+            raise ValueError(expectation(self.name, argument, written(table["x"].parts), dims(x.shape), remedy))
+        return table
+
+    def check(self, table: Table, x: Tensor, **given: Tensor | None) -> None:
+        """Raise an error unless arguments that may be None have their forms."""
+        for argument, value in given.items():
+            if value is not None:
+                table[argument].check(self, value, x, x.shape)
 
 
 def bind(layer: Any, tables: list[Table], x: Any, weight: Tensor | None) -> Table:
@@ -198,19 +248,18 @@ def check_steps(
     owner: Any, table: Table, like: Tensor, x: Shape, cell: str, reset: Any, lengths: Any = None, dt: Any = None
 ) -> None:
     """Check what a call has for each step or sequence. Values are checked in eager mode on the CPU."""
-    if reset is not None:
-        (table.get("reset") or refuse_given(owner, table, "reset", reset)).check(owner, reset, like, x)
-    if lengths is not None:
-        (table.get("lengths") or refuse_given(owner, table, "lengths", lengths)).check(owner, lengths, like, x)
-        # A graph has no values, and a GPU would be waited for.
-        if lengths.is_cpu and not is_captured() and lengths.numel() > 0:
-            check_range(owner.name, lengths, x[table["x"].dim("S") or 0])
+    for argument, value in (("reset", reset), ("lengths", lengths)):
+        if value is not None:
+            form_of(owner, table, argument, value).check(owner, value, like, x)
+    # A graph has no values, and a GPU would be waited for.
+    if lengths is not None and lengths.is_cpu and not is_captured() and lengths.numel() > 0:
+        check_range(owner.name, lengths, x[table["x"].dim("S") or 0])
     if dt is not None:
         why_not = CELLS[cell or owner.cell].not_timed
         if why_not is not None:
             expected, remedy = f"None because {why_not}", "make log(dt) an input feature"
             raise ValueError(expectation(owner.name, "dt", expected, type(dt).__name__, remedy))
-        form = table.get("dt") or refuse_given(owner, table, "dt", dt)
+        form = form_of(owner, table, "dt", dt)
         form.check(owner, dt, like, x)
         if dt.is_cpu and are_eager(dt) and dt.numel() > 0:
             check_times(owner.name, dt, form.dim("SP"))
@@ -223,10 +272,12 @@ def check_range(name: str, lengths: Tensor, steps: int) -> None:
         raise ValueError(expectation(name, "lengths", f"from 0 to S = {steps}", str(lengths.tolist())))
 
 
-def refuse_given(owner: Any, table: Table, argument: str, value: Any) -> NoReturn:
-    """Raise the error about an argument that this form of x does not have."""
-    expected = f"None because {owner._forms.names['x']} is {written(table['x'].parts)}"
-    raise ValueError(expectation(owner.name, argument, expected, type(value).__name__))
+def form_of(owner: Any, table: Table, argument: str, value: Any) -> Form:
+    """Return the form of an argument, or raise an error if it has none with this form of x."""
+    if argument not in table:
+        expected = f"None because {owner._forms.names['x']} is {written(table['x'].parts)}"
+        raise ValueError(expectation(owner.name, argument, expected, type(value).__name__))
+    return table[argument]
 
 
 def check_states(owner: Any, states: Any, forms: Sequence[tuple[Form, Any, Shape]], like: Tensor, what: str) -> None:
@@ -273,11 +324,6 @@ def _order_of(packed_x: PackedSequence) -> Tensor:
     """Return the batch index of each sorted sequence."""
     order = packed_x.sorted_indices
     return torch.arange(int(packed_x.batch_sizes[0]), device="cpu") if order is None else order.cpu()
-
-
-def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
-    """Return the dtypes that autocast converts, if it is enabled."""
-    return (torch.float32, torch.bfloat16, torch.float16) if is_autocast(like) else ()
 
 
 # Above it, an elapsed time is probably in another unit, such as nanoseconds. Also in csrc/inference.cpp.
@@ -338,12 +384,11 @@ CELL_OF_IMAGES = Forms(
 )
 PER_STEP = Forms({"x": "B S I *space", "lengths": "B"}, packed={"x": "P I"})
 # With the state of the convolution, the last K inputs of C features.
-_SIZES_OF_CONV = {"K": "conv.kernel_size - 1", "C": "input_dims"}
-BLOCK = Forms({"x": "B S I", "h": "D B 1 H", "past": "1 B K C", **_STEPS}, sizes=_SIZES_OF_CONV, I="dims", past="h")
+BLOCK = Forms({"x": "B S I", "h": "D B 1 H", "past": "1 B K C", **_STEPS}, I="dims", past="h")
 _OF_MODEL = {"x": "ids", "h": "state", "past": "state", "like": "the weights"}
 LANGUAGE_MODEL = Forms({"x": "B S", "h": "D B 1 H", "reset": "B S", "lengths": "B"}, **_OF_MODEL)
 
-_OF_TORCH = {"x": "input", "h": "hx", "I": "input_size", "exact": "h"}
+_OF_TORCH: Any = {"x": "input", "h": "hx", "I": "input_size", "exact": "h"}
 LAYER_OF_TORCH = Forms(
     {"x": "B S I", "h": "L*D B H", **_STEPS},
     {"x": "S I", "h": "L*D H", "reset": "S", "dt": "S"},
@@ -353,16 +398,15 @@ LAYER_OF_TORCH = Forms(
 CELL_OF_TORCH = Forms(*_CELL, **_OF_TORCH)
 
 _STATES = {"h": "expands to B 1 *", "initial_state": "expands to B 1 *", **_STEPS}
-MINGRU = Forms({"x": "B S *", "candidate": "B S *", **_STATES}, name="mingru", x="gate")
+MINGRU = Function("mingru", {"x": "B S *", "candidate": "B S *", **_STATES}, x="gate")
 _OF_PAIRS = {"h": "expands to B 1 2*H *", "initial_state": "expands to B 1 2*H *"}
-ROTATION = Forms(
-    {"x": "B S H *", "angle": "B S H *", "candidate": "B S 2*H *", **_STEPS, **_OF_PAIRS}, name="mingru", x="gate"
-)
-MINLSTM = Forms({"x": "B S *", "input": "B S *", "candidate": "B S *", **_STATES}, name="minlstm", x="forget")
+_OF_PAIRS |= {"x": "B S H *", "angle": "B S H *", "candidate": "B S 2*H *", **_STEPS}
+ROTATION = Function("mingru", _OF_PAIRS, x="gate")
+MINLSTM = Function("minlstm", {"x": "B S *", "input": "B S *", "candidate": "B S *", **_STATES}, x="forget")
 _OF_GRU = {"weight": "3*H H", "bias": "H", "h": "expands to B 1 H", "initial_state": "expands to B 1 H", "reset": "B S"}
-GRU = Forms({"x": "B S H", "update_gate": "B S H", "candidate": "B S H", **_OF_GRU}, name="gru", x="reset_gate")
-LINEAR_SCAN = Forms({"x": "B S *", "b": "B S *", **_STATES}, name="linear_scan", x="a")
-PARALLEL_SCAN_LOG = Forms({"x": "B S *", "log_b": "B S+1 *"}, name="parallel_scan_log", x="log_a")
-ELAPSED_TIMES = Forms({"x": "B S", "first": "B", "reset": "B S", "lengths": "B"}, name="elapsed_times", x="t")
-CHECK_RESETS = Forms({"x": "B S *", "reset": "B S"}, name="check_resets")
-RESET_FROM_LENGTHS = Forms({"x": "N", "lengths": "N"}, name="reset_from_lengths")
+GRU = Function("gru", {"x": "B S H", "update_gate": "B S H", "candidate": "B S H", **_OF_GRU}, x="reset_gate")
+LINEAR_SCAN = Function("linear_scan", {"x": "B S *", "b": "B S *", **_STATES}, x="a")
+PARALLEL_SCAN_LOG = Function("parallel_scan_log", {"x": "B S *", "log_b": "B S+1 *"}, x="log_a")
+ELAPSED_TIMES = Function("elapsed_times", {"x": "B S", "first": "B", "reset": "B S", "lengths": "B"}, x="t")
+CHECK_RESETS = Function("check_resets", {"x": "B S *", "reset": "B S"})
+RESET_FROM_LENGTHS = Function("reset_from_lengths", {"x": "N", "lengths": "N"})

@@ -8,35 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.shape import is_expandable
 from .values import written
 
 LENGTHS_OF_MASK = "lengths=mask.sum(1), with all padding at the end"
-# Argument names of other packages (torch, Keras, minGRU-pytorch, cheind/mingru, convolutional GRUs, transformers,
-# libraries of reinforcement learning) and their names here, followed by a value or an explanation. Without those that
-# look like a typing error, as "strides". The first that a function has is meant.
+# Argument names of other packages (torch, minGRU-pytorch, cheind/mingru, transformers, libraries of reinforcement
+# learning) that users wrote here, and their names here, followed by a value or an explanation. Without those that look
+# like a typing error, as "strides". The first that a function has is meant.
 _BY_NAMES = {
     "in_channels input_size input_dims": ("input_dims", "input_size"),
-    "hidden_size hidden_sizes out_channels units": ("hidden_dims", "dims"),
+    "hidden_size hidden_sizes out_channels": ("hidden_dims", "dims"),
     "hidden_dims expansion_factor": ("hidden_dims", "hidden_size", "expansion"),
     "dim": ("input_dims and hidden_dims", "dims"),
-    "d_model n_embd emb_dim embed_dim embedding_dim": ("dims",),
-    "depth num_hidden_layers": ("num_layers",),
     "num_blocks": ("block_size, the number of features of a block", "num_layers"),
-    "batch_norm": ("norm",),
     "time_major": ("batch_first=False for time_major=True",),
-    "activation nonlinearity": ("candidate",),
-    "recurrent_dropout": ("dropout",),
-    "n_vocab num_tokens num_embeddings": ("vocab_size",),
-    "tie_weights tie_embeddings tie_word_embeddings": ("tied",),
+    "activation": ("candidate",),
+    "n_vocab": ("vocab_size",),
+    "tie_weights": ("tied",),
     "mask attention_mask": (LENGTHS_OF_MASK,),
     "padding_mask key_padding_mask src_key_padding_mask": ("lengths=(~mask).sum(1) if it is True in the padding",),
     "seq_len seq_lens seq_lengths sequence_length sequence_lengths": ("lengths",),
     "episode_start episode_starts is_init is_first starts": ("reset",),
     "done dones terminated terminations truncated": ("reset, one step later: reset[:, t] = done[:, t - 1]",),
     "t time times timestamps": ("t", "dt=mingru.functional.elapsed_times(times, first=...)"),
-    "deltas delta_t delta_time elapsed elapsed_time timespans": ("dt",),
-    "max_length max_tokens": ("max_new_tokens",),
+    "deltas delta_t delta_time elapsed": ("dt",),
+    "max_length": ("max_new_tokens",),
     "eos_token_id": ("stop",),
     "do_sample": ("temperature=0 for do_sample=False, and nothing for True",),
     "input_ids": ("ids", "prompts"),
@@ -51,18 +46,12 @@ REMEDIES = {
     "normalize": "only a minLSTM has two gates",
     "gate": "only a minGRU has several gates",
     "min_decay": "only MinGRU and MinGRUCell have a bound of the decay",
-    "groups": "use a layer for each group of channels, and join their outputs with torch.cat(outputs, 2)",
-    "return_sequences": "the output has all time steps; out[:, -1] is the last one",
-    "stateful": "pass the returned state to the next call",
-    "go_backwards": "pass x.flip(1), or bidirectional=True",
     "opset_version": "torch chooses the opset; change that of the file with onnx.version_converter",
 }
-# What required arguments are that are easily forgotten.
-FORGOTTEN = {"first": "a typical gap is a good choice", "batch": "it is the number of sequences"}
 BY_THEIR_NAMES_ONLY = ("bench", "distributed", "integrations", "streaming")
 EMBED = "embed token ids first (torch.nn.Embedding)"
 # Arguments of functions that have the form of the first one.
-_SEQUENCES = ("angle", "b", "candidate", "input", "log_b")
+_SEQUENCES = ("angle", "b", "candidate", "input")
 
 
 def unknown_argument(name: str, argument: str, names: list[str]) -> str:
@@ -103,17 +92,10 @@ def of_layers(layer: Any, form: Any, value: Any, shape: Sequence[int]) -> str:
     return "convert a state of nn.GRU, (L * D, B, H), with h.unsqueeze(2)" if is_of_torch else ""
 
 
-def of_functions(forms: Any, form: Any, value: Any, shape: Sequence[int]) -> str:
+def of_functions(function: Any, form: Any, value: Any, shape: Sequence[int]) -> str:
     """Return the remedy for an argument of a function that has another shape, or ""."""
-    if form.argument == "h" and len(shape) == 2 and value.dim() == 1:
-        return "(S, H) without a batch is read as (B, S); pass (1, S, H)"
-    if form.argument not in _SEQUENCES or not shape:
-        return ""
-    if value.shape[:-1] == shape and form.argument != "log_b":
-        return f"use {forms.names['x']}.unsqueeze(-1).expand_as({form.argument})"
-    return (
-        f"to broadcast, use {form.argument}.expand, which copies nothing" if is_expandable(value.shape, shape) else ""
-    )
+    needs_dim = form.argument in _SEQUENCES and shape and value.shape[:-1] == shape
+    return f"use {function._forms.names['x']}.unsqueeze(-1).expand_as({form.argument})" if needs_dim else ""
 
 
 def of_dtype(argument: str, value: Tensor, remedy: str) -> str:
@@ -126,11 +108,10 @@ def of_dtype(argument: str, value: Tensor, remedy: str) -> str:
 
 
 def of_mask(h: Any) -> str:
-    """Return the remedy for a mask, or lengths, in place of a state, or ""."""
-    dtype = h.dtype if isinstance(h, Tensor) else None
-    if dtype == torch.bool:
-        return f"pass the starts of episodes as reset=; a layer takes a padding mask as {LENGTHS_OF_MASK}"
-    return "a layer takes lengths as lengths=" if dtype == torch.int64 and h.dim() == 1 else ""
+    """Return the remedy for a mask in place of a state, or ""."""
+    if not isinstance(h, Tensor) or h.dtype != torch.bool:
+        return ""
+    return f"pass the starts of episodes as reset=; a layer takes a padding mask as {LENGTHS_OF_MASK}"
 
 
 def of_ids(x: Tensor) -> str:
@@ -155,13 +136,11 @@ def _of_pair(layer: Any, form: Any, h: Any) -> str:
 
 
 def _of_x(layer: Any, x: Tensor) -> str:
-    if layer.num_space_dims > 0:
+    if layer.num_space_dims > 0 or layer.role == "step":
         return ""
-    if layer.role == "step":
-        return "use a layer, not a cell, for sequences" if x.dim() == 3 else ""
     if x.shape == (layer.input_dims,):
         return "use x[None, None] for one step"
     if x.dim() == 2 and x.shape[1] == layer.input_dims:
         batch, time = (0, 1) if layer.batch_first else (1, 0)
         return f"use x.unsqueeze({batch}) for one sequence, or x.unsqueeze({time}) for one step of a batch"
-    return "use x.transpose(1, 2) if time is last" if x.dim() == 3 and x.shape[1] == layer.input_dims else ""
+    return ""

@@ -94,8 +94,7 @@ class MinGRU(nn.Module):
 
     def __init__(self, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
+        self.hidden_size, self.num_layers = hidden_size, num_layers
         self.rnn = WithStatesOfTorch("MinGRU", hidden_size, hidden_size, num_layers, **options)
 
     def initial_state(self, batch_size: int, device: torch.device | str) -> tuple[Tensor]:
@@ -109,5 +108,4 @@ class MinGRU(nn.Module):
 
     def forward_train(self, h: Tensor) -> Tensor:
         """Return the output (B, S, H) of whole sequences."""
-        out: Tensor = self.rnn(h)[0]
-        return out
+        return self.rnn(h)[0]  # type: ignore[no-any-return]
