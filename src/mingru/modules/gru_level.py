@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..check.values import check_flag, check_int, require
 from ..ops.call import Start
 from ..ops.linear_map import RecurrentMap
-from ..ops.plan import plannable
+from .plan import plannable
 from .recurrent_level import RecurrentLevel, RecurrentOptions
 
 
