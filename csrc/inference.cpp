@@ -1,4 +1,4 @@
-// A whole inference pass of stacked layers or residual blocks, in one call. Called only by src/mingru/ops/plan.py,
+// A whole inference pass of stacked layers or residual blocks, in one call. Called only by src/mingru/modules/plan.py,
 // which writes the code of a module: a row for each instruction, (instruction, whether it has a bias, state, cell and
 // activation). An instruction changes x, and takes its weights and numbers (the eps of a norm, the lower bound of a
 // recurrence's decay) from lists that are in the same order. Code and numbers are tensors, because reading a list of

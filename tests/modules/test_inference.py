@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mingru
 from mingru.models.causal_conv import CausalConv
-from mingru.ops import plan
+from mingru.modules import plan
 
 pytestmark = [
     needs_kernels,

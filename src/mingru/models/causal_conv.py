@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modules.plan import plannable
 from ..ops.causal_conv import Maybe, causal_conv
-from ..ops.plan import plannable
 from ..ops.route import is_hooked
 from ..ops.shape import States
 

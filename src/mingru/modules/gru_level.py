@@ -5,7 +5,7 @@ from torch import nn
 from ..check.values import check_flag, check_int, require
 from ..ops.call import Context
 from ..ops.linear_map import RecurrentMap
-from ..ops.plan import plannable
+from .plan import plannable
 from .recurrent_level import RecurrentLevel, RecurrentOptions
 
 

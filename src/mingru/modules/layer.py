@@ -13,10 +13,9 @@ from ..check import names as meant
 from ..check.calls import MISTAKES, explain, explained
 from ..check.forms import LAYER, Form, Shape, Table, check_call
 from ..check.values import check_choice, check_int, expectation, name_of
-from ..ops import plan
 from ..ops.modes import is_compiling, is_scripting, untraced
-from ..ops.plan import plannable
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
+from . import plan
 from .saved import Saved
 
 # What a call takes and returns, for type checkers: TorchScript reads the types of `forward`.
@@ -64,8 +63,9 @@ class Layer(Saved):
         [torch.Size([1, 10, 1, 8]), torch.Size([1, 10, 8])]
     """
 
-    # See `ops.plan`.
+    # See `modules.plan`.
     __slots__ = ("_plans",)
+    _plans: "tuple[plan.LayerPlan, ...]"
 
     name: str
     """Name of the class, for errors."""
@@ -86,7 +86,7 @@ class Layer(Saved):
     """Which of `reset`, `lengths` and `dt` a stack passes to a layer of your own: those that `forward` names. A stack
     says for other layers which they do not take."""
     _planned = False
-    """Whether a plan can replace the modules inside this class; see `ops.plan`. Subclasses are not."""
+    """Whether a plan can replace the modules inside this class; see `modules.plan`. Subclasses are not."""
     _forms = LAYER
     """What the tensors of a call must be."""
     _hint = meant.of_layers
@@ -96,7 +96,7 @@ class Layer(Saved):
         super().__init_subclass__(**kwargs)
         cls._planned = planned
         if planned:
-            plannable(cls)
+            plan.plannable(cls)
         if role is not None:
             check_choice(cls.__name__, "role", role, ROLES)
         if role is not None or "forward" in cls.__dict__:

@@ -11,10 +11,10 @@ from ..check.values import check_int, check_parts, is_number, level_of_the_calle
 from ..ops.call import Context, Layout, Spec
 from ..ops.cells import CELLS, GATES
 from ..ops.modes import is_scripting
-from ..ops.plan import plannable
 from ..ops.shape import MaybeList, States
 from .levels import Level
 from .options import Options
+from .plan import plannable
 from .saved import add_marks, refuse_other_cells, take_marks
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}

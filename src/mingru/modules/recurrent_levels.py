@@ -13,14 +13,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..check.calls import explained
 from ..check.values import check_min_decay, name_of
-from ..ops import plan
 from ..ops.call import Context, Layout
 from ..ops.cells import CELLS
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.modes import is_autocast, is_captured, is_scripting
 from ..ops.names_of_torch import is_symbolic
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, as_dtype, reshaped
-from . import scripted
+from . import plan, scripted
 from .gru_level import GRULevel, GRUOptions
 from .initial_state import default_start, learned_state, reset_initial_state
 from .layer import Steps

@@ -20,6 +20,11 @@ from .call import Context, Spec, is_plain
 from .cells import CELLS
 from .linear_map import NORMS
 
+# The index of a state of the module, and of one of the layers and directions in it.
+State = tuple[int, int]
+# An instruction of the operator: its number, whether it has a bias, its state, and its cell and activation.
+Row = tuple[int, int, int, int]
+
 
 class Norm(NamedTuple):
     """A norm with weights, which are indices into those of the instructions; -1 means None."""
@@ -98,7 +103,7 @@ class Recording:
             return x.then("add", None)
         return x.then("add_linear", F.linear, *self.weights(*other.map))
 
-    def finish(self) -> tuple[list[tuple[int, int, int, int]], list[float]]:
+    def finish(self) -> tuple[list[Row], list[float]]:
         """Return the code and the numbers of the operator, and put into the steps where a value is kept."""
         self.require(not self.is_open)
         kept = Counter(at for at, _ in self._added)
@@ -106,7 +111,7 @@ class Recording:
         for at, step in enumerate(self.steps):
             steps += [("keep", None, [])] * kept[at] + [step]
         self.steps = steps
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[Row] = []
         numbers: list[float] = []
 
         def add(name: str, has_bias: bool = False, state: int = 0, cell: int = 0) -> None:

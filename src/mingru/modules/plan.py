@@ -1,6 +1,6 @@
 """The plan of a module: what it computes, asked once. Norms, linear maps, recurrences and residuals.
 
-A `LayerPlan` records what the `forward` of a module does; see `ops.traced`. All modules inside are of known classes,
+A `LayerPlan` records what the `forward` of a layer does; see `ops.traced`. All modules inside are of known classes,
 whose `forward` has no other effect. After any change of a module or its submodules, the plan is made again. Without
 gradients, one operator computes all instructions, and checks the sizes. With gradients, or on a GPU, `_trained`
 computes them one by one, each recurrence by one autograd function.
@@ -14,14 +14,15 @@ import inspect
 import itertools
 import operator
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+<<<<<<< HEAD:src/mingru/ops/plan.py
 from . import autograd, linear_map, names_of_torch, route
 from .backends.triton import CELLS as CELLS_OF_TRITON
 from .call import Context, Layout
@@ -31,6 +32,17 @@ from .linear_map import FORWARDS, HOOKS, RecurrentMap
 from .modes import is_autocast, is_compiling, is_device_context
 from .shape import MaybeTensor, Outputs, States
 from .traced import Direction, Recording, Traced
+=======
+from ..ops import autograd, linear_map, names_of_torch, route
+from ..ops.backends.triton.plan import KEEPING
+from ..ops.call import Context, Layout
+from ..ops.causal_conv import causal_conv
+from ..ops.layout import in_reverse
+from ..ops.linear_map import FORWARDS, HOOKS, RecurrentMap
+from ..ops.modes import is_autocast, is_compiling, is_device_context
+from ..ops.shape import MaybeList, MaybeTensor, Outputs, States
+from ..ops.traced import Direction, Recording, Row, State, Traced
+>>>>>>> 5efa9a109e4ac88c80afbd78c215b4889bfec891:src/mingru/modules/plan.py
 
 _DTYPES = (torch.float32, torch.float64)
 _OF_GPU = "triton", "triton alone"
@@ -38,6 +50,21 @@ _CALL = nn.Module.__call__
 _forward_of, _shape_of, _dtype_of, _is_cpu = map(operator.attrgetter, ("forward", "shape", "dtype", "is_cpu"))
 _device_of = operator.attrgetter("device")
 FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, RecurrentMap)})
+
+
+class Planned(Protocol):
+    """What a plan asks of a layer or a cell."""
+
+    role: str
+    input_dims: int
+    num_states: int
+    batch_first: bool
+    _plans: "tuple[LayerPlan, ...]"
+
+    def modules(self) -> Iterator[nn.Module]: ...
+    def _trace(self, x: Traced, h: list[State]) -> tuple[Traced, list[State]]: ...
+    def _state_shapes(self, batch: int) -> list[tuple[int, ...]]: ...
+    def default_states(self, x: Tensor, batch: int) -> list[Tensor]: ...
 
 
 def plannable(cls: type[nn.Module]) -> type[nn.Module]:
@@ -57,7 +84,7 @@ _BY_NAME, _CONSTANTS = {"getattr", "setattr", "vars"}, {bool, int, float, str, t
 
 
 @functools.cache
-def _names(cls: Any) -> frozenset[str]:
+def _names(cls: type) -> frozenset[str]:
     """Return all attributes that the code of a class may name. Another one is a note: a program set it for itself."""
     found = {*dir(cls)}
     values = [getattr(value, "fget", value) for each in cls.__mro__ for value in vars(each).values()]
@@ -71,7 +98,7 @@ def _names(cls: Any) -> frozenset[str]:
     return frozenset(found)
 
 
-def _record(module: Any, modules: list[Any], recorded: Recording) -> tuple[list[Any], list[float]]:
+def _record(module: Planned, modules: list[nn.Module], recorded: Recording) -> tuple[list[Row], list[float]]:
     """Record a module, and return the code and the numbers of the operator; refuse modules of unknown classes."""
     for each in modules:
         cls: Any = type(each)
@@ -85,7 +112,7 @@ def _record(module: Any, modules: list[Any], recorded: Recording) -> tuple[list[
     return recorded.finish()
 
 
-def _forget(plan: weakref.ref[Any], _: object) -> None:
+def _forget(plan: "weakref.ref[LayerPlan]", _: object) -> None:
     found = plan()
     if found is not None:
         found.forget()
@@ -98,12 +125,12 @@ class LayerPlan:
     when one of these modules is freed.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Planned) -> None:
         # For the batch size of the last call.
         self._state_shapes: dict[int, list[tuple[int, ...]]] = {}
         self._type: type | None = type(module)
-        modules: list[Any] = list(module.modules())
-        owned = [(each._parameters, name) for each in modules for name in each._parameters]
+        modules = list(module.modules())
+        owned: list[tuple[Any, str]] = [(each._parameters, name) for each in modules for name in each._parameters]
         recorded = Recording({id(place[name]): at for at, (place, name) in enumerate(owned)}, not module.batch_first)
         try:
             rows, numbers = _record(module, modules, recorded)
@@ -161,7 +188,7 @@ class LayerPlan:
         self._type, self._places, self.hooks, self._lists = None, (), [], []
         self._now, self._then, self._types_now, self._notes, self._attributes = [], [], [], {}, []
 
-    def weights_now(self, module: nn.Module) -> list[Tensor] | None:
+    def weights_now(self, module: Planned) -> list[Tensor] | None:
         """Return the weights of the instructions, or None if something has changed."""
         try:
             if self._is_as_then() and type(module) is self._type:
@@ -210,7 +237,7 @@ class LayerPlan:
         fits = self.is_trained and (backend == "native" or self.is_for_gpu) and _fit(x, weights)
         return fits and list(map(_shape_of, weights)) == self._shapes
 
-    def takes(self, module: Any, states: Any, batch: int) -> bool:
+    def takes(self, module: Planned, states: list[Tensor], batch: int) -> bool:
         """Return whether a module takes these states."""
         if type(states) not in (list, tuple):
             return False
@@ -221,11 +248,11 @@ class LayerPlan:
         return list(map(type, states)) == [Tensor] * len(shapes) and list(map(_shape_of, states)) == shapes
 
 
-def current_plan(module: Any) -> tuple[LayerPlan, list[Tensor]] | None:
+def current_plan(module: Planned) -> tuple[LayerPlan, list[Tensor]] | None:
     """Return the plan of a module, made again if it has changed, and its weights; or None if a class is patched."""
     # In a slot of the module: plans are freed with it, and are no part of its copies and pickles. The last two stay,
     # because many programs switch between `train()` and `eval()` all the time.
-    plans: tuple[LayerPlan, ...] = getattr(module, "_plans", ())
+    plans = getattr(module, "_plans", ())
     for plan in plans:
         # The program of a hook may set weights before each call.
         if any(plan.hooks):
@@ -240,7 +267,7 @@ def current_plan(module: Any) -> tuple[LayerPlan, list[Tensor]] | None:
     return plan, plan.weights_now(module) or []
 
 
-def _fit(x: Tensor, tensors: Any) -> bool:
+def _fit(x: Tensor, tensors: Sequence[Tensor]) -> bool:
     """Return whether tensors have the dtype and the device of x."""
     are_there = all(map(_is_cpu, tensors)) if x.is_cpu else {*map(_device_of, tensors)} <= {x.device}
     return are_there and {*map(_dtype_of, tensors)} == {x.dtype}
@@ -253,7 +280,7 @@ def _backend_of(x: Any) -> str | None:
     return route.kernels_for(x) if is_plain and not is_seen else None
 
 
-def skips_padding(module: Any, x: Tensor, *others: MaybeTensor) -> bool:
+def skips_padding(module: Planned, x: Tensor, *others: MaybeTensor) -> bool:
     """Return whether a module computes only recurrences of linear maps, by kernels that take lengths."""
     is_plain = all(each is None or type(each) is Tensor for each in others) and _backend_of(x) == "native"
     found = current_plan(module) if is_plain else None
@@ -267,14 +294,16 @@ def skips_padding(module: Any, x: Tensor, *others: MaybeTensor) -> bool:
 _operator: Any = getattr(getattr(torch.ops.mingru, "inference", None), "default", None)
 
 
-def run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any = None) -> Outputs | None:
+def run(
+    module: Planned, x: Any, states: Any, reset: MaybeTensor, time_first: bool, dt: MaybeTensor = None
+) -> Outputs | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
     if is_compiling():
         return None
     if type(x) is Traced:
         x.recording.require(module.role == "sequence", time_first == x.recording.time_first)
-        outputs: Outputs = module._trace(x, states)
-        return outputs
+        recorded: Any = module._trace(x, states)
+        return recorded  # type: ignore[no-any-return]
     if not names_of_torch.is_torch_function_mode_enabled():
         return _run(module, x, states, reset, time_first, dt)
     if not is_device_context():
@@ -284,7 +313,9 @@ def run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any 
         return _run(module, x, states, reset, time_first, dt)
 
 
-def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any) -> Outputs | None:
+def _run(
+    module: Planned, x: Tensor, states: MaybeList, reset: MaybeTensor, time_first: bool, dt: MaybeTensor
+) -> Outputs | None:
     backend = _backend_of(x)
     # On a GPU, each recurrence is one kernel without gradients too.
     trains = torch.is_grad_enabled() or backend in _OF_GPU
@@ -366,7 +397,7 @@ def _trained(
     return x, [_state_of(*each) for each in zip(found, h, strict=True)]
 
 
-def _recurrence(own: Direction, x: Tensor, w: list[Any], states: Any, backend: str, time_first: bool) -> States:
+def _run_cell(own: Direction, x: Tensor, w: list[Any], states: Any, backend: str, time_first: bool) -> States:
     """Compute one direction with the weights w, from the state before, the initial state and resets."""
     (at, at_bias), (at_recurrent, at_other) = own.map, own.recurrent
     linear, weight, bias = (w[at], w[at_bias]), w[at_recurrent], w[at_other]
