@@ -14,9 +14,9 @@ import mingru
 from mingru import streaming
 from mingru.distributed import SequenceParallel, TensorParallel
 from mingru.modules.gru_level import GRULevel
+from mingru.modules.plan import plannable
 from mingru.modules.recurrent_level import RecurrentLevel
 from mingru.ops.call import Layout, Start
-from mingru.ops.plan import plannable
 from mingru.ops.shape import MaybeList, States
 
 

@@ -22,19 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-<<<<<<< HEAD:src/mingru/ops/plan.py
-from . import autograd, linear_map, names_of_torch, route
-from .backends.triton import CELLS as CELLS_OF_TRITON
-from .call import Context, Layout
-from .causal_conv import causal_conv
-from .layout import in_reverse
-from .linear_map import FORWARDS, HOOKS, RecurrentMap
-from .modes import is_autocast, is_compiling, is_device_context
-from .shape import MaybeTensor, Outputs, States
-from .traced import Direction, Recording, Traced
-=======
 from ..ops import autograd, linear_map, names_of_torch, route
-from ..ops.backends.triton.plan import KEEPING
+from ..ops.backends.triton import CELLS as CELLS_OF_TRITON
 from ..ops.call import Context, Layout
 from ..ops.causal_conv import causal_conv
 from ..ops.layout import in_reverse
@@ -42,7 +31,6 @@ from ..ops.linear_map import FORWARDS, HOOKS, RecurrentMap
 from ..ops.modes import is_autocast, is_compiling, is_device_context
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States
 from ..ops.traced import Direction, Recording, Row, State, Traced
->>>>>>> 5efa9a109e4ac88c80afbd78c215b4889bfec891:src/mingru/modules/plan.py
 
 _DTYPES = (torch.float32, torch.float64)
 _OF_GPU = "triton", "triton alone"
@@ -375,7 +363,7 @@ def _trained(
             outs = []
             for own, reset in zip(directions, resets or [None, None], strict=False):
                 start = None if reset is None else next(starts[state])
-                out, last = _recurrence(own, x, w, (next(befores[state]), start, reset), backend, time_first)
+                out, last = _direction(own, x, w, (next(befores[state]), start, reset), backend, time_first)
                 outs.append(out)
                 found[state].append(last)
             x = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
@@ -397,7 +385,7 @@ def _trained(
     return x, [_state_of(*each) for each in zip(found, h, strict=True)]
 
 
-def _run_cell(own: Direction, x: Tensor, w: list[Any], states: Any, backend: str, time_first: bool) -> States:
+def _direction(own: Direction, x: Tensor, w: list[Any], states: Any, backend: str, time_first: bool) -> States:
     """Compute one direction with the weights w, from the state before, the initial state and resets."""
     (at, at_bias), (at_recurrent, at_other) = own.map, own.recurrent
     linear, weight, bias = (w[at], w[at_bias]), w[at_recurrent], w[at_other]
