@@ -438,17 +438,20 @@ def test_a_class_of_torch_and_ours_are_one_to_programs():
         dist.destroy_process_group()
 
 
-@grid(features=[127, 128], with_gradients=[True, False])
+@grid(features=[127, 128, 256], with_gradients=[True, False])
 @pytest.mark.parametrize("dtype", [torch.float, torch.double])
 def test_torch_computes_few_steps(dtype, features, with_gradients, kernel_calls):
     gru = nn.GRU(1, features, dtype=dtype)
     drop_in.accelerate(gru)
     least = 20 if dtype == torch.double else 6 if with_gradients else 10
-    least *= 1 + features // 128
+    least *= 4 if features == 256 and not with_gradients else 1 + (features >= 128)
     with torch.set_grad_enabled(with_gradients):
         for steps in (least - 1, least):
             gru(torch.ones(steps, 1, 1, dtype=dtype))
             assert len(kernel_calls) == (steps == least)
+        # Of two sequences, fewer steps are enough.
+        gru(torch.ones(least // 2, 2, 1, dtype=dtype))
+        assert len(kernel_calls) == 1 + (features == 256 and not with_gradients)
 
 
 # Inputs, features, sequences and steps of an LSTM, and whether the kernels compute it with gradients, and without.

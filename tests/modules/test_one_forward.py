@@ -16,24 +16,24 @@ from mingru.distributed import SequenceParallel, TensorParallel
 from mingru.modules.gru_level import GRULevel
 from mingru.modules.plan import plannable
 from mingru.modules.recurrent_level import RecurrentLevel
-from mingru.ops.call import Layout, Start
+from mingru.ops.call import Context, Layout
 from mingru.ops.shape import MaybeList, States
 
 
 class Changed:
     """Return to another state after resets, which any kernel can, or use masks, as a zoneout without chance."""
 
-    def _direction(self, y: torch.Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
-        start = self._with_recurrent(Start(start.h, self.after, *start[2:]), reverse)
+    def _direction(self, y: torch.Tensor, context: Context, layout: Layout, reverse: bool, found: MaybeList) -> States:
+        context = self._with_recurrent(Context(context.h, self.after, *context[2:]), reverse)
         if not torch.jit.is_scripting():
             if not self.has_masks:
-                return self._mapped(self.spec(reverse), y, start, layout)
+                return self._mapped(self.spec(reverse), y, context, layout)
         inputs = self._inputs(y, reverse)
         if self.has_masks:
             # In training, the state stays where a candidate is positive; otherwise, all states last longer.
             more = 1e4 * (inputs[-1] > 0) if self.training else torch.full_like(inputs[-1], 0.5)
             inputs[-2] = inputs[-2] + (more if len(inputs) == 3 else -more)
-        return self._recurrence(self.spec(reverse), inputs, start, layout)
+        return self._run_cell(self.spec(reverse), inputs, context, layout)
 
 
 LEVELS = {cls: plannable(type(cls.__name__, (Changed, cls), {})) for cls in (RecurrentLevel, GRULevel)}
