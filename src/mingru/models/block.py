@@ -171,7 +171,7 @@ class Block(Composite, role="sequence", planned=True):
                 nn.GELU(),
                 nn.Linear(hidden, dims, bias, **factory),
             )
-        self.num_states, self.past_steps = (1, 0) if conv is None else (2, conv - 1)
+        self.num_states = 1 if conv is None else 2
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None."""
