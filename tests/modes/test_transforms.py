@@ -333,7 +333,7 @@ def test_anomaly_mode_tells_where_a_nan_is_from(case):
             x.view(-1)[0] = torch.nan
         outputs = module(x, *args[1:])
         with (
-            pytest.warns(UserWarning, match=r"(?s)Error detected in .*outputs = module\(x.*ops/(autograd|plan)\.py"),
+            pytest.warns(UserWarning, match=r"(?s)Error detected in .*= module\(x.*(ops/autograd|modules/plan)\.py"),
             pytest.raises(RuntimeError, match=r"RecurrenceBackward' returned nan values"),
         ):
             # The first state, or the output of a module that returns no state.
