@@ -35,9 +35,7 @@ from .values import (
 Shape = Sequence[int]
 EXPANDS = "expands to "
 # Where a layer has the sizes that x has not: K and C are those of the convolution of a block.
-NAMES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_directions", "C": "input_dims"}
-SIZES: dict[str, Callable[[Any], int]] = {letter: operator.attrgetter(name) for letter, name in NAMES.items()}
-SIZES["K"] = lambda block: block.conv.kernel_size - 1
+SIZES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_directions", "C": "input_dims"}
 
 
 # What a tensor contains that has no numbers: its dtypes in words, the dtypes, and the method that converts others.
@@ -144,7 +142,9 @@ def size_of(part: str, x: list[str]) -> Callable[[Shape, Any], int]:
     if part in x:
         dim = x.index(part)
         return lambda shape, of: shape[dim]
-    return lambda shape, of: int(part) if part.isdigit() else SIZES[part](of)
+    if part == "K":
+        return lambda shape, of: of.conv.kernel_size - 1
+    return lambda shape, of: int(part) if part.isdigit() else getattr(of, SIZES[part])
 
 
 Table = dict[str, Form]
