@@ -35,7 +35,7 @@ from .values import (
 Shape = Sequence[int]
 EXPANDS = "expands to "
 # Where a layer has the sizes that x has not: K and C are those of the convolution of a block.
-SIZES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_directions", "C": "input_dims"}
+NAMES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_directions", "C": "input_dims"}
 
 
 # What a tensor contains that has no numbers: its dtypes in words, the dtypes, and the method that converts others.
@@ -142,9 +142,13 @@ def size_of(part: str, x: list[str]) -> Callable[[Shape, Any], int]:
     if part in x:
         dim = x.index(part)
         return lambda shape, of: shape[dim]
+    if part.isdigit():
+        size = int(part)
+        return lambda shape, of: size
     if part == "K":
         return lambda shape, of: of.conv.kernel_size - 1
-    return lambda shape, of: int(part) if part.isdigit() else getattr(of, SIZES[part])
+    name = NAMES[part]
+    return lambda shape, of: getattr(of, name)
 
 
 Table = dict[str, Form]
@@ -185,8 +189,7 @@ class Function:
         self.name, self._forms = name, Forms(forms, x=x)
 
     def table(self, batch_first: bool = True) -> Table:
-        (table,) = self._forms.batch_first if batch_first else self._forms.time_first
-        return table
+        return (self._forms.batch_first if batch_first else self._forms.time_first)[0]
 
     def bind(self, x: Tensor, or_complex: bool = False) -> Table:
         """Return the forms of all arguments beside x, or raise an error if x has no numbers or too few dimensions."""
