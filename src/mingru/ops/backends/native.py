@@ -242,10 +242,12 @@ def _linear_backward(spec: Spec, given: Given, time_first: bool, saved: Given, n
 
 
 _CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, "gru", "lstm")]
+# Of a `Spec`, what these kernels compute and others don't.
+_FIELDS = FLAGS.keys() & Spec._fields
 _ALL = dict.fromkeys(("packed", "lengths", "autocast", "whole"), True)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
     unsupported=_unsupported,
-    kernel=Kernel(_forward, _backward, packed=True, cells=_CELLS, flags=FLAGS),
-    linear_kernel=Kernel(_linear_forward, _linear_backward, **_ALL, cells=CELL_NUMBERS, flags=FLAGS),
+    kernel=Kernel(_forward, _backward, packed=True, cells=_CELLS, flags=_FIELDS),
+    linear_kernel=Kernel(_linear_forward, _linear_backward, **_ALL, cells=CELL_NUMBERS, flags=_FIELDS),
 )
