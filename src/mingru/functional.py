@@ -170,7 +170,7 @@ def mingru(
         is_valid = gate.dim() > 2 and gate.shape[2] % count == 0
         expected = f"(B, S, H, *) with H divisible by {count} because kind is {kind!r}"
         require(name, "gate", is_valid, expected, dims(gate.shape))
-    return _checked_states(name, spec, forms, inputs, h, reset, dt, backend, initial_state)
+    return _checked_states(spec, forms, inputs, h, reset, dt, backend, initial_state)
 
 
 @explained
@@ -232,7 +232,7 @@ def minlstm(
     check_flag("minlstm", "normalize", normalize)
     spec = spec_of("minlstm" if normalize else "minlstm_unnormalized", activation, False, 0.0)
     inputs = {"forget": forget, "input": input, "candidate": candidate}
-    return _checked_states("minlstm", spec, MINLSTM, inputs, h, reset, dt, backend, initial_state)
+    return _checked_states(spec, MINLSTM, inputs, h, reset, dt, backend, initial_state)
 
 
 @explained
@@ -303,11 +303,10 @@ def gru(
     require(name, "weight", fits and weight.shape[1] > 0, expected, dims(weight.shape))
     GRU.check(table, reset_gate, bias=bias)
     spec = spec_of("gru", "tanh", False, 0.0)
-    return _checked_states(name, spec, GRU, inputs, h, reset, None, backend, initial_state, weight, bias)
+    return _checked_states(spec, GRU, inputs, h, reset, None, backend, initial_state, weight, bias)
 
 
 def _checked_states(
-    name: str,
     spec: Spec,
     forms: Function,
     inputs: dict[str, Any],
@@ -324,7 +323,7 @@ def _checked_states(
     for argument, sequence in inputs.items():
         if argument in table:
             table[argument].check(forms, sequence, first, first.shape)
-    check_choice(name, "activation", spec.activation, _activation.ACTIVATIONS)
+    check_choice(forms.name, "activation", spec.activation, _activation.ACTIVATIONS)
     check_steps(forms, table, first, first.shape, spec.cell, reset, None, dt)
     if dt is not None:
         dt = as_dtype(dt, accumulate_dtype(first.dtype))
