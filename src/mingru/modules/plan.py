@@ -28,7 +28,7 @@ from ..ops.call import Context, Layout
 from ..ops.causal_conv import causal_conv
 from ..ops.layout import in_reverse
 from ..ops.linear_map import FORWARDS, HOOKS, RecurrentMap
-from ..ops.modes import is_autocast, is_compiling, is_device_context
+from ..ops.modes import is_compiling, is_device_context, mode_of
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States
 from ..ops.traced import Direction, Recording, Row, State, Traced
 
@@ -264,8 +264,7 @@ def _fit(x: Tensor, tensors: Sequence[Tensor]) -> bool:
 def _backend_of(x: Any) -> str | None:
     """Return whose kernels compute x, if nothing sees operations: no trace, transform, dispatch mode or hook."""
     is_seen = names_of_torch.len_torch_dispatch_stack() or names_of_torch.has_any_global_hook()
-    is_plain = type(x) is Tensor and names_of_torch.is_untransformed() and not is_autocast(x)
-    return route.kernels_for(x) if is_plain and not is_seen else None
+    return route.kernels_for(x) if type(x) is Tensor and mode_of(x).is_eager and not is_seen else None
 
 
 def skips_padding(module: Planned, x: Tensor, *others: MaybeTensor) -> bool:
@@ -290,8 +289,7 @@ def run(
         return None
     if type(x) is Traced:
         x.recording.require(module.role == "sequence", time_first == x.recording.time_first)
-        recorded: Any = module._trace(x, states)
-        return recorded  # type: ignore[no-any-return]
+        return module._trace(x, states)  # type: ignore[return-value]
     if not names_of_torch.is_torch_function_mode_enabled():
         return _run(module, x, states, reset, time_first, dt)
     if not is_device_context():
