@@ -54,7 +54,7 @@ def rounds_ms(calls: Calls, seconds: float, least: int = 3, device: str = "cpu")
     times_ms: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     order, generator = list(calls.items()), random.Random(0)
-    while time.perf_counter() < end or min(map(len, times_ms.values()), default=least) < least:
+    while order and (time.perf_counter() < end or min(map(len, times_ms.values())) < least):
         generator.shuffle(order)
         for name, call in order:
             call()
