@@ -40,7 +40,7 @@ enum class Cell { MINGRU_CELLS(MINGRU_NAME) };
 #define MINGRU_ACTIVATIONS(ACTIVATION) ACTIVATION(positive) ACTIVATION(linear) ACTIVATION(tanh)
 enum class Activation { MINGRU_ACTIVATIONS(MINGRU_NAME) count };
 
-// The tensors of a call: the fields of `Start` and `Layout` in src/mingru/ops/call.py. The first two are not optional.
+// The tensors of a call: the fields of `Context` and `Layout` in src/mingru/ops/call.py. The first two are not optional.
 enum class Argument { h, initial_state, reset, dt, recurrent, recurrent_bias, batch_sizes, lengths, count };
 
 constexpr int most_inputs = 3;  // of a cell with lanes

@@ -212,7 +212,7 @@ class Traced:
         """Return the recurrence of linear(norm(x)) in one direction, and the state."""
         recording, (state, layer), steps = self.recording, context.h, self.recording.steps
         recording.require(type(linear).forward is nn.Linear.forward, norm is None or type(norm) in NORMS)
-        # What else a spec or a start says, the instructions do not.
+        # What else a spec or a context says, the instructions do not.
         known = Context(context.h, context.h, None, None, context.recurrent, context.recurrent_bias)
         recording.require(is_plain(spec), all(map(operator.is_, context, known)))
         recording.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
