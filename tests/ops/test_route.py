@@ -217,6 +217,14 @@ def test_a_device_without_kernels_is_named_once(monkeypatch):
 
 
 @needs_kernels
+def test_kernels_compute_no_spec_that_they_do_not_know():
+    known, gru = [MINGRU, MINGRU._replace(output_gate=True)], spec_of("gru", "tanh", False, 0.0)
+    other = [MINGRU._replace(norm="rms"), gru._replace(activation="positive"), gru._replace(min_decay=0.5)]
+    assert list(map(native.BACKEND.linear_kernel.computes, [*known, gru, *other])) == [True] * 3 + [False] * 3
+    assert list(map(route.BACKENDS["torch"].kernel.computes, known)) == [True, False]
+
+
+@needs_kernels
 def test_a_cell_without_kernels_runs_with_a_warning(monkeypatch):
     """`coefficients` computes it like "mingru". The values of a new cell: tests/test_contributing.py."""
     monkeypatch.setitem(cells.CELLS, "only_python", cells.Cell(2, not_timed="the cell has no clock"))
