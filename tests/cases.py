@@ -279,6 +279,16 @@ def with_threads(numbers: tuple[int, ...], function: Callable[[], Any]) -> list[
         torch.set_num_threads(before)
 
 
+@contextmanager
+def one_process() -> Iterator[Any]:
+    """Let this process be all of a group, and return its mesh."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class Model(nn.Module):
     """A model that combines several classes and takes and returns their states."""
 

@@ -4,9 +4,7 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-from cases import DOUBLE, TIGHT, grid, refuses
-from torch.distributed.device_mesh import init_device_mesh
+from cases import DOUBLE, TIGHT, grid, one_process, refuses
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing import assert_close
 
@@ -69,11 +67,8 @@ def in_sessions(rnn, x, h, reset):
 
 
 def parallel(rnn, style, *given):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        return parallelize_module(rnn, init_device_mesh("cpu", (1,)), style)(*given)[0]
-    finally:
-        dist.destroy_process_group()
+    with one_process() as mesh:
+        return parallelize_module(rnn, mesh, style)(*given)[0]
 
 
 WAYS = {
