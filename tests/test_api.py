@@ -19,7 +19,7 @@ from cases import in_a_process, refuses
 import mingru
 from mingru.models import block
 from mingru.modules import options
-from mingru.modules.recurrent_level import NORMS
+from mingru.modules.level import NORMS
 from mingru.ops import names_of_torch, route
 from mingru.ops.activation import ACTIVATIONS
 from mingru.ops.cells import GATES

@@ -63,7 +63,7 @@ STEPS = [
     (5, PYTHON, '    "sharp": "mingru_sharp",\n', r"^GATES\b(?:.*\n)*?(?=})"),
 ]
 
-LEVEL, PUBLIC = (f"src/mingru/modules/{name}.py" for name in ("recurrent_level", "mingru"))
+LEVEL, PUBLIC = (f"src/mingru/modules/{name}.py" for name in ("level", "mingru"))
 BLOCK, FACTOR = (
     "src/mingru/models/block.py",
     "if self.output_factor != 1:\n            out = self.output_factor * out\n        ",
@@ -112,12 +112,12 @@ import pytest
 import torch
 import mingru
 from mingru import ops
-from mingru.modules.gru_level import GRULevel
+from mingru.modules.level import LinearLevel
 from mingru.ops.call import Context, spec_of
 
 x, start, spec = torch.rand(2, 5, 3), Context(*torch.zeros(2, 2, 1, 3), None), spec_of("mingru", "linear", False, 0.0)
 ops.recurrence(spec, [x, x], start)
-GRULevel.spec, rnn = lambda *_: spec._replace(cell="gru", activation="tanh", refused=True), mingru.GRU(3, 4)
+LinearLevel.spec, rnn = lambda *_: spec._replace(cell="gru", activation="tanh", refused=True), mingru.GRU(3, 4)
 own = [torch.no_grad()(run) if no_grad else run for no_grad in (True, False) for run in (rnn, lambda _: rnn(x[:, :1]))]
 for run in (lambda x: ops.recurrence(spec._replace(refused=True), [x, x], start), *own):
     with pytest.raises(RuntimeError, match="forward: refused"):

@@ -10,9 +10,8 @@ from .drop_in.of_torch import OfTorch
 from .models.causal_conv import CausalConv
 from .modules.conv_level import CONVOLUTIONS, ConvLevel, Geometry
 from .modules.group_norm import GroupNorm
-from .modules.gru_level import GRULevel
+from .modules.level import NORMS, LinearLevel
 from .modules.per_step import OF_TORCH, PerStep
-from .modules.recurrent_level import NORMS, RecurrentLevel
 from .ops.linear_map import RecurrentMap, WeightAndBias
 
 
@@ -38,7 +37,7 @@ def safe_globals() -> list[Any]:
         MinGRU(
           3, 4
           (layers): ModuleList(
-            (0): RecurrentLevel(
+            (0): LinearLevel(
               (linear): Linear(in_features=3, out_features=8, bias=True)
             )
           )
@@ -48,7 +47,7 @@ def safe_globals() -> list[Any]:
     public = [getattr(home, name) for home in homes for name in home.__all__]
     layers = [each for each in public if isinstance(each, type) and issubclass(each, nn.Module)]
     of_torch = [nn.Embedding, nn.ModuleList, nn.Sequential, *OF_TORCH, *CONVOLUTIONS.values(), *NORMS.values()]
-    inner = [GRULevel, CausalConv, Geometry, GroupNorm, ConvLevel, PerStep, RecurrentLevel]
+    inner = [CausalConv, Geometry, GroupNorm, ConvLevel, PerStep, LinearLevel]
     inner += [RecurrentMap, WeightAndBias]
     # With their names, because torch has a set of these, and a class of torch equals that of `drop_in`.
     named = [(each, f"{each.__module__}.{each.__name__}") if isinstance(each, OfTorch) else each for each in layers]

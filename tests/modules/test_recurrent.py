@@ -333,7 +333,7 @@ def test_lengths_of_each_integer_dtype(dtype):
 @pytest.mark.parametrize("options", [{}, {"cell": "minlstm", "bidirectional": True, "num_layers": 2}])
 def test_padding_is_skipped_without_packing(options, monkeypatch):
     rnn, (x, reset) = make(**options), inputs(LENGTHS)
-    monkeypatch.setattr("mingru.modules.recurrent_levels.packing_of", lambda *args: 1 / 0)
+    monkeypatch.setattr("mingru.modules.stacked.packing_of", lambda *args: 1 / 0)
     rnn(x, None, reset, LENGTHS)
     # A hook must see the steps, so this call packs them.
     rnn.layers[0].linear.register_forward_hook(lambda *args: None)

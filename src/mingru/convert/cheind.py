@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..check.values import require
-from ..modules.levels import Level
+from ..modules.level import Level
 from ..modules.minconvgru import MinConv2dGRU
 from ..modules.mingru import MinGRU
 from ..modules.stack import Stack

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..check.values import check_type, require
 from ..modules.layer import Layer
-from ..modules.levels import Level
+from ..modules.level import Level
 from ..ops.call import Context, Layout, Spec
 from ..ops.shape import MaybeList, States
 

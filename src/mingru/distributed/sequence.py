@@ -32,12 +32,12 @@ from ..models.block import Block
 from ..models.causal_conv import CausalConv
 from ..models.language_model import LanguageModel
 from ..modules.conv_level import ConvLevel
-from ..modules.conv_levels import ConvLevels
+from ..modules.convolutional import Convolutional
 from ..modules.layer import Layer
+from ..modules.level import LinearLevel
 from ..modules.per_step import PerStep
-from ..modules.recurrent_level import RecurrentLevel
-from ..modules.recurrent_levels import RecurrentLevels
 from ..modules.stack import Stack
+from ..modules.stacked import Recurrent
 from ..ops import route
 from ..ops.call import Call, Context, Layout, Spec, flattened, from_flat, with_steps
 from ..ops.causal_conv import past_and_segment, state_after
@@ -139,7 +139,7 @@ def _check_supported(module: nn.Module) -> None:
         return
     expected = "MinGRU, MinLSTM, convolutional layers, Stack, models.Block or models.LanguageModel"
     remedy = "nobody knows how the state of another layer continues over parts"
-    is_layer = isinstance(module, (RecurrentLevels, ConvLevels)) and module.role == "sequence"
+    is_layer = isinstance(module, (Recurrent, Convolutional)) and module.role == "sequence"
     # Its state is no linear function of the state before.
     is_layer = is_layer and getattr(module, "cell", None) != "gru"
     is_known = is_layer or isinstance(module, (Stack, PerStep, Block, LanguageModel))
@@ -184,7 +184,7 @@ def _checked(module: Any, given: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     name, x = next(iter(given.items()))
     check_type(module.name, name, x, Tensor, f"a tensor, of which each rank of {_NAME} has a part")
     h = given.get("h", given.get("state"))
-    states = [h] if isinstance(module, RecurrentLevels) and h is not None else h
+    states = [h] if isinstance(module, Recurrent) and h is not None else h
     first: Any = module
     while first is not None:
         first._check_all(x, states, given.get("reset"), None, given.get("dt"))
@@ -200,7 +200,7 @@ def _checked(module: Any, given: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     return steps, {"batch": batch, "dtype": x.dtype, "arguments": arguments, "lengths": of_lengths}
 
 
-class _Layers(RecurrentLevels):
+class _Layers(Recurrent):
     """Layers of which each computes the recurrence of a part."""
 
     mesh: DeviceMesh
@@ -241,7 +241,7 @@ class _Layer(Part):
         return with_steps(context, *steps)
 
 
-class _LinearLayer(_Layer, RecurrentLevel):
+class _LinearLayer(_Layer, LinearLevel):
     """A layer that stores x in place of its pre-activations if backward computes them again."""
 
     def _mapped(self, spec: Spec, y: Tensor, context: Context, layout: Layout) -> States:
@@ -378,9 +378,9 @@ class _CausalConv(CausalConv):
 
 # Replaced methods of each class, if it has any. All ranks call them in the same order.
 _PARTS = {
-    RecurrentLevel: _LinearLayer,
+    LinearLevel: _LinearLayer,
     ConvLevel: _Layer,
-    RecurrentLevels: _Layers,
+    Recurrent: _Layers,
     LanguageModel: _Model,
     CausalConv: _CausalConv,
 }

@@ -14,9 +14,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
 from ..check.values import require
-from ..modules.levels import Level
-from ..modules.recurrent_level import RecurrentLevel
-from ..modules.recurrent_levels import RecurrentLevels
+from ..modules.level import Level, LinearLevel
+from ..modules.stacked import Recurrent
 from ..ops.call import Context, Layout, Spec
 from ..ops.cells import MIXTURES, parts_of
 from ..ops.shape import States
@@ -86,12 +85,12 @@ class TensorParallel(ParallelStyle):
         for each in found:
             _check_divisible(each, device_mesh.size())
         if self.is_sharded:
-            last, is_layer = found[-1], len(layers) == 1 and isinstance(layers[0], RecurrentLevels)
+            last, is_layer = found[-1], len(layers) == 1 and isinstance(layers[0], Recurrent)
             is_plain = is_layer and not last.residual and not last.highway and len(last.maps()) == 1
             expected = "Replicate() unless the module is a layer with one direction and no residual"
             require(_NAME, "output_layouts", is_plain, expected, "Shard(-1)")
         for each in found:
-            parts = each.num_parts if isinstance(each, RecurrentLevel) else 2
+            parts = each.num_parts if isinstance(each, LinearLevel) else 2
             for linear in each.maps():
                 derive(linear, _Rows, device_mesh)
                 linear.divide(parts, self.src_data_rank)

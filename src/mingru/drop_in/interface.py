@@ -10,8 +10,8 @@ from ..check import names as meant
 from ..check.forms import Form
 from ..check.values import check_int, expectation, name_of, require, reworded
 from ..modules.options import arguments_of_class, defaults_of, not_default
-from ..modules.recurrent_levels import RecurrentLevels
 from ..modules.saved import add_guards
+from ..modules.stacked import Recurrent
 from ..ops.linear_map import WeightAndBias
 from ..ops.modes import scripted_as, untraced
 from ..ops.shape import MaybeList
@@ -29,7 +29,7 @@ CELLS_WITH = {
 }
 
 
-class DropIn(RecurrentLevels):
+class DropIn(Recurrent):
     """Base class of all: torch's names and repr, and 0 as the initial state."""
 
     cell, _start = "mingru", 0.0

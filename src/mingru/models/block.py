@@ -17,10 +17,10 @@ from ..check.names import unknown_argument
 from ..check.values import check_choice, check_dropout, check_flag, check_int, check_number, name_of, reworded
 from ..modules.gru import GRU
 from ..modules.layer import Composite, weight_of
+from ..modules.level import NORMS
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate, arguments_of_class, not_default
-from ..modules.recurrent_level import NORMS
 from ..ops import layout
 from ..ops.modes import is_scripting
 from ..ops.shape import MaybeList, MaybeTensor, Outputs

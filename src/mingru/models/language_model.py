@@ -15,7 +15,7 @@ from ..check.calls import arguments_checked
 from ..check.forms import LANGUAGE_MODEL, Shape, check_states, check_steps
 from ..check.values import check_int, check_min_decay, check_number, per_layer, require
 from ..modules.layer import Layer, typed_as
-from ..modules.recurrent_level import NORMS
+from ..modules.level import NORMS
 from ..modules.stack import Stack
 from ..ops.modes import is_scripting
 from ..ops.shape import MaybeList, MaybeTensor, Outputs

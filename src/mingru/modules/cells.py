@@ -8,19 +8,19 @@ from torch import Tensor
 from ..check.calls import arguments_checked
 from ..check.forms import CELL
 from ..ops.call import Layout
+from ..ops.layout import as_sequence
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, reshaped
 from . import scripted
 from .layer import typed_as
-from .levels import as_sequence
 from .options import Candidate, Gate, Memory, Norm, arguments_of
-from .recurrent_levels import RecurrentLevels
+from .stacked import Recurrent
 
 # The options of a layer that a cell does not have.
 ONE_LAYER: dict[str, Any] = {"num_layers": 1, "batch_first": True, "dropout": 0.0, "bidirectional": False}
 ONE_LAYER |= {"residual": False, "output_gate": None, "recompute": None}
 
 
-class RecurrentCell(RecurrentLevels, role="step"):
+class RecurrentCell(Recurrent, role="step"):
     """Compute one step of one layer; the base class of `MinGRUCell` and `MinLSTMCell`."""
 
     _forms = CELL

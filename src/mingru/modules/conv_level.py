@@ -15,7 +15,7 @@ from ..ops.modes import is_autocast, is_scripting
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, unflattened
 from .group_norm import GroupNorm
 from .initial_state import default_start, learned_state, reset_initial_state
-from .levels import Level
+from .level import Level
 from .options import Options
 from .saved import OF_LEVELS, add_marks, start_said_by
 

@@ -18,7 +18,7 @@ from ..ops.traced import Recording, Traced
 from .cells import RecurrentCell
 from .layer import take_weights
 from .options import Memory, Norm, arguments_of, defaults_of
-from .recurrent_levels import RecurrentLevels
+from .stacked import Recurrent
 
 # Options that `torch.nn.GRU` has, or that do not change what trained weights compute.
 _OF_TORCH = "input_dims hidden_dims num_layers bias batch_first dropout bidirectional device dtype".split()
@@ -32,7 +32,7 @@ class _Weights(Recording):
         return [*found]
 
 
-class GRU(RecurrentLevels, planned=True):
+class GRU(Recurrent, planned=True):
     """Apply a stack of GRU layers, as `torch.nn.GRU`, to a sequence.
 
     Each layer and direction computes
@@ -210,7 +210,7 @@ class GRU(RecurrentLevels, planned=True):
         seen = _Weights({}, not self.batch_first)
         others = (each for each in self.layers.modules() if not isinstance(each, RecurrentMap))
         try:
-            seen.require(type(self).forward is RecurrentLevels.forward, not any(map(is_hooked, others)))
+            seen.require(type(self).forward is Recurrent.forward, not any(map(is_hooked, others)))
             with names_of_torch.EnableTorchFunction():
                 self._trace(Traced(seen), [(0, 0)])
             found = [each for step, of, _ in seen.steps if step == "scan" for each in of[0]]

@@ -1,9 +1,9 @@
 """minGRU over sequences of signals, images and volumes. Each class only sets `num_space_dims` and the docstring."""
 
-from .conv_levels import ConvCell, ConvLevels
+from .convolutional import ConvCell, Convolutional
 
 
-class MinConv1dGRU(ConvLevels):
+class MinConv1dGRU(Convolutional):
     """Apply a stack of minGRU layers with one-dimensional convolutions to a sequence of signals.
 
     Arguments, inputs and outputs are those of `mingru.MinConv2dGRU`; `space` is a single size.
@@ -18,7 +18,7 @@ class MinConv1dGRU(ConvLevels):
     num_space_dims = 1
 
 
-class MinConv2dGRU(ConvLevels):
+class MinConv2dGRU(Convolutional):
     """Apply a stack of minGRU layers with two-dimensional convolutions to a sequence of images.
 
     All time steps are computed in parallel: they are convolved as one batch. Each layer and direction computes, at
@@ -123,7 +123,7 @@ class MinConv2dGRU(ConvLevels):
     num_space_dims = 2
 
 
-class MinConv3dGRU(ConvLevels):
+class MinConv3dGRU(Convolutional):
     """Apply a stack of minGRU layers with three-dimensional convolutions to a sequence of volumes.
 
     Arguments, inputs and outputs are those of `mingru.MinConv2dGRU`.

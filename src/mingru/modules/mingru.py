@@ -7,10 +7,10 @@ import torch
 
 from ..check.calls import arguments_checked
 from .options import Candidate, Gates, Memory, Norm, OutputGate, Residual, arguments_of
-from .recurrent_levels import RecurrentLevels
+from .stacked import Recurrent
 
 
-class MinGRU(RecurrentLevels, planned=True):
+class MinGRU(Recurrent, planned=True):
     """Apply a stack of minimal gated recurrent unit (minGRU) layers to a sequence.
 
     All time steps are computed in parallel, because the gates do not see the state: with long sequences it takes less

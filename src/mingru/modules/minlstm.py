@@ -6,10 +6,10 @@ import torch
 
 from ..check.calls import arguments_checked
 from .options import Candidate, Memory, Norm, OutputGate, Residual, arguments_of
-from .recurrent_levels import RecurrentLevels
+from .stacked import Recurrent
 
 
-class MinLSTM(RecurrentLevels, planned=True):
+class MinLSTM(Recurrent, planned=True):
     """Apply a stack of minimal long short-term memory (minLSTM) layers to a sequence.
 
     Each layer and direction computes

@@ -15,10 +15,10 @@ from ..ops import layout
 from ..ops.modes import untraced
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from .layer import Composite, Layer, Steps, data_of, with_data
-from .levels import Levels
 from .options import not_default
 from .per_step import OF_TORCH, PerStep
 from .saved import add_marks
+from .stacked import Stacked
 
 PASS_A_LIST = "pass the layers in one list"
 USE_OURS = "use mingru.MinGRU or mingru.MinLSTM in its place"
@@ -233,7 +233,7 @@ class Stack(Composite, role="sequence", planned=True):
                 raise TypeError(expectation(self.name, f"h[{index}]", "a tensor", type(state).__name__, self._counts()))
             if state.dtype != like.dtype or state.device != like.device:
                 layer = self.layers[next(at for at, end in enumerate(self._ends[1:]) if index < end)]
-                if isinstance(layer, Levels):  # The states of others may be anything.
+                if isinstance(layer, Stacked):  # The states of others may be anything.
                     LAYER.batch_first[0]["h"].check(self, state, like, None, place=f"[{index}]")
 
     def _counts(self) -> str:

@@ -12,7 +12,7 @@ from .call import Call, Context, Layout, Spec, with_steps
 from .cells import cells_of, coefficients, parts_of
 from .modes import for_trace, is_captured, is_old_onnx
 from .scan import LinearScan
-from .shape import States, along, as_dtype, from_parts, one_like, plus_times, to_parts
+from .shape import MaybeTensor, States, along, as_dtype, from_parts, one_like, plus_times, to_parts
 
 
 def padded_call(call: Call) -> Call:
@@ -235,3 +235,25 @@ def _of_first_packed_step(x: Tensor, batch_sizes: Tensor) -> Tensor:
     sequence = batch.expand(batch_sizes.numel(), -1)[batch < batch_sizes.unsqueeze(1)]
     # The first steps of all sequences are the first packed steps.
     return x.index_select(0, sequence.to(x.device))
+
+
+def as_sequence(
+    x: Tensor, h: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor, num_dims: int
+) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+    """Return the arguments of a cell as those of a sequence of one step.
+
+    `num_dims` is the number of dimensions of x with a batch. The batch has size 1 if x has none.
+    """
+    batched = x.dim() == num_dims
+    if h is not None:
+        # Before the time dimension is added, because h may have fewer dimensions than x.
+        while h.dim() < x.dim():
+            h = h.unsqueeze(0)
+        h = _with_time(h, batched)
+    reset = None if reset is None else _with_time(reset, batched)
+    dt = None if dt is None else _with_time(dt, batched)
+    return _with_time(x, batched), h, reset, dt
+
+
+def _with_time(x: Tensor, batched: bool) -> Tensor:
+    return x.unsqueeze(1) if batched else x.unsqueeze(0).unsqueeze(0)

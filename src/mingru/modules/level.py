@@ -1,4 +1,4 @@
-"""One layer of MinGRU and MinLSTM: norm, linear map, recurrence, output gate and residual or highway."""
+"""One level of a layer: norm, map of x, recurrence in one direction or both, output gate, and residual or highway."""
 
 import warnings
 from typing import Any
@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check.values import check_int, check_parts, is_number, level_of_the_caller, require
-from ..ops.call import Context, Layout, Spec
-from ..ops.cells import CELLS, GATES
+from ..check.values import check_flag, check_int, check_parts, is_number, level_of_the_caller, require
+from ..ops.call import Context, Layout, Spec, spec_of
+from ..ops.cells import CELLS, GATES, default_candidate, gate_biases, parts_of
+from ..ops.layout import in_reverse
+from ..ops.linear_map import RecurrentMap, gated
 from ..ops.modes import is_scripting
-from ..ops.shape import MaybeList, States
-from .levels import Level
+from ..ops.shape import MaybeList, MaybeTensor, Outputs, States
+from .layer import reset_all
 from .options import Options
 from .plan import plannable
-from .saved import add_marks, refuse_other_cells, take_marks
+from .saved import GATE_OF, OF_LEVELS, Saved, add_marks, refuse_other_cells, take_marks
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -71,9 +73,124 @@ class RecurrentOptions(Options):
         warnings.warn(text, stacklevel=level_of_the_caller())
 
 
+class GRUOptions(RecurrentOptions):
+    """The options of GRU."""
+
+    def check(self) -> None:
+        if self.block_size is not None:
+            check_int(self.name, "block_size", self.block_size)
+        check_flag(self.name, "residual", self.residual)
+        expected, got = f"left out because cell is {self.cell!r}", self.candidate
+        require(self.name, "candidate", got in (None, "tanh"), expected, repr(got), "pass cell='mingru' to use it")
+        self.candidate = "tanh"
+        super().check()
+        size = self.block_size or self.hidden_dims
+        fits = self.hidden_dims <= size or self.hidden_dims % size == 0
+        expected, got = f"divisible by block_size = {size}", str(self.hidden_dims)
+        divisors = (each for each in range(1, size) if self.hidden_dims % each == 0)
+        require(self.name, "hidden_dims", fits, expected, got, f"pass block_size={max(divisors, default=1)}")
+
+
+class Level(Saved):
+    """The recurrence of one level, in one direction or both. Subclasses compute the pre-activations."""
+
+    _marks = OF_LEVELS
+
+    def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
+        super().__init__()
+        self.cell = cell
+        self.hidden_dims = hidden_dims
+        self.has_output_gate: bool = getattr(options, "output_gate", None) is not None
+        self.candidate = options.candidate or default_candidate(cell)
+        self.min_decay = min_decay
+        self.memories = options.memories_of(cell, min_decay)
+
+    def reset_parameters(self) -> None:
+        """Re-initialize all parameters."""
+        reset_all(self.children())
+        self.initialize_maps()
+
+    def initialize_maps(self) -> None:
+        """Change the initial weights of the maps as options need: add to the bias of the gates what `memory` needs."""
+        for linear in self.maps() if any(self.memories.values()) else []:
+            rows = linear.bias.detach().view(-1, self.hidden_dims).chunk(len(self.memories), 1)
+            for (cell, memory), own in zip(self.memories.items(), rows, strict=True):
+                if memory is None:
+                    continue
+                numbers, (first, last) = own[:, :: parts_of(cell)], memory
+                count, half = numbers.size(1), 0.5 / numbers.size(1)
+                steps = first * torch.logspace(half, 1 - half, count, last / first, dtype=torch.float64, device="cpu")
+                for row, biases in zip(numbers, gate_biases(cell, steps), strict=False):
+                    row.add_(biases.to(row))
+
+    def _said(self) -> dict[str, Any]:
+        is_default = self.candidate == default_candidate(self.cell)
+        return {
+            "gate": GATE_OF.get(self.cell, "sigmoid"),
+            "candidate": None if is_default else self.candidate,
+            "normalize": self.cell != "minlstm_unnormalized",
+            "residual": "highway" if getattr(self, "highway", False) else self.residual,
+            "output_gate": "silu" if self.has_output_gate else None,
+        }
+
+    def maps(self) -> list[Any]:
+        """Return the linear map of each direction."""
+        raise NotImplementedError
+
+    def spec(self, reverse: bool) -> Spec:
+        """Return the recurrence of one direction."""
+        return spec_of(self.cell, self.candidate, reverse, self.min_decay)
+
+    def _directions(self, y: Tensor, contexts: list[Context], layout: Layout, found: MaybeList = None) -> Outputs:
+        """Return the output and the last states; `contexts` has one entry for each direction.
+
+        Append the states of all steps in each direction to `found`.
+        """
+        out, last = self._direction(y, contexts[0], layout, False, found)
+        states = [last]
+        if len(contexts) > 1:
+            back, last = self._direction(y, self._in_reverse(contexts[1], layout), layout, True, found)
+            # The features of packed steps are dimension 1.
+            out = torch.cat([out, back], min(2, y.dim() - 1))
+            states.append(last)
+        return out, states
+
+    def _direction(self, y: Tensor, context: Context, layout: Layout, reverse: bool, found: MaybeList) -> States:
+        """Run one direction: by one kernel if possible, scripted by operations that TorchScript can compile."""
+        raise NotImplementedError
+
+    def _from_inputs(self, spec: Spec, y: Tensor, context: Context, layout: Layout, found: MaybeList = None) -> States:
+        """Run one direction from its pre-activations."""
+        inputs = self._inputs(y, spec.reverse)
+        gate: MaybeTensor = None
+        if self.has_output_gate:
+            gate = inputs.pop()
+        if layout.batch_sizes is None:
+            # A convolution may have states of any batch, features and space.
+            sizes = list(inputs[0].shape)
+            sizes = [sizes[1 if layout.time_first else 0], 1, self.hidden_dims] + sizes[3:]  # noqa: RUF005 (not in TorchScript)
+            own = context.h.expand(sizes), context.initial_state.expand(sizes)
+            context = Context(own[0], own[1], *context[2:])
+        out, last = self._run_cell(spec, inputs, context, layout)
+        if found is not None:
+            found.append(out)
+        return gated((out, last), gate)
+
+    def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
+        """Return the pre-activations of one direction, and its output gate if it has one."""
+        raise NotImplementedError
+
+    def _run_cell(self, spec: Spec, inputs: list[Tensor], context: Context, layout: Layout) -> States:
+        """Compute the recurrence from its pre-activations. `mingru.distributed` replaces it."""
+        return ops.recurrence(spec, inputs, context, layout)
+
+    def _in_reverse(self, context: Context, layout: Layout) -> Context:
+        return in_reverse(context, layout)
+
+
 @plannable
-class RecurrentLevel(Level):
-    """Apply norm, linear map, recurrence, output gate and residual of one layer, in one direction or both."""
+class LinearLevel(Level):
+    """A level whose input is mapped by `torch.nn.Linear`: that of MinGRU, MinLSTM, GRU and their cells."""
 
     _loading = refuse_other_cells, take_marks
 
@@ -100,7 +217,13 @@ class RecurrentLevel(Level):
         self.align = None
         if self.residual and input_dims != output_dims:
             self.align = linear(input_dims, output_dims, False, **factory)
-        self._add_recurrent(options)
+        self.recurrent: nn.Module | None = None
+        self.recurrent_reverse: nn.Module | None = None
+        if cell == "gru":
+            size = min(options.block_size or self.hidden_dims, self.hidden_dims)
+            sizes = self.hidden_dims, size, options.bias
+            self.recurrent = RecurrentMap(*sizes, **factory)
+            self.recurrent_reverse = RecurrentMap(*sizes, **factory) if options.bidirectional else None
         self.initialize_maps()
         add_marks(self, options.device)
 
@@ -129,10 +252,15 @@ class RecurrentLevel(Level):
             out = out + (x if self.align is None else self.align(x))
         return out, states
 
-    def _add_recurrent(self, options: Any) -> None:
-        """Add the recurrent weights of each direction, if the cell has any."""
-
     def initialize_maps(self) -> None:
+        """Begin a GRU as `torch.nn.GRU`, whose two biases of r and z are here their sum; add what options need."""
+        bound = self.hidden_dims**-0.5
+        for linear in [] if self.recurrent is None else self.maps():
+            for parameter in linear.parameters():
+                nn.init.uniform_(parameter, -bound, bound)
+            if linear.bias is not None:
+                both = linear.bias.detach()[: 2 * self.hidden_dims]
+                both += both.new_empty(len(both)).uniform_(-bound, bound)
         super().initialize_maps()
         for linear in self.maps() if self.forget_bias != 0 else []:
             linear.bias.detach()[: self.hidden_dims] += self.forget_bias
@@ -175,7 +303,14 @@ class RecurrentLevel(Level):
 
     def _with_recurrent(self, context: Context, reverse: bool) -> Context:
         """Return the context with the recurrent weights of a direction, if the cell has any."""
-        return context
+        if self.recurrent is None:
+            return context
+        # By calls, because hooks may compute the weights.
+        weight, bias = self.recurrent()
+        if self.recurrent_reverse is not None:
+            if reverse:
+                weight, bias = self.recurrent_reverse()
+        return Context(context.h, context.initial_state, context.reset, context.dt, weight, bias)
 
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
         """Return the pre-activations of one direction; those of the highway or of the output gate are the last."""

@@ -15,16 +15,17 @@ from ..check.calls import arguments_checked
 from ..check.forms import CELL_OF_IMAGES, OF_IMAGES, check_call, check_states
 from ..check.values import expectation
 from ..ops.call import Layout
+from ..ops.layout import as_sequence
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, reshaped
 from . import scripted
 from .conv_level import ConvLevel, ConvOptions, Sizes
 from .layer import typed_as
-from .levels import Levels, as_sequence
 from .options import Candidate, Gate, Gates, Memory, arguments_of
+from .stacked import Stacked
 
 
-class ConvLevels(Levels, role="sequence"):
-    """Apply stacked layers in any number of spatial dimensions; the base class of `MinConv2dGRU` and its variants."""
+class Convolutional(Stacked, role="sequence"):
+    """The base class of `MinConv2dGRU` and its variants, in any number of spatial dimensions."""
 
     _forms = OF_IMAGES
 
@@ -130,7 +131,7 @@ class ConvLevels(Levels, role="sequence"):
         return states
 
 
-class ConvCell(ConvLevels, role="step"):
+class ConvCell(Convolutional, role="step"):
     """Compute one step of one layer; the base class of `MinConv2dGRUCell` and its variants."""
 
     _forms = CELL_OF_IMAGES

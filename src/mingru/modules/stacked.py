@@ -1,10 +1,12 @@
-"""The base class of MinGRU, MinLSTM and their cells.
+"""Stacked levels of one cell type: the base classes of all layers, and of MinGRU, MinLSTM, GRU and their cells.
 
 TorchScript compiles `forward` and the functions that it calls. A scripted module checks only shapes; other errors are
 raised by torch.
 """
 
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +22,94 @@ from ..ops.modes import is_autocast, is_captured, is_scripting
 from ..ops.names_of_torch import is_symbolic
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, States, accumulate_dtype, as_dtype, reshaped
 from . import plan, scripted
-from .gru_level import GRULevel, GRUOptions
 from .initial_state import default_start, learned_state, reset_initial_state
-from .layer import Steps
-from .levels import Levels
-from .options import one_or_all
-from .recurrent_level import RecurrentLevel, RecurrentOptions
+from .layer import Layer, Steps, weight_of
+from .level import GRUOptions, LinearLevel, RecurrentOptions
+from .options import Options, defaults_of, not_default, one_or_all
 from .saved import add_marks, note_values, refuse_weights_of_torch, renew_guards, start_said_by, take_marks
 
+Self = TypeVar("Self", bound="Stacked")
+# Models of transformers initialize each module and each parameter without this attribute, and then set it.
+INITIALIZED = "_is_hf_initialized"
 
-class RecurrentLevels(Levels, role="sequence"):
-    """Apply stacked layers of one cell type; the base class of `MinGRU`, `MinLSTM` and `GRU`."""
+
+class Stacked(Layer):
+    """Apply stacked levels of one cell type. `Options` become attributes."""
+
+    __jit_unused_properties__: tuple[str, ...] = (INITIALIZED,)
+    _loading = note_values, take_marks
+    _is_empty = False
+    """Whether the parameters have no values yet, because the layer was constructed on the device "meta"."""
+    num_layers: int
+    bias: bool
+    dropout: float
+    bidirectional: bool
+    norm: str | None
+    learn_initial_state: bool
+
+    def __init__(self, options: Options, layers: list[Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        for option, value in options.arguments.items():
+            if option not in options.factory:
+                # A copy, so that later changes to the caller's list have no effect.
+                own: Any = list(value) if isinstance(value, list) else value
+                setattr(self, option, float(own) if option in ("dropout", "forget_bias") else own)
+        self.gate = one_or_all(options.gates)
+        self.candidate = one_or_all([layer.candidate for layer in layers])
+        self.num_directions = options.num_directions
+        self.output_dims: int = self.num_directions * layers[-1].hidden_dims
+        # Also set on the instance: TorchScript ignores class attributes.
+        self.num_space_dims = type(self).num_space_dims
+        self._is_empty = next(self.parameters()).is_meta
+        for module in self.layers.modules():
+            vars(module)[INITIALIZED] = True
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return not self._is_empty or all(hasattr(each, INITIALIZED) for each in self.parameters())
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        """Initialize the parameters that `from_pretrained` has found in no file, after the program's initializer."""
+        if not self._is_hf_initialized:
+            found = [(each, each.detach().clone()) for each in self.parameters() if hasattr(each, INITIALIZED)]
+            self.reset_parameters()
+            for parameter, values in found:
+                parameter.detach().copy_(values)
+        self._is_empty = False
+
+    def apply(self: Self, fn: Callable[[nn.Module], None]) -> Self:
+        """Apply `fn` to this layer as one module, as to a `torch.nn.GRU`, and not to its linear maps and norms.
+
+        A function that initializes each module with a weight therefore does not change the layer. `fn` is also applied
+        to modules that a program has put into the layer, such as observers for quantization.
+        """
+        for name, child in self.named_children():
+            for module in _modules_put_into(child) if name == "layers" else [child]:
+                module.apply(fn)
+        fn(self)
+        return self
+
+    def _weight_of_x(self) -> MaybeTensor:
+        return weight_of(next(iter(self._modules["layers"]._modules.values())).maps()[0])  # type: ignore[operator, union-attr]
+
+    def extra_repr(self) -> str:
+        required = [name for name, default in defaults_of(self).items() if default is inspect.Parameter.empty]
+        return ", ".join(str(getattr(self, name)) for name in required) + not_default(self)
+
+
+def _modules_put_into(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules inside that the constructors did not create."""
+    for child in module.children():
+        if INITIALIZED in vars(child):
+            yield from _modules_put_into(child)
+        else:
+            yield child
+
+
+class Recurrent(Stacked, role="sequence"):
+    """The base class of `MinGRU`, `MinLSTM`, `GRU` and their cells."""
 
     cell: str
     """"mingru", "minlstm" or "gru"."""
@@ -46,15 +125,14 @@ class RecurrentLevels(Levels, role="sequence"):
     """What to do about a state_dict of torch.nn."""
 
     def __init__(self, **arguments: Any) -> None:
-        own_options, own_level = RecurrentOptions, RecurrentLevel
-        if arguments.get("cell", self.cell) == "gru":
-            own_options, own_level = GRUOptions, GRULevel
-        options = own_options(name_of(type(self)), **{"cell": self.cell, **arguments})
+        cell = arguments.get("cell", self.cell)
+        own_options = GRUOptions if cell == "gru" else RecurrentOptions
+        options = own_options(name_of(type(self)), **{**arguments, "cell": cell})
         bounds = check_min_decay(options.name, options.min_decay, options.gates)
         inner = options.num_directions * (options.proj_size or options.hidden_dims)
         sizes = [options.input_dims, *[inner] * (options.num_layers - 1)]
         layers = zip(options.cells, sizes, bounds, strict=True)
-        super().__init__(options, [own_level(*layer, options, self._linear_map) for layer in layers])
+        super().__init__(options, [LinearLevel(*layer, options, self._linear_map) for layer in layers])
         # One that takes no elapsed times, if there is one.
         self.cell = next((cell for cell in options.cells if CELLS[cell].not_timed is not None), options.cells[0])
         self.min_decay = one_or_all(bounds)
