@@ -1,11 +1,12 @@
 """Layers, and cells for one step, of this library with torch's interface: names, order of arguments, and states."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
 from ..check.calls import arguments_checked
 from ..check.forms import CELL_OF_TORCH, LAYER_OF_TORCH
@@ -32,7 +33,7 @@ class DropInLayer(DropIn):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         cell: Literal["gru", "mingru", "minlstm"] = "gru",
@@ -270,7 +271,7 @@ class DropInCell(DropIn, RecurrentCell):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         cell: Literal["gru", "mingru", "minlstm"] = "gru",

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.types import Device
 
 from ..check.calls import arguments_checked
 from ..check.forms import CELL
@@ -130,7 +131,7 @@ class MinGRUCell(RecurrentCell, planned=True):
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
@@ -202,7 +203,7 @@ class MinLSTMCell(RecurrentCell, planned=True):
         candidate: Candidate | None = "positive",
         learn_initial_state: bool = False,
         memory: Memory | None = None,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))

@@ -142,7 +142,7 @@ class ConvLevel(Level):
             out = out + (x if self.align is None else unflattened(self.align(steps), x))
         return out, states
 
-    def _said(self) -> dict[str, Any]:
+    def _said(self) -> dict[str, object]:
         return {**super()._said(), "zero_state": start_said_by(self)}
 
     def maps(self) -> list[Any]:

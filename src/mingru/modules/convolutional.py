@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.types import Device
 
 from ..check.calls import arguments_checked
 from ..check.forms import CELL_OF_IMAGES, OF_IMAGES, check_call, check_states
@@ -50,7 +51,7 @@ class Convolutional(Stacked, role="sequence"):
         learn_initial_state: bool = False,
         memory: Memory | None = None,
         batch_first: bool = True,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         checked = ConvOptions(type(self).__name__, num_space_dims=self.num_space_dims, **arguments_of(locals()))
@@ -152,7 +153,7 @@ class ConvCell(Convolutional, role="step"):
         gate: Gate = "sigmoid",
         learn_initial_state: bool = False,
         memory: Memory | None = None,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))

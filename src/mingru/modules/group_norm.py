@@ -23,7 +23,7 @@ class GroupNorm(Saved, nn.GroupNorm):
         super().__init__(num_groups, num_channels, **factory)
         self.register_buffer("groups", None)
 
-    def _said(self) -> dict[str, Any]:
+    def _said(self) -> dict[str, object]:
         return {"groups": self.num_groups}
 
     def regroup(self, num_groups: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 from typing_extensions import Self
 
 from ..check.calls import arguments_checked
@@ -128,7 +129,7 @@ class GRU(Recurrent, planned=True):
         learn_initial_state: bool = False,
         memory: Memory | None = None,
         recompute: bool | None = None,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
@@ -280,7 +281,7 @@ class GRUCell(RecurrentCell, planned=True):
         block_size: int | None = None,
         learn_initial_state: bool = False,
         memory: Memory | None = None,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))

@@ -112,7 +112,7 @@ class Layer(Saved):
         super().__init__()
         self.name = name_of(type(self))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Return what copies and pickles contain: all attributes, without the plan."""
         return self.__dict__
 
@@ -130,7 +130,7 @@ class Layer(Saved):
     def flatten_parameters(self) -> None:
         """Do nothing: programs for `torch.nn.GRU` call it."""
 
-    def all_states(self, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    def all_states(self, x: object = None, *args: object, **kwargs: object) -> Tensor:
         """Raise an error: only MinGRU, MinLSTM and GRU return the states of all steps, of padded sequences."""
         got = type(x if isinstance(x, PackedSequence) else self).__name__
         expected = "called on a mingru.MinGRU, MinLSTM or GRU, with a padded x"
@@ -144,7 +144,7 @@ class Layer(Saved):
         """Return the forms of all arguments, for each form of x."""
         return self._forms.batch_first if self.batch_first else self._forms.time_first
 
-    def _state_forms(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
+    def _state_forms(self, x: Shape) -> "list[tuple[Form, Layer, Shape]]":
         """Return the form of each state, what has its sizes, and the shape of x."""
         return [(self._tables()[0]["h"], self, x)]
 
@@ -220,12 +220,12 @@ class Layer(Saved):
         """Raise an error if an argument is invalid. A trace does not record it."""
         return check_call(self, x, h, reset, lengths, dt)
 
-    def _check_parameters(self, x: Any) -> None:
+    def _check_parameters(self, x: object) -> None:
         """Raise an error if parameters are on "meta" and x is not: torch's linear maps return unwritten memory then."""
         data = x if isinstance(x, Tensor) else getattr(x, "data", None)
         if not isinstance(data, Tensor) or data.is_meta or is_compiling():
             return  # A layer inside refuses x, or a graph has no memory.
-        modules: list[Any] = [self]
+        modules: list[nn.Module] = [self]
         for module in modules:
             for found in module._parameters.values():
                 if found is not None and found.is_meta:
@@ -284,7 +284,7 @@ def with_named(
     return found
 
 
-def is_bidirectional(model: Any) -> bool:
+def is_bidirectional(model: object) -> bool:
     """Return whether a layer, or one inside a stack or block, also runs backward in time, and cannot take steps."""
     inside = (getattr(model, "rnn", None), *getattr(model, "layers", ()))
     return isinstance(model, Layer) and (getattr(model, "bidirectional", False) or any(map(is_bidirectional, inside)))

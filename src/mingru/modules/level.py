@@ -27,8 +27,8 @@ class RecurrentOptions(Options):
 
     # Of options that not all classes have.
     gate, min_decay, normalize, forget_bias, block_size = "sigmoid", 0.0, True, 0.0, None
-    candidate: Any = None
-    output_gate: Any = None
+    candidate: str | None = None
+    output_gate: str | None = None
     proj_size = 0
     """Number of features to which each layer and direction maps its output, or 0; only `drop_in` has this option."""
 
@@ -123,7 +123,7 @@ class Level(Saved):
                 for row, biases in zip(numbers, gate_biases(cell, steps), strict=False):
                     row.add_(biases.to(row))
 
-    def _said(self) -> dict[str, Any]:
+    def _said(self) -> dict[str, object]:
         is_default = self.candidate == default_candidate(self.cell)
         return {
             "gate": GATE_OF.get(self.cell, "sigmoid"),

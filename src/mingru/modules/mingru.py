@@ -1,9 +1,9 @@
 """minGRU."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from torch.types import Device
 
 from ..check.calls import arguments_checked
 from .options import Candidate, Gates, Memory, Norm, OutputGate, Residual, arguments_of
@@ -145,7 +145,7 @@ class MinGRU(Recurrent, planned=True):
         learn_initial_state: bool = False,
         memory: Memory | None = None,
         recompute: bool | None = None,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))

@@ -1,8 +1,7 @@
 """minLSTM."""
 
-from typing import Any
-
 import torch
+from torch.types import Device
 
 from ..check.calls import arguments_checked
 from .options import Candidate, Memory, Norm, OutputGate, Residual, arguments_of
@@ -109,7 +108,7 @@ class MinLSTM(Recurrent, planned=True):
         learn_initial_state: bool = False,
         memory: Memory | None = None,
         recompute: bool | None = None,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))

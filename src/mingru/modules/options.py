@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Sequence
 from math import inf
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from ..check.values import check_choice, check_dropout, check_int, check_number, per_layer, require
 from ..ops.cells import CELLS, GATES, cells_of, default_candidate
 
+T = TypeVar("T")
 # The values of options; a constructor refuses others, see `annotations`.
 Candidate = Literal["positive", "linear", "tanh"]
 Gate = Literal["sigmoid", "signed", "rotation", "quaternion", "mixed"]
@@ -23,7 +24,7 @@ Residual = bool | Literal["highway"]
 OutputGate = Literal["silu"]
 
 
-def arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
+def arguments_of(scope: dict[str, T]) -> dict[str, T]:
     """Return the arguments of a constructor from its `locals()`, to pass all of them to the base class."""
     return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
 
@@ -70,7 +71,7 @@ class Options(SimpleNamespace):
         return dict.fromkeys(cells_of(cell), (first / least, last / least))
 
 
-def one_or_all(values: Sequence[Any]) -> Any:
+def one_or_all(values: Sequence[T]) -> T | tuple[T, ...]:
     """Return the value that all layers have, or a tuple with one for each layer."""
     return values[0] if values.count(values[0]) == len(values) else tuple(values)
 

@@ -1,7 +1,5 @@
 """Layers of torch in a stack: what computes each time step on its own, and has no state."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from ..check.forms import PER_STEP, check_call
@@ -37,7 +35,7 @@ class PerStep(Composite, role="sequence"):
         self.num_space_dims = 0 if isinstance(module, _OF_FEATURES) else num_space_dims
 
     @staticmethod
-    def dims_in(module: Any) -> int | None:
+    def dims_in(module: object) -> int | None:
         """Return the number of input features of a layer or a module of torch, if it says it."""
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             return module.normalized_shape[-1]
@@ -59,5 +57,5 @@ class PerStep(Composite, role="sequence"):
         """Return no states."""
         return []
 
-    def _check(self, x: Any, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         check_call(self, x, None, None, lengths, None, "mingru")

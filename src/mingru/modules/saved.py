@@ -6,37 +6,42 @@ that saves a model saves it. An option with its first value has none.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.types import Device
 
 from ..check.values import expectation
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import CELLS, GATES
 
+# A state_dict, or a part of it, which torch is about to copy.
+Weights = dict[str, Tensor]
+Metadata = dict[str, object]
 GATE_OF = {cell: gate for gate, cell in GATES.items()}
+RESIDUALS, STARTS = (False, True, "highway"), (0.0, 0.5)
 # The options of layers: their values in the order of their numbers. Files contain the numbers, so new values come last.
 # The first has no mark. Or the default of a number: the mark of x is `(x - default) * 2**53`.
-MARKS: dict[str, Any] = {
+MARKS: dict[str, Sequence[object] | float] = {
     "gate": (*GATES,),
     "candidate": (None, *ACTIVATIONS),
     "normalize": (True, False),
     "min_decay": 0.0,
-    "residual": (False, True, "highway"),
+    "residual": RESIDUALS,
     "output_gate": (None, "silu"),
 }
 OF_LEVELS = (*MARKS,)
 # A module takes these two from the weights, and refuses no weights with others.
-MARKS |= {"zero_state": (0.0, 0.5), "groups": range(2**31)}
+MARKS |= {"zero_state": STARTS, "groups": range(2**31)}
 # A state_dict of `drop_in` has two buffers more, so that torch's layers refuse it. The first says what to do, and torch
 # names it if it is strict. The other has the name of a bias or weight of torch, and another shape, which torch refuses
 # even if it is not strict. Their values mean nothing.
 GUARDS = ("load_in_mingru_drop_in_patch", "bias_hh_l0", "weight_hh_l0", "bias_hh", "weight_hh")
 
 
-def start_said_by(module: Any) -> float | None:
+def start_said_by(module: "Saved") -> float | None:
     """Return the initial state if weights say it: not if they are like the paper's, which `drop_in` begins with 0."""
     levels = getattr(module, "layers", [module])
     is_usual = all(CELLS[each.cell].has_logarithms and each.candidate == "positive" for each in levels)
@@ -48,7 +53,7 @@ def key_of(option: str) -> str:
     return option if option in ("gate", "groups") else f"{option}_mark"
 
 
-def marks_in(module: Any) -> dict[str, int]:
+def marks_in(module: "Saved") -> dict[str, int]:
     """Return the number of each option that the state_dict of a module says."""
     found, said = {}, module._said()
     for option in module._marks:
@@ -60,14 +65,14 @@ def marks_in(module: Any) -> dict[str, int]:
     return found
 
 
-def add_marks(module: Any, device: Any) -> None:
+def add_marks(module: "Saved", device: Device) -> None:
     """Add the marks that the module does not have yet."""
     for option, number in marks_in(module).items():
         if number and module._buffers.get(key := key_of(option)) is None:
             module.register_buffer(key, torch.tensor(number, device=device))
 
 
-def add_guards(module: Any, device: Any) -> None:
+def add_guards(module: Any, device: Device) -> None:
     """Add the guards of a layer or cell of `drop_in`."""
     of_torch = "bias_hh" if module.bias else "weight_hh"
     for guard in (of_torch if module.role == "step" else f"{of_torch}_l0", GUARDS[0]):
@@ -83,7 +88,7 @@ def said(option: str, number: int) -> str:
     return f"{option}={values[number]!r}" if 0 <= number < len(values) else f"{option}={number}"
 
 
-def take_marks(module: Any, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> str:
+def take_marks(module: "Saved", state_dict: Weights, prefix: str, metadata: Metadata) -> str:
     """Compare the marks with those of a module, and refuse weights with others."""
     wrong, unknown = list[tuple[str, str, str]](), dict[str, str]()
     names = [name for name in state_dict if name.startswith(prefix)]
@@ -98,8 +103,8 @@ def take_marks(module: Any, state_dict: dict[str, Any], prefix: str, metadata: d
         # On the device "meta", a mark has no value.
         is_meta, device = getattr(mark, "is_meta", False), getattr(mark, "device", None)
         given = number if is_meta or (mark is None and is_silent) else int(mark or 0)
-        if option == "zero_state" and 0 <= given < len(MARKS[option]):
-            module._zero_state, number = MARKS[option][given], given  # noqa: PLW2901
+        if option == "zero_state" and 0 <= given < len(STARTS):
+            module._zero_state, number = STARTS[given], given  # noqa: PLW2901
             add_marks(module, "cpu" if is_meta else device)
         if given != number:
             wrong.append((option, said(option, given), said(option, number)))
@@ -121,25 +126,25 @@ def take_marks(module: Any, state_dict: dict[str, Any], prefix: str, metadata: d
     return ""
 
 
-def take_groups(norm: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+def take_groups(norm: Any, state_dict: Weights, prefix: str, metadata: Metadata) -> None:
     """Change the number of groups to that of the weights, if they say one."""
     groups = state_dict.get(f"{prefix}groups")
     if groups is not None:
         norm.regroup(int(groups))
 
 
-def note_values(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+def note_values(module: Any, state_dict: Weights, prefix: str, metadata: Metadata) -> None:
     """Note whether all parameters get values: models of transformers load one after the other, also without values."""
     is_whole = {prefix + name for name, _ in module.named_parameters()} <= state_dict.keys()
     module._is_empty = module._is_empty and not is_whole
     if module.role == "step":
         # A cell returns the state, which does not include the residual of a layer; a highway has weights of its own.
         mark = state_dict.get(key := f"{prefix}layers.0.{key_of('residual')}")
-        if mark is not None and (mark.is_meta or MARKS["residual"][int(mark)] is True):
+        if mark is not None and (mark.is_meta or RESIDUALS[int(mark)] is True):
             del state_dict[key]
 
 
-def refuse_other_cells(level: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
+def refuse_other_cells(level: Any, state_dict: Weights, prefix: str, metadata: Metadata) -> str:
     """Refuse weights of a GRU or for one, because the linear map of a MinLSTM has the same shape."""
     names = {name[len(prefix) :].partition(".")[0] for name in state_dict if name.startswith(prefix)}
     is_other = "linear" in names and ("recurrent" in names) != (level.cell == "gru")
@@ -149,14 +154,14 @@ def refuse_other_cells(level: Any, state_dict: dict[str, Any], prefix: str, meta
     return f"{prefix}linear: a GRU, and no other, has recurrent weights; load a whole state_dict" * is_other
 
 
-def refuse_weights_of_torch(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> str:
+def refuse_weights_of_torch(module: Any, state_dict: Weights, prefix: str, metadata: Metadata) -> str:
     key = next((key for key in state_dict if key.startswith(f"{prefix}weight_ih")), None)
     expected = f"weights of {module.name}" + " because the equations differ" * (module.cell != "gru")
     got, remedy = f"{key} of torch.nn", module._remedy_for_weights
     return "" if key is None else expectation(module.name, "state_dict", expected, got, remedy)
 
 
-def renew_guards(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+def renew_guards(module: Any, state_dict: Weights, prefix: str, metadata: Metadata) -> None:
     """Add the guards of a module, because weights of layers that are not in `drop_in` have none; remove others."""
     for name in GUARDS:
         guard = state_dict.pop(prefix + name, None)
@@ -167,17 +172,18 @@ def renew_guards(module: Any, state_dict: dict[str, Any], prefix: str, metadata:
 class Saved(nn.Module):
     """A module whose state_dict says more than its parameters."""
 
+    _zero_state: float
     _marks: tuple[str, ...] = ()
     """The options that the state_dict says."""
-    _loading: tuple[Callable[[Any, dict[str, Any], str, dict[str, Any]], str | None], ...] = (take_marks,)
+    _loading: tuple[Callable[[Any, Weights, str, Metadata], str | None], ...] = (take_marks,)
     """What is done with the entries of a state_dict before torch copies them, by functions (module, state_dict, prefix,
     metadata), which change these entries, or return an error if the weights cannot be used."""
 
-    def _said(self) -> dict[str, Any]:
+    def _said(self) -> dict[str, object]:
         """Return the values of options that are no attributes with their names."""
         return {}
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: Weights, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Again, because the buffers are undefined after `to_empty` and `skip_init`, and options may have changed.
         for option, number in marks_in(self).items():
@@ -187,7 +193,7 @@ class Saved(nn.Module):
             elif number and option in OF_LEVELS:
                 destination[key] = torch.tensor(number, device=next(self.parameters()).device)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Weights, prefix: str, metadata: Metadata, *args: Any) -> None:
         for step in self._loading:
             error = step(self, state_dict, prefix, metadata)
             if error:

@@ -28,7 +28,7 @@ REMEDIES_BY_ROLE = {
     "step": "use a layer in place of a cell, such as MinGRU of MinGRUCell",
     "custom": 'if its forward has the form of a layer, pass role="sequence" to the class',
 }
-REMEDIES: tuple[tuple[Any, str], ...] = (
+REMEDIES: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (OF_TORCH, "use torch.nn.Sequential"),
     (nn.Sequential, "put its modules into the list"),
     (nn.RNNBase, USE_OURS),
@@ -115,7 +115,7 @@ class Stack(Composite, role="sequence", planned=True):
         self.aligns = nn.ModuleList(self._align(index, layer) for index, layer in enumerate(found))
         add_marks(self, next(self.parameters(), torch.empty(0)).device)
 
-    def _checked(self, layers: Any) -> list[Any]:
+    def _checked(self, layers: Iterable[object]) -> list[Any]:
         """Return the layers as a list; raise an error if one is not supported or does not fit the previous one."""
         check_type(self.name, "layers", layers, Iterable, "a list of layers", PASS_A_LIST)
         found = list(layers)
@@ -162,10 +162,10 @@ class Stack(Composite, role="sequence", planned=True):
         """Return the states that replace h=None."""
         return [state for layer in self.layers for state in layer.default_states(x, batch)]  # type: ignore[operator]
 
-    def _state_forms(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
+    def _state_forms(self, x: Shape) -> list[tuple[Form, Layer, Shape]]:
         return [state for layer in self.layers for state in layer._state_forms(x)]  # type: ignore[operator]
 
-    def _align(self, index: int, layer: Any) -> nn.Module:
+    def _align(self, index: int, layer: Layer) -> nn.Module:
         """Return the map from the layer's input to the shape of its output, for `residual`."""
         if not self.residual or layer.input_dims == layer.output_dims or isinstance(layer, PerStep):
             return nn.Identity()

@@ -221,7 +221,7 @@ class Recurrent(Stacked, role="sequence"):
         scripted.check_x(self.name, x, [2], order, self.input_dims, self.num_space_dims)
         scripted.check_steps(self.name, list(x.shape[:2]), reset, dt, self._is_timed)
 
-    def _said(self) -> dict[str, Any]:
+    def _said(self) -> dict[str, object]:
         return {"zero_state": start_said_by(self)}
 
     def reset_parameters(self) -> None:
