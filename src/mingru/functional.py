@@ -324,7 +324,7 @@ def _checked_states(
         if argument in table:
             table[argument].check(forms, sequence, first, first.shape)
     check_choice(forms.name, "activation", spec.activation, _activation.ACTIVATIONS)
-    check_steps(forms, table, first, first.shape, spec.cell, reset, None, dt)
+    check_steps(forms, table, first, first.shape, spec.cell, reset=reset, dt=dt)
     if dt is not None:
         dt = as_dtype(dt, accumulate_dtype(first.dtype))
     forms.check(table, first, h=h, initial_state=initial_state)
@@ -409,7 +409,7 @@ def linear_scan(
         raise ValueError(expectation("linear_scan", "a", expected, dims(a.shape), remedy))
     table = LINEAR_SCAN.bind(a, or_complex=True)
     table["b"].check(LINEAR_SCAN, b, a, a.shape)
-    check_steps(LINEAR_SCAN, table, a, a.shape, "linear_scan", reset, lengths)
+    check_steps(LINEAR_SCAN, table, a, a.shape, "linear_scan", reset=reset, lengths=lengths)
     LINEAR_SCAN.check(table, a, h=h)
     state = torch.zeros((), dtype=a.dtype, device=a.device) if h is None else h
     state = state.expand(table["h"].shape(a.shape, None))

@@ -70,7 +70,7 @@ def elapsed_times(
     if t.dim() != 2:
         raise ValueError(expectation(name, "t", letters, dims(t.shape)))
     table = ELAPSED_TIMES.table(batch_first)
-    check_steps(ELAPSED_TIMES, table, t, t.shape, "mingru", reset, lengths)
+    check_steps(ELAPSED_TIMES, table, t, t.shape, "mingru", reset=reset, lengths=lengths)
     if not batch_first:
         t, reset = t.t(), None if reset is None else reset.t()
     batch, steps = t.shape

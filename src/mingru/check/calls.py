@@ -19,6 +19,8 @@ from .values import expectation, is_number, name_of, not_a_tensor, require
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Args = tuple[object, ...]
+Kwargs = dict[str, Any]
 
 # What a call raises for wrong arguments. Not all exceptions, because some of torch end a valid call early.
 MISTAKES = (AttributeError, RuntimeError, TypeError, ValueError)
@@ -26,7 +28,7 @@ MISTAKES = (AttributeError, RuntimeError, TypeError, ValueError)
 PLAIN = (int, float, str)
 
 
-def explain(error: Exception, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def explain(error: Exception, name: str, function: Callable[..., object], args: Args, kwargs: Kwargs) -> None:
     """Raise the error that says what is wrong with the arguments of a call that raised this one, if something is.
 
     It is called after a call has failed, so that valid calls cost nothing.
@@ -60,8 +62,7 @@ def explained(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except MISTAKES as error:
-            own: Any = function
-            name = args[0].name if args and isinstance(args[0], torch.nn.Module) else own.__name__
+            name = args[0].name if args and isinstance(args[0], torch.nn.Module) else function.__name__
             explain(error, str(name), function, args, kwargs)
             raise
 
@@ -83,7 +84,7 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
         values = {each.name: found for each in parameters if (found := values_of(each.annotation))}
 
         @functools.wraps(init)
-        def run(*args: Any, **kwargs: Any) -> T:
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
             name = function or name_of(type(args[0]))
             try:
                 bound = signature.bind(*args, **kwargs)
@@ -100,16 +101,14 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
     return decorated
 
 
-def _builtin(value: Any) -> Any:
+def _builtin(value: object) -> object:
     """Return a number of another library, such as a scalar of numpy, as an int or float."""
     if isinstance(value, numbers.Real):
         return operator.index(value) if isinstance(value, numbers.Integral) else float(value)
     return value
 
 
-def misfit(
-    name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], remedy: str = ""
-) -> str:
+def misfit(name: str, signature: inspect.Signature, args: Args, kwargs: Kwargs, remedy: str = "") -> str:
     """Return why a function cannot be called with these arguments, or a method, whose first is self; "" if it can."""
     known = [parameter for parameter in signature.parameters.values() if parameter.name != "self"]
     names = [parameter.name for parameter in known]
@@ -127,14 +126,14 @@ def misfit(
 class Brief(inspect.Signature):
     """A signature whose text has names and defaults, in lines that `help` does not cut. Its parameters keep types."""
 
-    def format(self, **options: Any) -> str:
+    def format(self, **options: object) -> str:
         parameters = [each.replace(annotation=each.empty) for each in self.parameters.values()]
         return textwrap.fill(str(inspect.Signature(parameters)), 90, subsequent_indent="    ", break_on_hyphens=False)
 
     __str__ = format
 
 
-def values_of(annotation: Any) -> tuple[Any, ...]:
+def values_of(annotation: object) -> tuple[object, ...]:
     """Return the values that an annotation such as `bool | Literal["highway"]` allows; () if it is of another kind."""
     if annotation in (bool, NoneType):
         return (True, False) if annotation is bool else (None,)
@@ -145,11 +144,9 @@ def values_of(annotation: Any) -> tuple[Any, ...]:
     return tuple(itertools.chain(*found)) if all(found) else ()
 
 
-def check_values(
-    name: str, values_by_argument: dict[str, tuple[Any, ...]], bound: inspect.BoundArguments, kwargs: dict[str, Any]
-) -> None:
+def check_values(name: str, allowed: dict[str, Args], bound: inspect.BoundArguments, kwargs: Kwargs) -> None:
     """Raise an error if an argument of a call has another value."""
-    for argument, values in values_by_argument.items():
+    for argument, values in allowed.items():
         value = bound.arguments.get(argument, values[0])
         # First by its type, because 1 equals True, and an array would compare its elements.
         if not (isinstance(value, (bool, str, NoneType)) and value in values):

@@ -4,12 +4,9 @@ A form is a shape in letters: B sequences, S steps, P packed steps, I features o
 directions. A part with "*" stands for any number of dimensions at the end. The forms of all calls are at the end.
 """
 
-import functools
-import math
 import operator
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,37 +15,48 @@ from torch.nn.utils.rnn import PackedSequence
 from ..ops.cells import CELLS
 from ..ops.layout import is_packing
 from ..ops.modes import are_eager, is_autocast, is_captured
-from ..ops.shape import accumulate_dtype, is_expandable
+from ..ops.shape import MaybeList, MaybeTensor, accumulate_dtype, is_expandable
 from . import names as meant
-from .values import (
-    check_floating,
-    check_type,
-    converted,
-    dims,
-    expectation,
-    instead_of_a_tensor,
-    level_of_the_caller,
-    require,
-    written,
-)
+from .times import check_times
+from .values import check_floating, check_type, converted, dims, expectation, instead_of_a_tensor, require, written
 
 Shape = Sequence[int]
 EXPANDS = "expands to "
 # Where a layer has the sizes that x has not: K and C are those of the convolution of a block.
-NAMES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_directions", "C": "input_dims"}
-
+PLACES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_directions", "C": "input_dims"}
 
 # What a tensor contains that has no numbers: its dtypes in words, the dtypes, and the method that converts others.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MASK = "a bool tensor", "of dtype torch.bool", (torch.bool,), "bool()"
-KINDS = {
+KINDS: dict[str, tuple[str, str, tuple[torch.dtype, ...], str]] = {
     "reset": MASK,
     "mask": MASK,
     "lengths": ("an integer tensor", "of a signed integer dtype or uint8", INTEGERS, "long()"),
 }
-NUMBERS: Any = "a tensor", "", (None,), ""
 # Their dtype may also be that in which a recurrence is computed.
 STATES = ("h", "initial_state", "past", "dt")
+
+
+class Checked(Protocol):
+    """What has forms: a layer, or a `Function`."""
+
+    name: str
+    _forms: "Forms"
+
+    def _hint(self, form: "Form", value: object, shape: Shape) -> str: ...
+
+
+class LayerLike(Checked, Protocol):
+    """What `check_call` asks of a layer."""
+
+    role: str
+    input_dims: int
+    num_space_dims: int
+    batch_first: bool
+
+    def _tables(self) -> "list[Table]": ...
+
+    def _weight_of_x(self) -> MaybeTensor: ...
 
 
 class Form:
@@ -65,11 +73,11 @@ class Form:
         self._sizes, self.num_dims = [size_of(part, x) for part in sizes], len(sizes)
         # The first dimension of x of those that end the shape.
         self._rest = x.index(rest[0]) if len(self.parts) > len(sizes) else None
-        self.noun, self.expected, self.dtypes, self.method = KINDS.get(argument, NUMBERS)
+        self.noun, self.expected, self.dtypes, self.method = KINDS.get(argument, ("a tensor", "", (), ""))
         # Lengths may be on the CPU, where they are read.
-        self.dtype, self.or_cpu = self.dtypes[0], argument == "lengths"
+        self.dtype, self.or_cpu = next(iter(self.dtypes), None), argument == "lengths"
 
-    def shape(self, x: Shape, of: Any) -> tuple[int, ...]:
+    def shape(self, x: Shape, of: object) -> tuple[int, ...]:
         """Return the shape, for this shape of x and a layer that has the other sizes."""
         sizes = [size(x, of) for size in self._sizes]
         return (*sizes,) if self._rest is None else (*sizes, *x[self._rest :])
@@ -78,52 +86,41 @@ class Form:
         """Return the dimension that one of these letters stands for, or None if there is none."""
         return next((at for at, part in enumerate(self.parts) if part in letters), None)
 
-    def check(self, owner: Any, value: Any, like: Tensor, x: Shape | None, of: Any = None, place: str = "") -> None:
+    def check(
+        self, owner: Checked, value: object, like: Tensor, x: Shape | None, of: object = None, place: str = ""
+    ) -> None:
         """Raise an error unless a value has this form, for this shape of x, and the dtype and device of a tensor.
 
         Without a shape of x, any shape will do. `of` has the other sizes, by default a layer itself, and `place` is the
         index of the value in a list.
         """
-        is_tensor = isinstance(value, Tensor)
+        if not isinstance(value, Tensor):
+            raise self.not_a_tensor(owner, value, place)
         shape = value.shape if x is None else self.shape(x, owner if of is None else of)
         # First what is usual.
-        is_usual = is_tensor and value.shape == shape and value.dtype == (self.dtype or like.dtype)
-        if is_usual and value.device == like.device:
+        if value.shape == shape and value.dtype == (self.dtype or like.dtype) and value.device == like.device:
             return
-        if not is_tensor:
-            problem = "type"
-        elif value.dtype not in (self.dtypes if self.dtype else self._of_numbers(like)):
-            problem = "dtype"
-        elif value.device != like.device and not (self.or_cpu and value.is_cpu):
-            problem = "device"
-        elif value.shape != shape and not (self.expands and is_expandable(value.shape, shape)):
-            problem = "shape"
-        else:
-            return
-        self.refuse(owner, problem, value, like, shape, place)
-
-    def refuse(
-        self, owner: Any, problem: str, value: Any, like: Any, shape: tuple[int, ...] = (), place: str = ""
-    ) -> NoReturn:
-        """Raise the error about a wrong type, dtype, device or shape."""
-        names, remedy = owner._forms.names, ""
+        names = owner._forms.names
         name = names.get(self.argument, self.argument) + place
         like_name = "the layer's weight" if self.argument == "x" else names["like"]
-        if problem in ("type", "shape"):
-            remedy = owner._hint(self, value, shape if problem == "shape" else ())
-        if problem == "type":
-            expected, (got, usual) = self.noun, instead_of_a_tensor(name, value)
-        elif problem == "dtype":
-            expected, got = self.expected or f"{like.dtype} like {like_name}", str(value.dtype)
-            usual = meant.of_dtype(self.argument, value, converted(name, value, self.method or f"to({like.dtype})"))
-        elif problem == "device":
-            expected, device = f"{'on the CPU or ' * self.or_cpu}on {like.device} like {like_name}", str(like.device)
-            got = f"a tensor on {value.device}"
-            usual = converted(name, value, "cpu()" if self.or_cpu else f"to({device!r})")
-        else:
+        if value.dtype not in (self.dtypes or self._of_numbers(like)):
+            expected, method = self.expected or f"{like.dtype} like {like_name}", self.method or f"to({like.dtype})"
+            remedy = meant.of_dtype(self.argument, value, converted(name, value, method))
+            raise TypeError(expectation(owner.name, name, expected, str(value.dtype), remedy))
+        if value.device != like.device and not (self.or_cpu and value.is_cpu):
+            expected = f"{'on the CPU or ' * self.or_cpu}on {like.device} like {like_name}"
+            remedy = converted(name, value, "cpu()" if self.or_cpu else f"to({str(like.device)!r})")
+            raise ValueError(expectation(owner.name, name, expected, f"a tensor on {value.device}", remedy))
+        if value.shape != shape and not (self.expands and is_expandable(value.shape, shape)):
             expected = f"{'expandable to ' * self.expands}{written(self.parts)} = {dims(shape)}"
-            got, usual = dims(value.shape), meant.of_missing_dim(name, value, shape)
-        raise usual_error(problem)(expectation(owner.name, name, expected, got, remedy or usual))
+            remedy = owner._hint(self, value, shape) or meant.of_missing_dim(name, value, shape)
+            raise ValueError(expectation(owner.name, name, expected, dims(value.shape), remedy))
+
+    def not_a_tensor(self, owner: Checked, value: object, place: str = "") -> TypeError:
+        """Return the error about a value of another type."""
+        name = owner._forms.names.get(self.argument, self.argument) + place
+        got, remedy = instead_of_a_tensor(name, value)
+        return TypeError(expectation(owner.name, name, self.noun, got, owner._hint(self, value, ()) or remedy))
 
     def _of_numbers(self, like: Tensor) -> tuple[torch.dtype, ...]:
         # Autocast converts what has another of its dtypes.
@@ -147,16 +144,12 @@ def size_of(part: str, x: list[str]) -> Callable[[Shape, Any], int]:
         return lambda shape, of: size
     if part == "K":
         return lambda shape, of: of.conv.kernel_size - 1
-    name = NAMES[part]
+    name = PLACES[part]
     return lambda shape, of: getattr(of, name)
 
 
 Table = dict[str, Form]
-
-
-def usual_error(problem: str) -> type[Exception]:
-    """Return what is raised for another type, dtype, device, number of dimensions or shape."""
-    return TypeError if problem in ("type", "dtype") else ValueError
+Texts = dict[str, str]
 
 
 class Forms:
@@ -166,10 +159,13 @@ class Forms:
     `exact` is the state that must have the dtype of x.
     """
 
-    def __init__(self, *tables: dict[str, str], packed: Any = None, exact: str = "", **names: str) -> None:
-        self.names = {"I": "input_dims", "x": "x", "like": names.get("x", "x"), **names}
+    def __init__(
+        self, *tables: Texts, packed: Texts | None = None, exact: str = "", names: Texts | None = None
+    ) -> None:
+        self.names = {"I": "input_dims", "x": "x", **(names or {})}
+        self.names.setdefault("like", self.names["x"])
 
-        def forms_of(texts: dict[str, str], more: str = "") -> Table:
+        def forms_of(texts: Texts, more: str = "") -> Table:
             x = (texts["x"] + more).split()
             return {name: Form(name, text, x, name == exact) for name, text in texts.items()}
 
@@ -185,8 +181,8 @@ class Function:
 
     _hint = meant.of_functions
 
-    def __init__(self, name: str, forms: dict[str, str], x: str = "x") -> None:
-        self.name, self._forms = name, Forms(forms, x=x)
+    def __init__(self, name: str, forms: Texts, x: str = "x") -> None:
+        self.name, self._forms = name, Forms(forms, names={"x": x})
 
     def table(self, batch_first: bool = True) -> Table:
         return (self._forms.batch_first if batch_first else self._forms.time_first)[0]
@@ -207,11 +203,11 @@ class Function:
                 table[argument].check(self, value, x, x.shape)
 
 
-def bind(layer: Any, tables: list[Table], x: Any, weight: Tensor | None) -> Table:
+def bind(layer: LayerLike, tables: list[Table], x: object, weight: MaybeTensor) -> Table:
     """Return the table of the form that x has, or raise an error if it has none, or another dtype or device."""
     form, count = tables[0]["x"], layer.num_space_dims
     if not isinstance(x, Tensor):
-        form.refuse(layer, "type", x, x)
+        raise form.not_a_tensor(layer, x)
     shape = x.shape
     for table in tables:
         num_dims = table["x"].num_dims
@@ -219,18 +215,16 @@ def bind(layer: Any, tables: list[Table], x: Any, weight: Tensor | None) -> Tabl
             if weight is not None and not (x.dtype == weight.dtype and x.device == weight.device):
                 table["x"].check(layer, x, weight, shape)
             return table
-    names, all_dims = layer._forms.names, [table["x"].num_dims + count for table in tables]
-    problem = "shape" if len(shape) in all_dims or form.parts[0] == "P" else "dims"
-    letters = [table["x"].parts if count > 0 else table["x"].parts[: table["x"].num_dims] for table in tables]
+    names, letters = layer._forms.names, [table["x"].parts[: table["x"].num_dims + count] for table in tables]
     expected = " or ".join(written(parts, layer.input_dims) for parts in letters)
     expected += f" because {names['I']} is {layer.input_dims}" + f" and space is {count}-dimensional" * (count > 0)
-    error = expectation(layer.name, names["x"], expected, dims(shape), layer._hint(form, x, shape))
-    raise usual_error(problem)(error)
+    raise ValueError(expectation(layer.name, names["x"], expected, dims(shape), layer._hint(form, x, shape)))
 
 
-def check_call(layer: Any, x: Any, h: Any, reset: Any, lengths: Any, dt: Any, cell: str = "") -> Table:
+def check_call(
+    layer: LayerLike, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor, cell: str = ""
+) -> Table:
     """Check a call of a layer with at most one state, and return the forms of its arguments."""
-    tables = layer._tables()
     if isinstance(x, PackedSequence) and layer._forms.packed:
         expected = "None because a PackedSequence has its own lengths"
         require(layer.name, "lengths", lengths is None, expected, type(lengths).__name__)
@@ -239,34 +233,32 @@ def check_call(layer: Any, x: Any, h: Any, reset: Any, lengths: Any, dt: Any, ce
         reset, dt = _packed_like(layer.name, x, "reset", reset), _packed_like(layer.name, x, "dt", dt)
         x = x.data
     else:
-        table = bind(layer, tables, x, layer._weight_of_x())
+        table = bind(layer, layer._tables(), x, layer._weight_of_x())
         shape = x.shape
     if h is not None:
         table["h"].check(layer, h[0], x, shape)
     if reset is not None or dt is not None or lengths is not None:
-        check_steps(layer, table, x, shape, cell, reset, lengths, dt)
+        cell = cell or getattr(layer, "cell", "")
+        check_steps(layer, table, x, shape, cell, reset=reset, lengths=lengths, dt=dt)
     return table
 
 
-def check_steps(
-    owner: Any, table: Table, like: Tensor, x: Shape, cell: str, reset: Any, lengths: Any = None, dt: Any = None
-) -> None:
+def check_steps(owner: Checked, table: Table, like: Tensor, x: Shape, cell: str, **given: MaybeTensor) -> None:
     """Check what a call has for each step or sequence. Values are checked in eager mode on the CPU."""
-    for argument, value in (("reset", reset), ("lengths", lengths)):
-        if value is not None:
-            form_of(owner, table, argument, value).check(owner, value, like, x)
-    # A graph has no values, and a GPU would be waited for.
-    if lengths is not None and lengths.is_cpu and not is_captured() and lengths.numel() > 0:
-        check_range(owner.name, lengths, x[table["x"].dim("S") or 0])
-    if dt is not None:
-        why_not = CELLS[cell or owner.cell].not_timed
+    for argument, value in given.items():
+        if value is None:
+            continue
+        why_not = CELLS[cell].not_timed if argument == "dt" else None
         if why_not is not None:
             expected, remedy = f"None because {why_not}", "make log(dt) an input feature"
-            raise ValueError(expectation(owner.name, "dt", expected, type(dt).__name__, remedy))
-        form = form_of(owner, table, "dt", dt)
-        form.check(owner, dt, like, x)
-        if dt.is_cpu and are_eager(dt) and dt.numel() > 0:
-            check_times(owner.name, dt, form.dim("SP"))
+            raise ValueError(expectation(owner.name, "dt", expected, type(value).__name__, remedy))
+        form = form_of(owner, table, argument, value)
+        form.check(owner, value, like, x)
+        # A graph has no values, and a GPU would be waited for.
+        if argument == "lengths" and value.is_cpu and not is_captured() and value.numel() > 0:
+            check_range(owner.name, value, x[table["x"].dim("S") or 0])
+        if argument == "dt" and value.is_cpu and are_eager(value) and value.numel() > 0:
+            check_times(owner.name, value, form.dim("SP"))
 
 
 def check_range(name: str, lengths: Tensor, steps: int) -> None:
@@ -276,7 +268,7 @@ def check_range(name: str, lengths: Tensor, steps: int) -> None:
         raise ValueError(expectation(name, "lengths", f"from 0 to S = {steps}", str(lengths.tolist())))
 
 
-def form_of(owner: Any, table: Table, argument: str, value: Any) -> Form:
+def form_of(owner: Checked, table: Table, argument: str, value: object) -> Form:
     """Return the form of an argument, or raise an error if it has none with this form of x."""
     if argument not in table:
         expected = f"None because {owner._forms.names['x']} is {written(table['x'].parts)}"
@@ -284,7 +276,9 @@ def form_of(owner: Any, table: Table, argument: str, value: Any) -> Form:
     return table[argument]
 
 
-def check_states(owner: Any, states: Any, forms: Sequence[tuple[Form, Any, Shape]], like: Tensor, what: str) -> None:
+def check_states(
+    owner: Checked, states: Sequence[object], forms: Sequence[tuple[Form, object, Shape]], like: Tensor, what: str
+) -> None:
     """Check a list of states, each with its form, what has its sizes, and the shape of x."""
     if not isinstance(states, (list, tuple)) or len(states) != len(forms):
         argument = owner._forms.names.get("h", "h")
@@ -293,13 +287,13 @@ def check_states(owner: Any, states: Any, forms: Sequence[tuple[Form, Any, Shape
         form.check(owner, state, like, x, of, f"[{index}]")
 
 
-def check_list(name: str, argument: str, values: Any, count: int, expected: str, remedy: str = "") -> None:
+def check_list(name: str, argument: str, values: Sequence[object], count: int, expected: str, remedy: str = "") -> None:
     """Check that values are a list or a tuple of so many."""
     check_type(name, argument, values, (list, tuple), expected, meant.of_mask(values) or remedy)
     require(name, argument, len(values) == count, expected, str(len(values)), remedy)
 
 
-def check_packing(layer: Any, x: PackedSequence) -> int:
+def check_packing(layer: Checked, x: PackedSequence) -> int:
     """Check the sizes of a PackedSequence, by which kernels read and write memory, and return the size of its batch."""
     _, batch_sizes, *orders = x
     if not are_eager(batch_sizes):
@@ -314,62 +308,21 @@ def check_packing(layer: Any, x: PackedSequence) -> int:
     return int(count)
 
 
-def _packed_like(name: str, x: PackedSequence, argument: str, given: Any) -> Any:
+def _packed_like(name: str, x: PackedSequence, argument: str, given: Any) -> MaybeTensor:
     """Return the data (P,) of an argument that must be packed like x."""
     if given is None:
         return None
     check_type(name, argument, given, PackedSequence, "a PackedSequence like x", "pack it with the lengths of x")
     fits = torch.equal(given.batch_sizes, x.batch_sizes) and torch.equal(_order_of(given), _order_of(x))
     require(name, argument, fits, "packed with the lengths and in the order of x", "others")
-    return given.data
+    data: Tensor = given.data
+    return data
 
 
 def _order_of(packed_x: PackedSequence) -> Tensor:
     """Return the batch index of each sorted sequence."""
     order = packed_x.sorted_indices
     return torch.arange(int(packed_x.batch_sizes[0]), device="cpu") if order is None else order.cpu()
-
-
-# Above it, an elapsed time is probably in another unit, such as nanoseconds. Also in csrc/inference.cpp.
-MOST_USUAL_TIME = 1e6
-# Gaps of so many steps in a row do not increase by chance.
-LEAST_INCREASES = 7
-# What has been called with more steps. Only the first such call tests for increases, which takes time.
-_WITH_LONG_SEQUENCES: set[str] = set()
-
-
-def check_times(name: str, dt: Tensor, time: int | None) -> None:
-    """Check the values of elapsed times; `time` is the dimension of the steps, or None for one step."""
-    # A checkpoint counts what is saved for backward, and not each call is checked for increases.
-    dt = dt.detach()
-    least, most = (each.item() for each in torch.aminmax(dt))
-    if not least >= 0:
-        raise ValueError(expectation(name, "dt", "at least 0", str(dt[~(dt >= 0)][0].item())))
-    num_steps = 1 if time is None else dt.shape[time]
-    is_new = name not in _WITH_LONG_SEQUENCES and num_steps > LEAST_INCREASES
-    # Two events of a stream may have one time.
-    if is_new or most > MOST_USUAL_TIME or (most == 0 and num_steps > 1):
-        _check_usual(name, dt, time if is_new else None, most)
-
-
-def _check_usual(name: str, dt: Tensor, time: int | None, most: float) -> None:
-    """Warn once of elapsed times that look like a mistake; `most` is the largest, `time` the dimension of time."""
-    if most == 0:
-        _warn_once(name, "0 at all steps, which ignores x; pass the time between two steps")
-    elif MOST_USUAL_TIME < dt[dt > 0].min() < math.inf:
-        _warn_once(name, f"above {MOST_USUAL_TIME:g} at all steps, which erases the state; divide dt by a typical gap")
-    elif time is not None:
-        increases, later = dt.diff(dim=time) > 0, dt.narrow(time, 1, dt.shape[time] - 1)
-        # 0 is padding.
-        if increases.sum() >= LEAST_INCREASES and (increases | (later == 0)).all():
-            _warn_once(name, "increasing at all steps, as times are; use mingru.functional.elapsed_times")
-    if time is not None:
-        _WITH_LONG_SEQUENCES.add(name)
-
-
-@functools.cache
-def _warn_once(name: str, problem: str) -> None:
-    warnings.warn(f"{name}: dt is {problem}", RuntimeWarning, stacklevel=level_of_the_caller())
 
 
 # All forms.
@@ -388,18 +341,19 @@ CELL_OF_IMAGES = Forms(
 )
 PER_STEP = Forms({"x": "B S I *space", "lengths": "B"}, packed={"x": "P I"})
 # With the state of the convolution, the last K inputs of C features.
-BLOCK = Forms({"x": "B S I", "h": "D B 1 H", "past": "1 B K C", **_STEPS}, I="dims", past="h")
+BLOCK = Forms({"x": "B S I", "h": "D B 1 H", "past": "1 B K C", **_STEPS}, names={"I": "dims", "past": "h"})
 _OF_MODEL = {"x": "ids", "h": "state", "past": "state", "like": "the weights"}
-LANGUAGE_MODEL = Forms({"x": "B S", "h": "D B 1 H", "reset": "B S", "lengths": "B"}, **_OF_MODEL)
+LANGUAGE_MODEL = Forms({"x": "B S", "h": "D B 1 H", "reset": "B S", "lengths": "B"}, names=_OF_MODEL)
 
-_OF_TORCH: Any = {"x": "input", "h": "hx", "I": "input_size", "exact": "h"}
+_OF_TORCH = {"x": "input", "h": "hx", "I": "input_size"}
 LAYER_OF_TORCH = Forms(
     {"x": "B S I", "h": "L*D B H", **_STEPS},
     {"x": "S I", "h": "L*D H", "reset": "S", "dt": "S"},
     packed={"x": "P I", "h": "L*D B H", **_PACKED},
-    **_OF_TORCH,
+    exact="h",
+    names=_OF_TORCH,
 )
-CELL_OF_TORCH = Forms(*_CELL, **_OF_TORCH)
+CELL_OF_TORCH = Forms(*_CELL, exact="h", names=_OF_TORCH)
 
 _STATES = {"h": "expands to B 1 *", "initial_state": "expands to B 1 *", **_STEPS}
 MINGRU = Function("mingru", {"x": "B S *", "candidate": "B S *", **_STATES}, x="gate")

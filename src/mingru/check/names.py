@@ -3,12 +3,15 @@
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .values import written
+
+if TYPE_CHECKING:
+    from .forms import Checked, Form, LayerLike
 
 LENGTHS_OF_MASK = "lengths=mask.sum(1), with all padding at the end"
 # Argument names of other packages (torch, minGRU-pytorch, cheind/mingru, transformers, libraries of reinforcement
@@ -80,22 +83,29 @@ def unknown_name(package: dict[str, Any], name: str) -> str:
     return f"module 'mingru' has no attribute {name!r}; {remedy}"
 
 
-def of_layers(layer: Any, form: Any, value: Any, shape: Sequence[int]) -> str:
+def of_layers(layer: "LayerLike", form: "Form", value: object, shape: Sequence[int]) -> str:
     """Return the remedy for an argument of a layer or cell that has another type or shape, or ""."""
-    if form.argument == "x":
-        return of_ids(value) or _of_x(layer, value) if isinstance(value, Tensor) else ""
     if form.argument == "h" and isinstance(value, (list, tuple)):
-        return _of_pair(layer, form, value)
-    if form.parts[:1] in (["1"], ["D"]) and shape:
+        is_joined = isinstance(value, list) and form.parts[0] == "L*D"
+        end = "; torch.cat joins a list with a state of each layer" * is_joined
+        return f"the state is one tensor, {written(form.parts)}, unlike the (h, c) of an LSTM{end}"
+    if not isinstance(value, Tensor):
+        return ""
+    if form.argument == "x":
+        return of_ids(value) or _of_x(layer, value)
+    if form.parts[:1] in (["1"], ["D"]):
         return "pass a state of this batch size and of a module with the same options"
-    is_of_torch = form.argument == "h" and form.parts[:1] == ["L*D"] and shape and value.dim() == 3
-    return "convert a state of nn.GRU, (L * D, B, H), with h.unsqueeze(2)" if is_of_torch else ""
+    if form.parts == ["L*D", "B", "1", "H"] and value.dim() == 3:
+        return "convert a state of nn.GRU, (L * D, B, H), with h.unsqueeze(2)"
+    is_transposed = form.parts[:1] == ["L*D"] and value.shape == (*shape[1::-1], *shape[2:])
+    return f"batch_first applies to the input only; the state is always {written(form.parts)}" if is_transposed else ""
 
 
-def of_functions(function: Any, form: Any, value: Any, shape: Sequence[int]) -> str:
+def of_functions(function: "Checked", form: "Form", value: object, shape: Sequence[int]) -> str:
     """Return the remedy for an argument of a function that has another shape, or ""."""
-    needs_dim = form.argument in _SEQUENCES and shape and value.shape[:-1] == shape
-    return f"use {function._forms.names['x']}.unsqueeze(-1).expand_as({form.argument})" if needs_dim else ""
+    if form.argument in _SEQUENCES and isinstance(value, Tensor) and value.shape[:-1] == shape:
+        return f"use {function._forms.names['x']}.unsqueeze(-1).expand_as({form.argument})"
+    return ""
 
 
 def of_dtype(argument: str, value: Tensor, remedy: str) -> str:
@@ -107,7 +117,7 @@ def of_dtype(argument: str, value: Tensor, remedy: str) -> str:
     return (of_mask(value) if argument == "h" else "") or remedy
 
 
-def of_mask(h: Any) -> str:
+def of_mask(h: object) -> str:
     """Return the remedy for a mask in place of a state, or ""."""
     if not isinstance(h, Tensor) or h.dtype != torch.bool:
         return ""
@@ -125,18 +135,8 @@ def of_missing_dim(argument: str, x: Tensor, shape: Sequence[int]) -> str:
     return next((f"use {argument}.unsqueeze({dim})" for dim in missing), "")
 
 
-def _of_pair(layer: Any, form: Any, h: Any) -> str:
-    """Return the remedy for a list of states, or the pair (h, c) of an LSTM."""
-    cell = getattr(layer, "cell", "mingru")
-    name, end = ("minLSTM", ", without a cell state") if cell.startswith("minlstm") else ("minGRU", "")
-    name = "GRU" if cell == "gru" else name
-    if isinstance(h, list) and form.parts[:1] == ["L*D"]:
-        end += "; torch.cat joins a list with a state of each layer"
-    return f"a {name}'s state is one tensor h, {written(form.parts)}{end}"
-
-
-def _of_x(layer: Any, x: Tensor) -> str:
-    if layer.num_space_dims > 0 or layer.role == "step":
+def _of_x(layer: "LayerLike", x: Tensor) -> str:
+    if layer.num_space_dims > 0 or layer.role in ("step", "torch"):
         return ""
     if x.shape == (layer.input_dims,):
         return "use x[None, None] for one step"

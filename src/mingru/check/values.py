@@ -8,12 +8,15 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeGuard
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops.cells import GATES, multiple_of
+
+Types = type | tuple[type, ...]
 
 
 def name_of(cls: type) -> str:
@@ -48,7 +51,7 @@ def require(
         raise error(expectation(name, argument, expected, got, remedy))
 
 
-def check_type(name: str, argument: str, value: object, types: Any, expected: str, remedy: str = "") -> None:
+def check_type(name: str, argument: str, value: object, types: Types, expected: str, remedy: str = "") -> None:
     if not isinstance(value, types):
         got = name_of(type(value))
         # A class of another module may have the name that is expected.
@@ -56,7 +59,7 @@ def check_type(name: str, argument: str, value: object, types: Any, expected: st
         raise TypeError(expectation(name, argument, expected, got, remedy))
 
 
-def imported(name: str, user: str, extra: str) -> Any:
+def imported(name: str, user: str, extra: str) -> ModuleType:
     """Return a module of an optional package, or raise the error that says what to install."""
     try:
         return importlib.import_module(name)
@@ -70,18 +73,18 @@ def dims(shape: tuple[int, ...]) -> str:
     return str(tuple(shape))
 
 
-def written(parts: Sequence[str], size: Any = "I") -> str:
+def written(parts: Sequence[str], size: object = "I") -> str:
     """Return the letters of a form as in messages, with the number of features of x."""
     texts = [str(size) if part == "I" else re.sub(r"(?<=\w)[*/+](?=\w)", r" \g<0> ", part) for part in parts]
     packed = "packed steps " if parts[:1] == ["P"] else ""
     return f"{packed}({', '.join(texts)}{',' * (len(texts) == 1)})" if texts else "a scalar"
 
 
-def instead_of_a_tensor(argument: str, found: Any) -> tuple[str, str]:
+def instead_of_a_tensor(argument: str, found: object) -> tuple[str, str]:
     """Return what came in place of a tensor, and the fix."""
     is_array = hasattr(found, "__array__") or isinstance(found, (int, float, list, tuple))
     remedy, got = "use torch.as_tensor" if is_array else "", type(found).__name__
-    if type(found) in (list, tuple) and any(isinstance(each, Tensor) for each in found):
+    if isinstance(found, (list, tuple)) and any(isinstance(each, Tensor) for each in found):
         remedy = f"use torch.{'nn.utils.rnn.pad_sequence and lengths=' if argument == 'x' else 'cat'}, or torch.stack"
     if isinstance(found, PackedSequence):
         remedy = "use torch.nn.utils.rnn.pad_packed_sequence, and lengths="
@@ -99,7 +102,7 @@ def converted(argument: str, x: Tensor, method: str) -> str:
     return f"use {argument}.{'dequantize().' if x.is_quantized else ''}{method}"
 
 
-def not_a_tensor(name: str, argument: str, found: Any, expected: str = "a tensor") -> TypeError:
+def not_a_tensor(name: str, argument: str, found: object, expected: str = "a tensor") -> TypeError:
     return TypeError(expectation(name, argument, expected, *instead_of_a_tensor(argument, found)))
 
 
@@ -124,7 +127,7 @@ def check_flag(name: str, argument: str, flag: object, remedy: str = "") -> None
         raise TypeError(expectation(name, argument, "a bool", repr(flag), remedy))
 
 
-def check_int(name: str, argument: str, size: Any, expected: str = "an int", least: int = 1) -> None:
+def check_int(name: str, argument: str, size: object, expected: str = "an int", least: int = 1) -> None:
     if not isinstance(size, int) or isinstance(size, bool):
         remedy = "for layers of different sizes, use mingru.Stack" if isinstance(size, (list, tuple)) else ""
         raise TypeError(expectation(name, argument, expected, repr(size), remedy))
@@ -132,11 +135,11 @@ def check_int(name: str, argument: str, size: Any, expected: str = "an int", lea
         raise ValueError(expectation(name, argument, f"at least {least}", str(size)))
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_number(name: str, argument: str, value: Any, expected: str, is_valid: Callable[[float], bool]) -> None:
+def check_number(name: str, argument: str, value: object, expected: str, is_valid: Callable[[float], bool]) -> None:
     if not (is_number(value) and is_valid(value)):
         raise (ValueError if is_number(value) else TypeError)(expectation(name, argument, expected, repr(value)))
 
@@ -175,7 +178,7 @@ def per_layer(
     return list(value)
 
 
-def check_min_decay(name: str, min_decay: Any, gates: Sequence[str]) -> list[float]:
+def check_min_decay(name: str, min_decay: float | Sequence[float], gates: Sequence[str]) -> list[float]:
     """Return the lower bound of each layer."""
     bounds = per_layer(name, "min_decay", min_decay, len(gates))
     for bound, gate in zip(bounds, gates, strict=True):

@@ -1,13 +1,11 @@
 """What the classes of our own cells with torch's interface have in common: constructors, states, and the pair."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..check import names as meant
-from ..check.forms import Form
 from ..check.values import check_int, expectation, name_of, require, reworded
 from ..modules.options import arguments_of_class, defaults_of, not_default
 from ..modules.saved import add_guards
@@ -69,15 +67,6 @@ class DropIn(Recurrent):
         c = super().initial(batch)
         zeros = c.new_zeros(*c.shape[:-1], self.proj_size)
         return c if not self.has_pair else (zeros if self.proj_size > 0 else c.clone(), c)
-
-    def _hint(self, form: Form, value: Any, shape: Sequence[int]) -> str:
-        """Return the remedy for an argument of another type or shape."""
-        if form.argument == "x":
-            return meant.of_ids(value) if isinstance(value, Tensor) else ""
-        if form.argument == "h" and isinstance(value, tuple):
-            return "unlike the (h, c) of an LSTM, the state is one tensor"
-        is_transposed = form.argument == "h" and shape and value.shape[:2] == (*shape[1::-1],)
-        return "batch_first applies to the input only; the state is always (L * D, B, H)" if is_transposed else ""
 
     def __getattr__(self, name: str) -> Any:
         if OF_TORCH.fullmatch(name) is None or name in self._buffers:

@@ -164,7 +164,7 @@ class LanguageModel(Layer):
         """Raise an error that names this model, not a block, if an argument is wrong."""
         generation.check_ids(self.name, "ids", x, 2, self.embedding.weight.device)
         self._check_state(h, x.shape)
-        check_steps(self, LANGUAGE_MODEL.batch_first[0], x, x.shape, "mingru", reset, lengths)
+        check_steps(self, LANGUAGE_MODEL.batch_first[0], x, x.shape, "mingru", reset=reset, lengths=lengths)
 
     def _check_state(self, state: MaybeList, x: Shape) -> None:
         if state is not None:
