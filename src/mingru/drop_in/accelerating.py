@@ -1,6 +1,6 @@
 """Change the recurrent layers of a model to classes that compute the same in less time on the CPU."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
     return report
 
 
-def _other_class(layer: nn.Module, undo: bool) -> Any:
+def _other_class(layer: nn.Module, undo: bool) -> type | None:
     """Return the class that replaces that of a layer, or None."""
     kind = type(layer)
     for pair in () if not undo and _why_slow(layer) else OWN.items():
@@ -79,16 +79,14 @@ def _other_class(layer: nn.Module, undo: bool) -> Any:
     return None
 
 
-def _why_slow(layer: Any) -> str:
+def _why_slow(layer: nn.Module) -> str:
     """Return why torch computes a layer as fast, or ""."""
-    reasons = {
-        "torch computes it as fast": isinstance(layer, nn.modules.LSTMCell),
-        "there is no kernel for projections": getattr(layer, "proj_size", 0) > 0,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    if isinstance(layer, nn.modules.LSTMCell):
+        return "torch computes it as fast"
+    return "there is no kernel for projections" if getattr(layer, "proj_size", 0) > 0 else ""
 
 
-def why_left(layer: Any, own: dict[str, bool], done: str, name: str) -> str:
+def why_left(layer: nn.Module, own: dict[str, bool], done: str, name: str) -> str:
     """Return why a function leaves a layer: the first reason that holds, of its own or of all."""
     reasons = own | {
         f"call {name} before torch.jit.script or torch.jit.trace": isinstance(layer, torch.jit.ScriptModule),

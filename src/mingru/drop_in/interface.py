@@ -74,7 +74,7 @@ class DropIn(Recurrent):
         remedy = "let the program construct torch's layer, and then call mingru.drop_in.replace(model, cell=...)"
         raise AttributeError(f"{self.name}: no attribute {name!r}, because the weights are others; {remedy}")
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         # A parameter that nothing reads would be trained and saved. Torch sets buffers by their names.
         if OF_TORCH.fullmatch(name) and (isinstance(value, nn.Parameter) or name not in self._buffers):
             remedy = "initialize or share the parameters of rnn.layers"
@@ -109,7 +109,7 @@ def _check_scripted_pair(name: str, hx: Pair, proj_size: int) -> None:
 
 @scripted_as(_check_scripted_pair)
 @untraced
-def check_pair(name: str, hx: Any, proj_size: int) -> None:
+def check_pair(name: str, hx: Pair, proj_size: int) -> None:
     """Raise an error if hx is not a pair (h, c) of tensors that belong together."""
     is_pair = isinstance(hx, (tuple, list)) and len(hx) == 2
     if not is_pair or not all(isinstance(each, Tensor) and each.is_floating_point() for each in hx):

@@ -2,8 +2,9 @@
 
 import sys
 from abc import ABCMeta
+from collections.abc import Callable
 from contextvars import ContextVar
-from inspect import signature
+from inspect import Signature, signature
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..ops import autograd, route
 from ..ops.call import BATCH_FIRST, Call, Context, spec_of
 from ..ops.modes import are_ordinary, mode_of
 from ..ops.names_of_torch import PREPARE_SCRIPTABLE, len_torch_dispatch_stack, outside_of_graphs
+from ..ops.shape import MaybeTensor
 from . import operators
 
 # What `patch` builds in this context in place of these classes, innermost last.
@@ -28,7 +30,7 @@ class OfTorch(ABCMeta):
     and by the module of an instance, as torch.fx does. Subclasses of the four are classes like others.
     """
 
-    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> Any:
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **options: object) -> "OfTorch":
         # Otherwise it were that of ABCMeta for a class that torch makes, for parametrizations or FSDP.
         namespace = {"__module__": sys._getframe(1).f_globals["__name__"], **namespace}
         return super().__new__(mcs, name, bases, namespace, **options)
@@ -41,7 +43,7 @@ class OfTorch(ABCMeta):
     __module__ = property(lambda cls: __name__ if cls.of_torch else vars(cls)["__module__"])
 
     @property
-    def __signature__(cls) -> Any:
+    def __signature__(cls) -> Signature:
         """That of the constructor, because the one of `__call__` says nothing."""
         return signature(MethodType(cls.__init__, cls))  # type: ignore[misc]
 
@@ -58,7 +60,7 @@ class OfTorch(ABCMeta):
     def __subclasscheck__(cls, subclass: type) -> bool:
         return super().__subclasscheck__(subclass) or (cls.of_torch is not None and issubclass(subclass, cls.of_torch))
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, *args: object, **kwargs: object) -> Any:
         for patch in reversed(PATCHES.get()):
             if patch.builds(cls):
                 return patch.build(cls, *args, **kwargs)
@@ -66,7 +68,7 @@ class OfTorch(ABCMeta):
 
 
 @outside_of_graphs
-def gru_cell(x: Tensor, hx: Tensor, *weights: Any) -> Tensor:
+def gru_cell(x: Tensor, hx: Tensor, of_input: Tensor, of_state: Tensor, *given: MaybeTensor) -> Tensor:
     """Compute `torch.gru_cell` by the kernel of a GRU without gradients, if there are many sequences and features.
 
     Gradients take longer here than in torch, and so do small steps, whose call costs more than their products, and
@@ -74,25 +76,25 @@ def gru_cell(x: Tensor, hx: Tensor, *weights: Any) -> Tensor:
     """
     is_large = len(hx) >= 64 and hx.numel() * (hx.size(-1) + x.size(-1)) >= 2**21
     if is_large and x.is_cpu and not torch.is_grad_enabled() and mode_of(x).is_eager and not len_torch_dispatch_stack():
-        flat, (batch, inputs), size = [each for each in weights if each is not None], x.shape, hx.size(-1)
+        biases, (batch, inputs), size = [each for each in given if each is not None], x.shape, hx.size(-1)
+        flat = [of_input, of_state, *biases]
         shapes = [(batch, size), (3 * size, inputs), (3 * size, size), (3 * size,), (3 * size,)][: 1 + len(flat)]
         is_usual = [each.shape for each in (hx, *flat) if each.dtype == x.dtype and each.is_cpu] == shapes
         is_usual = is_usual and len(flat) != 3 and x.dtype in (torch.float32, torch.float64)
         if is_usual and are_ordinary(x, hx, *flat) and route.kernels_for(x) == "native":
-            of_input, of_state, *biases = flat
             bias: Any = biases[0] + F.pad(biases[1][: 2 * size], (0, size)) if biases else None
             of_candidate = biases[1][2 * size :] if biases else None
             before = hx.unsqueeze(1)
             context = Context(before, before, None, None, of_state, of_candidate)
             call = Call(spec_of("gru", "tanh", False, 0.0), [x.unsqueeze(1), of_input, bias], context, BATCH_FIRST)
             return autograd.run_kernel("linear_kernel", route.NATIVE, call, True)[1].squeeze(1)
-    return torch.gru_cell(x, hx, *weights)
+    return torch.gru_cell(x, hx, of_input, of_state, *given)
 
 
 _OPERATORS = SimpleNamespace(gru=operators.gru, lstm=operators.lstm, gru_cell=gru_cell, lstm_cell=torch.lstm_cell)
 
 
-def _computed(forward: Any) -> FunctionType:
+def _computed(forward: Callable[..., object]) -> FunctionType:
     """Return torch's `forward`, with its checks and errors, in which the module of torch's operators is ours."""
     names = {**forward.__globals__, "_VF": _OPERATORS}
     # Otherwise `torch.compile`, told to compile recurrent layers, looks for the names in torch's module.
@@ -202,6 +204,6 @@ def _with_class_of_torch(layer: Any) -> Any:
     return layer
 
 
-OWN: dict[Any, Any] = {each._of_torch: each for each in (GRU, LSTM, GRUCell, LSTMCell)}
+OWN: dict[type[nn.Module], OfTorch] = {each.of_torch: each for each in (GRU, LSTM, GRUCell, LSTMCell)}
 for _kind in OWN.values():
     setattr(_kind, PREPARE_SCRIPTABLE, _with_class_of_torch)

@@ -3,7 +3,7 @@
 The `forward` of an accelerated layer calls these in place of torch's. So its checks, orders and errors are torch's own.
 """
 
-from itertools import chain
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,28 +16,28 @@ from ..ops.call import Call, Context, Layout, spec_of
 from ..ops.layout import is_packing
 from ..ops.modes import are_ordinary, mode_of
 from ..ops.names_of_torch import len_torch_dispatch_stack, outside_of_graphs
+from ..ops.shape import MaybeTensor, States
 
 
-@outside_of_graphs
-def gru(x: Tensor, *args: Any) -> Any:
-    """Compute `torch.gru` by the kernels of a GRU where these take less time."""
-    found = _computed("gru", x, *_with_batch_sizes(args)) if mode_of(x).is_eager else None
-    return torch.gru(x, *args) if found is None else found
+def _or_torch(cell: str, of_torch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return torch's operator of a cell, computed by kernels where these take less time."""
+
+    def run(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        # The arguments of packed sequences begin with their batch sizes, and those of padded ones end with batch_first.
+        all_args = (None, *args) if isinstance(args[1], list) else (*args, False)
+        found = _computed(cell, x, *all_args) if mode_of(x).is_eager else None
+        return of_torch(x, *args) if found is None else found
+
+    return run
 
 
-@outside_of_graphs
-def lstm(x: Tensor, *args: Any) -> Any:
-    """Compute `torch.lstm` by the kernels of an LSTM where these take less time."""
-    found = _computed("lstm", x, *_with_batch_sizes(args)) if mode_of(x).is_eager else None
-    return torch.lstm(x, *args) if found is None else found
+gru = outside_of_graphs(_or_torch("gru", torch.gru))
+lstm = outside_of_graphs(_or_torch("lstm", torch.lstm))
 
 
-def _with_batch_sizes(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments after x as those of packed sequences and `batch_first`. Padded ones have no batch sizes."""
-    return (None, *args) if isinstance(args[1], list) else (*args, False)
-
-
-def _computed(cell: str, x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], _: bool, *options: Any) -> Any:
+def _computed(
+    cell: str, x: Tensor, batch_sizes: MaybeTensor, hx: Any, flat: list[Tensor], _: bool, *options: Any
+) -> tuple[Tensor, ...] | None:
     """Return what torch's operator of the cell returns, or None if that takes less time or may do something else."""
     num_layers, dropout, training, bidirectional, batch_first = options
     directions, states = 2 if bidirectional else 1, (hx,) if cell == "gru" else hx
@@ -53,12 +53,15 @@ def _computed(cell: str, x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], 
     if cell == "gru" and is_slower(features, batch, steps, x.dtype, is_trained):
         return None
     rows, sizes = (3 if cell == "gru" else 4) * features, [x.size(-1), *[directions * features] * (num_layers - 1)]
-    shapes = [[(rows, size), (rows, features), (rows,), (rows,)] for size in sizes for _ in range(directions)]
-    if not _is_usual(cell, x, batch_sizes, states, flat, shapes, batch_first):
+    of_weights = [[(rows, size), (rows, features), (rows,), (rows,)] for size in sizes for _ in range(directions)]
+    # Two weights, and two biases if there are some.
+    per, of_states = len(flat) // len(of_weights), [(len(of_weights), batch, features)] * (1 if cell == "gru" else 2)
+    shapes = of_states + [shape for each in of_weights for shape in each[:per]]
+    if not _is_usual(x, batch_sizes, batch_first, [*states, *flat], shapes):
         return None
     # Copies of what backward needs here and not in torch, because a program may change it until then. The backward of
     # oneDNN needs all, and refuses what has changed.
-    is_copied, per = is_trained and not is_fused, len(flat) // len(shapes)
+    is_copied = is_trained and not is_fused
     layout = Layout(batch_sizes is None, batch_sizes)
     x = x.transpose(0, 1) if batch_first else x
     is_kept = is_copied and not all(weight.requires_grad for weight in flat[1::per])
@@ -79,13 +82,12 @@ def _computed(cell: str, x: Tensor, batch_sizes: Any, hx: Any, flat: list[Any], 
 
 
 def _is_usual(
-    cell: str, x: Tensor, batch_sizes: Any, states: Any, flat: Any, shapes: list[Any], batch_first: bool
+    x: Tensor, batch_sizes: MaybeTensor, batch_first: bool, tensors: list[Tensor], shapes: list[tuple[int, ...]]
 ) -> bool:
-    """Return whether eager code may compute these tensors: on the CPU, of one dtype, in the shapes of torch's."""
-    every = (x, *states, *flat)
-    if not are_ordinary(*every, batch_sizes) or len_torch_dispatch_stack() or x.numel() == 0:
+    """Return whether eager code may compute these tensors: on the CPU, of one dtype, states first in these shapes."""
+    if not are_ordinary(x, *tensors, batch_sizes) or len_torch_dispatch_stack() or x.numel() == 0:
         return False
-    are_alike = all(each is not None and each.is_cpu and each.dtype == x.dtype for each in every)
+    are_alike = all(each is not None and each.is_cpu and each.dtype == x.dtype for each in (x, *tensors))
     if not are_alike or x.layout != torch.strided or route.kernels_for(x) != "native":
         return False
     if batch_sizes is None:
@@ -94,14 +96,12 @@ def _is_usual(
         batch = int(batch_sizes[0])
     else:
         return False
-    of_states = [(len(shapes), batch, states[0].size(-1))] * (1 if cell == "gru" else 2)
-    of_weights = chain(*(each[: len(flat) // len(shapes)] for each in shapes))
-    return [each.shape for each in (*states, *flat)] == [*of_states, *of_weights]
+    return batch == shapes[0][1] and [each.shape for each in tensors] == shapes
 
 
 def _one_direction(
     cell: str, x: Tensor, before: Tensor, weights: list[Tensor], reverse: bool, layout: Layout, is_copied: bool
-) -> tuple[Tensor, Tensor]:
+) -> States:
     """Compute a layer in one direction from its states, (B, 1, H) or (B, 2, H). Return its outputs and last states."""
     bias: Any = None
     of_candidate, (of_input, of_state, *biases) = None, weights

@@ -48,7 +48,7 @@ class _Patch:
         """Return whether the block builds a class. A copy of its context, such as a task's, may outlive it."""
         return self in _RUNNING and cls.of_torch in self.wanted
 
-    def build(self, cls: OfTorch, *args: Any, **kwargs: Any) -> Any:
+    def build(self, cls: OfTorch, *args: Any, **kwargs: Any) -> nn.Module:
         """Construct what stands for a class of torch, and report it."""
         options, twin = self.wanted[cls.of_torch], LIKE[cls.of_torch]
         given = dict(zip(signature(twin).parameters, args, strict=False)) | kwargs
@@ -61,7 +61,7 @@ class _Patch:
 
 # The blocks of all threads, and the names that they have bound: namespace, name and class of torch.
 _RUNNING: list[_Patch] = []
-_BOUND: list[tuple[dict[str, Any], str, Any]] = []
+_BOUND: list[tuple[dict[str, object], str, type[nn.Module]]] = []
 _LOCK = threading.Lock()
 
 
@@ -167,7 +167,7 @@ def _subclasses(of_torch: type[nn.Module]) -> Iterator[type[nn.Module]]:
         yield from _subclasses(subclass)
 
 
-def _bind(by_id: dict[int, type], everywhere: bool) -> None:
+def _bind(by_id: dict[int, type[nn.Module]], everywhere: bool) -> None:
     """Bind every name for a class of torch to ours, in torch.nn or in all modules of programs too."""
     own, modules = ("torch", __name__.partition(".")[0]), list(sys.modules.items())
     of_programs = [each for name, each in modules if everywhere and name.partition(".")[0] not in own]

@@ -11,11 +11,12 @@ from ..check.calls import arguments_checked
 from ..check.names import unknown_argument
 from ..check.values import check_choice, check_int, check_type, expectation, require
 from .accelerating import described, is_recurrent, why_left
+from .interface import DropIn
 from .layers import GRULike, GRULikeCell, LSTMLike, LSTMLikeCell
 from .of_torch import OWN
 
 # Not by the names of torch.nn, which are other classes in a block of `patch`.
-LIKE: dict[type, Any] = dict(zip(OWN, (GRULike, LSTMLike, GRULikeCell, LSTMLikeCell), strict=True))
+LIKE: dict[type, type[DropIn]] = dict(zip(OWN, (GRULike, LSTMLike, GRULikeCell, LSTMLikeCell), strict=True))
 for _of_torch, _like in LIKE.items():
     # So that a program in a block of `patch` takes our layers for those that it asked for.
     OWN[_of_torch].register(_like)
@@ -145,13 +146,13 @@ def converted(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: bool(value) if name == "bidirectional" else value for name, value in arguments.items()}
 
 
-def _built_like(layer: Any, options: dict[str, Any]) -> Any:
+def _built_like(layer: nn.Module, options: dict[str, Any]) -> nn.Module:
     """Return the layer or cell with the arguments of one of torch, of which options replace some."""
     twin, weight = LIKE[type(layer)], next(layer.parameters())
     given = {name: getattr(layer, name) for name in inspect.signature(twin).parameters if name in vars(layer)}
     # Set afterwards, because the constructor would warn again about a dropout without effect.
     dropout = given.pop("dropout", 0.0)
     given |= {"bias": bool(layer.bias), "device": weight.device, "dtype": weight.dtype}
-    rnn: Any = twin(**converted(given) | options)
+    rnn = twin(**converted(given) | options)
     rnn.dropout = dropout
     return rnn.train(layer.training)
