@@ -82,7 +82,7 @@ def output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def where() -> dict[str, Any]:
+def where() -> dict[str, object]:
     """Return the machine and the versions."""
     return {
         "processor": _processor(),

@@ -177,7 +177,7 @@ def _with_dynamic_shapes(
     batch, time = forms["x"].dim("B"), forms["x"].dim("S")
     of_state = 0 if model.num_space_dims > 0 else forms["h"].dim("B")
     # Only x names its dimensions, because the exporter warns about a name that is used twice.
-    of_x: dict[int, Any] = {} if batch is None else {batch: Dim("batch")}
+    of_x: dict[int, object] = {} if batch is None else {batch: Dim("batch")}
     if time is None:
         require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
     elif kind == "sequence":

@@ -309,7 +309,7 @@ def gru(
 def _checked_states(
     spec: Spec,
     forms: Function,
-    inputs: dict[str, Any],
+    inputs: dict[str, Tensor],
     h: Tensor | None,
     reset: Tensor | None,
     dt: Tensor | None,

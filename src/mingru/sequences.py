@@ -155,7 +155,7 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def check_resets(rnn: Callable[..., Any], x: Tensor, h: Any, reset: Tensor, out: Tensor) -> None:
+def check_resets(rnn: Callable[..., Any], x: Tensor, h: object, reset: Tensor, out: Tensor) -> None:
     """Raise an error unless one pass over a stored rollout, with its reset flags, gives the outputs of the rollout.
 
     The error says what is wrong with the flags: one step early or late, inverted, or not used in the rollout. Call this

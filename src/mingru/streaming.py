@@ -118,7 +118,7 @@ class Sessions:
                 state.copy_(saved.view(state.shape))
             return slot
 
-    def step(self, x: Tensor, slots: Sequence[int] | Tensor, **given: Any) -> Any:
+    def step(self, x: Tensor, slots: Sequence[int] | Tensor, **given: object) -> Any:
         """Continue sessions by one step or several, without gradients, and return the output of the model.
 
         Args:

@@ -24,7 +24,7 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
     return disabled
 
 
-def outermost(name: str, module: nn.Module, mesh: Any) -> list[Any]:
+def outermost(name: str, module: nn.Module, mesh: DeviceMesh) -> list[Layer]:
     """Return the layers of this library in a module that are in no other such layer, to divide them among a mesh.
 
     Raise an error if there is none, or if the mesh does not have one dimension.
@@ -60,5 +60,5 @@ def derive(module: Any, part: type, mesh: DeviceMesh) -> None:
 
 
 @functools.cache
-def _derived(part: Any, cls: Any) -> type:
+def _derived(part: type, cls: type) -> type:
     return type(cls.__name__, (part, cls), {})

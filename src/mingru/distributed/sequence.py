@@ -15,7 +15,7 @@ where `own` is the gradient of the state before the part from the outputs of the
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ from ..modules.stack import Stack
 from ..modules.stacked import Recurrent
 from ..ops import route
 from ..ops.call import Call, Context, Layout, Spec, flattened, from_flat, with_steps
-from ..ops.causal_conv import past_and_segment, state_after
+from ..ops.causal_conv import Maybe, past_and_segment, state_after
 from ..ops.cells import MIXTURES, parts_of
 from ..ops.layout import divided, joined, of_next_step, padded_call, without_padding
 from ..ops.linear_map import LINEAR_MAPS, are_recomputed
@@ -120,7 +120,7 @@ class SequenceParallel(ParallelStyle):
         >>> dist.destroy_process_group()
     """
 
-    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layers = outermost(_NAME, module, device_mesh)
         inner = [each for layer in layers for each in layer.modules()]
         for each in inner:
@@ -148,15 +148,15 @@ def _check_supported(module: nn.Module) -> None:
 
 
 @eager
-def _of_part(mesh: DeviceMesh, module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _of_part(mesh: DeviceMesh, module: Layer, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Any, Any]:
     """Check a call on all ranks, and replace the lengths by those of the part of this rank."""
-    own: Any
+    own: tuple[int, dict[str, object], Exception | None]
     try:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
         own = *_checked(module, bound.arguments), None
     except (TypeError, ValueError) as error:
         own = 0, {}, error
-    of_all: list[Any] = [None] * mesh.size()
+    of_all = [own] * mesh.size()
     dist.all_gather_object(of_all, own, mesh.get_group())
     steps, facts, errors = zip(*of_all, strict=True)
     for rank, raised in enumerate(errors):
@@ -172,11 +172,11 @@ def _of_part(mesh: DeviceMesh, module: Any, args: Any, kwargs: Any) -> tuple[Any
         check_range(module.name, lengths, sum(steps))
         given["lengths"] = (lengths.long() - sum(steps[: mesh.get_local_rank()])).clamp(0, own[0])
         name, x = next(iter(given.items()))
-        given[name] = without_padding(x, given["lengths"], not getattr(module, "batch_first", True))
+        given[name] = without_padding(x, given["lengths"], not module.batch_first)
     return bound.args, bound.kwargs
 
 
-def _checked(module: Any, given: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def _checked(module: Layer, given: dict[str, Any]) -> tuple[int, dict[str, object]]:
     """Check all arguments but the lengths, which are those of the whole sequence.
 
     Return the number of steps, and what must be equal on all ranks.
@@ -192,7 +192,7 @@ def _checked(module: Any, given: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         first = first.layers[0] if isinstance(first, Stack) else None
         states = states[: first.num_states] if states is not None and first is not None else None
     lengths = given.get("lengths")
-    batch, steps = x.shape[:2] if getattr(module, "batch_first", True) else (x.shape[1], x.shape[0])
+    batch, steps = x.shape[:2] if module.batch_first else (x.shape[1], x.shape[0])
     if lengths is not None:
         LAYER.batch_first[0]["lengths"].check(module, lengths, lengths, (batch, steps))
     arguments = tuple(name for name, value in given.items() if value is not None)
@@ -209,12 +209,12 @@ class _Layers(Recurrent):
         args, kwargs = _of_part(self.mesh, self, args, kwargs)
         return super().all_states(*args, **kwargs)
 
-    def _takes_lengths(self, *args: Any) -> bool:
+    def _takes_lengths(self, *args: object) -> bool:
         return True  # Packed parts of sequences would have other batches on each rank.
 
 
 class _Model(LanguageModel):
-    def stream(self, *args: Any, **kwargs: Any) -> Any:
+    def stream(self, *args: object, **kwargs: object) -> NoReturn:
         problem = f"generate and stream need a model without {_NAME}, because prompts have no parts"
         raise ValueError(f"{self.name}: {problem}")
 
@@ -295,7 +295,7 @@ class _Recurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mesh: DeviceMesh, spec: Spec, time_first: bool, num_inputs: int, *given: Any) -> States:
+    def forward(ctx: Any, mesh: DeviceMesh, spec: Spec, time_first: bool, num_inputs: int, *given: Maybe) -> States:
         call = _from_inputs(from_flat(spec, given, time_first), num_inputs)
         parts, ranks, h = parts_of(spec.cell), range(mesh.size())[:: -1 if spec.reverse else 1], call.context.h
         _, last = _run(call, torch.zeros_like(h))
@@ -312,7 +312,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_last: Tensor) -> Any:
+    def backward(ctx: Any, grad_out: Tensor, grad_last: Tensor) -> tuple[Maybe, ...]:
         (products, *saved), (mesh, spec, time_first, num_inputs) = ctx.saved_tensors, ctx.own
         needs = [True, *ctx.needs_input_grad[5:]]
         given: Any = [x if x is None else x.detach().requires_grad_(own) for x, own in zip(saved, needs, strict=True)]
@@ -360,7 +360,9 @@ class _CausalConv(CausalConv):
     mesh: DeviceMesh
 
     @eager
-    def forward(self, x: Any, state: Any, reset: Any = None, lengths: Any = None, adds_x: bool = False) -> States:
+    def forward(
+        self, x: Tensor, state: Tensor, reset: Maybe = None, lengths: Maybe = None, adds_x: bool = False
+    ) -> States:
         # The state after this part from 0, and which of the states before it has, as numbers from 1 on.
         num_past = self.kernel_size - 1
         tail = state_after(*past_and_segment(x, torch.zeros_like(state), reset, num_past), lengths, num_past)

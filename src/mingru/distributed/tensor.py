@@ -18,7 +18,7 @@ from ..modules.level import Level, LinearLevel
 from ..modules.stacked import Recurrent
 from ..ops.call import Context, Layout, Spec
 from ..ops.cells import MIXTURES, parts_of
-from ..ops.shape import States
+from ..ops.shape import MaybeTensor, States
 from .ranks import Part, derive, eager, outermost
 
 _NAME = "TensorParallel"
@@ -79,7 +79,7 @@ class TensorParallel(ParallelStyle):
         require(_NAME, "output_layouts", output_layouts in (None, Replicate(), Shard(-1)), expected, got)
         self.is_sharded = output_layouts == Shard(-1)
 
-    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layers = outermost(_NAME, module, device_mesh)
         found: list[Any] = [each for layer in layers for each in layer.modules() if isinstance(each, Level)]
         for each in found:
@@ -99,7 +99,7 @@ class TensorParallel(ParallelStyle):
         return module
 
 
-def _check_divisible(layer: Any, size: int) -> None:
+def _check_divisible(layer: Level, size: int) -> None:
     numbers = layer.hidden_dims // parts_of(layer.cell)
     why = None
     if hasattr(layer, "mesh"):
@@ -170,15 +170,15 @@ class _Rows(nn.Module):
         rows = torch.unflatten(whole, 0, (self.parts, -1))
         return distribute_tensor(rows, self.mesh, [Shard(1)], src_data_rank=src_data_rank)
 
-    def _own(self, name: str) -> Any:
+    def _own(self, name: str) -> MaybeTensor:
         rows: Any = self._parameters[name]
         return None if rows is None else rows.to_local().flatten(0, 1)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         parameters: Any = self.named_parameters(recurse=False)
         destination.update((prefix + name, rows.detach().full_tensor().flatten(0, 1)) for name, rows in parameters)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         for name, rows in self.named_parameters(recurse=False):
             whole = state_dict.get(prefix + name)
             if whole is not None and whole.shape == (rows.shape[:2].numel(), *rows.shape[2:]):

@@ -12,7 +12,7 @@ from ..check import values
 CELLS: dict[str, Any] = {"gru": GRU, "mingru": MinGRU, "minlstm": MinLSTM}
 # Of a minGRU or minLSTM in a policy, by default: a state of both signs, which begins at 0, and beside it the input.
 # Their difference is a change over time.
-OPTIONS: dict[str, Any] = {"candidate": "tanh", "residual": True}
+OPTIONS: dict[str, object] = {"candidate": "tanh", "residual": True}
 
 
 class WithStatesOfTorch(nn.Module):
@@ -22,7 +22,7 @@ class WithStatesOfTorch(nn.Module):
     """
 
     def __init__(
-        self, name: str, input_size: int, hidden_size: int, num_layers: int = 1, cell: str = "gru", **options: Any
+        self, name: str, input_size: int, hidden_size: int, num_layers: int = 1, cell: str = "gru", **options: object
     ) -> None:
         super().__init__()
         values.check_choice(name, "cell", cell, tuple(CELLS))

@@ -52,18 +52,18 @@ class MinGRUWrapper(nn.Module):
         self.lstm = WithStatesOfTorch("MinGRUWrapper", input_size, hidden_size, num_layers, **options)
         self.hidden_size = num_layers * hidden_size
 
-    def forward_eval(self, observations: Tensor, state: dict[str, Any]) -> tuple[Any, Tensor]:
+    def forward_eval(self, observations: Tensor, state: dict[str, Any]) -> tuple[object, Tensor]:
         """Return logits and values (B, 1) of one step, and write the next state into `state`."""
         logits, values, _ = self._steps(observations, 1, state)
         return logits, values
 
-    def forward(self, observations: Tensor, state: dict[str, Any]) -> tuple[Any, Tensor]:
+    def forward(self, observations: Tensor, state: dict[str, Any]) -> tuple[object, Tensor]:
         """Return logits (B * S, *) and values (B, S) of whole sequences (B, S, *), or of one step (B, *)."""
         num_steps = observations.shape[1] if observations.dim() == len(self.obs_shape) + 2 else 1
         logits, values, state["hidden"] = self._steps(observations.reshape(-1, *self.obs_shape), num_steps, state)
         return logits, values.reshape(-1, num_steps)
 
-    def _steps(self, observations: Tensor, num_steps: int, state: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
+    def _steps(self, observations: Tensor, num_steps: int, state: dict[str, Any]) -> tuple[object, Tensor, Tensor]:
         x = self.policy.encode_observations(observations, state=state).unflatten(0, (-1, num_steps))
         h = state["lstm_h"]
         if h is not None:

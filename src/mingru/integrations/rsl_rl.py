@@ -56,12 +56,12 @@ class MinGRUModel(RNNModel):
 
     def __init__(
         self,
-        *args: Any,
+        *args: object,
         rnn_type: str = "gru",
         rnn_hidden_dim: int = 256,
         rnn_num_layers: int = 1,
         rnn_options: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         values.check_choice("MinGRUModel", "rnn_type", rnn_type, ("gru",))
         super().__init__(*args, rnn_hidden_dim=rnn_hidden_dim, **kwargs)

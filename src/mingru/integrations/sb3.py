@@ -41,14 +41,14 @@ class _OnePass(MlpLstmPolicy):
     @staticmethod
     def _process_sequence(
         features: Tensor, lstm_states: tuple[Tensor, Tensor], episode_starts: Tensor, lstm: WithPairs
-    ) -> Any:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the output of all steps (N, H), and the states after the last step of each sequence."""
         batch = lstm_states[0].shape[1]
         x, starts = (torch.unflatten(each, 0, [batch, -1]).transpose(0, 1) for each in (features, episode_starts))
         out, states = lstm(x, lstm_states, reset=starts != 0)
         return out.transpose(0, 1).flatten(0, 1), states
 
-    def _get_constructor_parameters(self) -> dict[str, Any]:
+    def _get_constructor_parameters(self) -> dict[str, object]:
         return {
             **super()._get_constructor_parameters(),
             "lstm_hidden_size": self.lstm_output_dim,

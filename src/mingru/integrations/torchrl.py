@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..check import values
+from ..modules.stacked import Recurrent
 from . import CELLS, WithPairs, WithStatesOfTorch, require
 
 with require("torchrl", "torchrl 0.14", __name__):
@@ -85,7 +86,7 @@ class MinLSTMModule(_OnePass, LSTMModule):
         return y, states, states
 
 
-def _in_one_pass(rnn: Any, x: Tensor, h: Tensor, is_init: Tensor) -> tuple[Tensor, Tensor]:
+def _in_one_pass(rnn: Recurrent, x: Tensor, h: Tensor, is_init: Tensor) -> tuple[Tensor, Tensor]:
     """Return the output (B, S, H), and the states (B, S, L, H) at the last step of each trajectory, 0 elsewhere.
 
     h (L, B, H) is the state of each row.

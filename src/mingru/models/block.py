@@ -16,7 +16,7 @@ from ..check.forms import BLOCK, Form, Shape, check_call, check_states
 from ..check.names import unknown_argument
 from ..check.values import check_choice, check_dropout, check_flag, check_int, check_number, name_of, reworded
 from ..modules.gru import GRU
-from ..modules.layer import Composite, weight_of
+from ..modules.layer import Composite, Layer, weight_of
 from ..modules.level import NORMS
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
@@ -223,7 +223,7 @@ class Block(Composite, role="sequence", planned=True):
     def _weight_of_x(self) -> MaybeTensor:
         return weight_of(self.out)
 
-    def _state_forms(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
+    def _state_forms(self, x: Shape) -> list[tuple[Form, Layer, Shape]]:
         (table,) = BLOCK.batch_first
         return [(table["h"], self.rnn, x), (table["past"], self, x)][: self.num_states]
 

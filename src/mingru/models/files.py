@@ -10,24 +10,27 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from .._version import __version__
 from ..check.values import check_type, expectation, imported, require
 
+M = TypeVar("M", bound=nn.Module)
+StrPath = str | os.PathLike[str]
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def save(model: Any, folder: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, config: dict[str, object], folder: StrPath) -> None:
     """Write the two files; see `LanguageModel.save_pretrained`."""
     safetensors = imported("safetensors.torch", "save_pretrained", "hub")
     target = _path("save_pretrained", "folder", folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    config = {"model": type(model).__name__, "mingru": __version__, "frozen": frozen, **model.config}
+    config = {"model": type(model).__name__, "mingru": __version__, "frozen": frozen, **config}
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target, ignore_cleanup_errors=True) as new:
         Path(new, WEIGHTS).write_bytes(safetensors.save(tensors, {"format": "pt"}))
@@ -36,7 +39,7 @@ def save(model: Any, folder: str | os.PathLike[str]) -> None:
             os.replace(Path(new, name), target / name)
 
 
-def load(cls: Any, folder_or_name: str | os.PathLike[str], revision: str | None, device: Any) -> Any:
+def load(cls: type[M], folder_or_name: StrPath, revision: str | None, device: str | torch.device | None) -> M:
     """Build the model of a folder or a name on the hub; see `LanguageModel.from_pretrained`."""
     safetensors = imported("safetensors.torch", "from_pretrained", "hub")
     device = torch.device("cpu" if device is None else device)
@@ -73,13 +76,13 @@ def load(cls: Any, folder_or_name: str | os.PathLike[str], revision: str | None,
     return model.to(device).eval()
 
 
-def _path(name: str, argument: str, path: str | os.PathLike[str]) -> Path:
+def _path(name: str, argument: str, path: StrPath) -> Path:
     check_type(name, argument, path, (str, os.PathLike), "a str or a path")
     require(name, argument, os.fspath(path) != "", "a path", "''", "use '.' for the current folder")
     return Path(path)
 
 
-def _paths(folder_or_name: str | os.PathLike[str], revision: str | None) -> tuple[Path, ...]:
+def _paths(folder_or_name: StrPath, revision: str | None) -> tuple[Path, ...]:
     folder = _path("from_pretrained", "folder_or_name", folder_or_name)
     if folder.is_dir():
         return folder / CONFIG, folder / WEIGHTS

@@ -22,6 +22,8 @@ from ..check.values import (
 )
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, accumulate_dtype
 
+Prompts = Tensor | Sequence[Tensor]
+Ints = int | Sequence[int] | None
 NUM_RANDOM = 1024
 
 
@@ -78,7 +80,7 @@ class Sampling:
 
 
 def stream(
-    lm: Any, prompts: Any, max_new_tokens: int, sampling: Sampling, stop: Any, seed: Any, state: MaybeList
+    lm: Any, prompts: Prompts, max_new_tokens: int, sampling: Sampling, stop: Ints, seed: Ints, state: MaybeList
 ) -> Iterator[Tensor]:
     """Return an iterator over the new tokens of each step, with -1 for sequences that have ended."""
     ids, lengths = padded(lm.name, prompts, lm.vocab_size, lm.embedding.weight.device)
@@ -143,23 +145,21 @@ def in_eval_mode(modules: list[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
-def padded(name: str, prompts: Any, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def padded(name: str, prompts: Prompts, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return prompts as (B, S), and the lengths if they differ; raise an error if a prompt is invalid."""
-    is_tensor = isinstance(prompts, Tensor)
-    if not is_tensor:
+    if isinstance(prompts, Tensor):
+        named, num_dims, ids = {"prompts": prompts}, 2, prompts
+    else:
         expected = "a tensor (B, S) or a list of tensors (S,)"
         check_type(name, "prompts", prompts, (list, tuple), expected, encode_remedy(prompts))
-    named = {"prompts": prompts} if is_tensor else {f"prompts[{index}]": each for index, each in enumerate(prompts)}
+        named, num_dims = {f"prompts[{index}]": each for index, each in enumerate(prompts)}, 1
+        ids = torch.zeros(0, 1, dtype=torch.int64, device=device)
     for argument, prompt in named.items():
-        check_ids(name, argument, prompt, 2 if is_tensor else 1, device)
+        check_ids(name, argument, prompt, num_dims, device)
         require(name, argument, prompt.shape[-1] > 0, "of at least one token", dims(prompt.shape))
     lengths = [prompt.shape[-1] for prompt in named.values()]
-    if is_tensor:
-        ids = prompts
-    elif prompts:
-        ids = pad_sequence([prompt.long() for prompt in prompts], batch_first=True)
-    else:
-        ids = torch.zeros(0, 1, dtype=torch.int64, device=device)
+    if num_dims == 1 and named:
+        ids = pad_sequence([prompt.long() for prompt in named.values()], batch_first=True)
     check_range(name, "prompts", ids, vocab_size)
     return ids, torch.tensor(lengths, device="cpu") if len(set(lengths)) > 1 else None
 
@@ -193,7 +193,7 @@ def encode_remedy(ids: object) -> str:
     return "encode the text first: the model takes the numbers of tokens" if isinstance(ids, str) else ""
 
 
-def joined(prompts: Tensor | Sequence[Tensor], new: list[Tensor]) -> Tensor | list[Tensor]:
+def joined(prompts: Prompts, new: list[Tensor]) -> Tensor | list[Tensor]:
     """Return the prompts with their new tokens, in the form of the prompts."""
     if isinstance(prompts, Tensor):
         columns = [prompts]
@@ -207,7 +207,7 @@ def joined(prompts: Tensor | Sequence[Tensor], new: list[Tensor]) -> Tensor | li
     return [torch.cat([prompt, row[row >= 0].to(prompt.dtype)]) for prompt, row in zip(prompts, table, strict=True)]
 
 
-def stop_tokens(name: str, stop: int | Sequence[int] | None, vocab_size: int) -> list[int]:
+def stop_tokens(name: str, stop: Ints, vocab_size: int) -> list[int]:
     """Return the tokens as a list; raise an error if one is invalid."""
     tokens = [] if stop is None else [stop] if isinstance(stop, int) else stop
     expected = "a token, a list of tokens or None"

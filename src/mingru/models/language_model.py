@@ -280,7 +280,7 @@ class LanguageModel(Layer):
             OSError: The folder cannot be written.
             RuntimeError: Two tensors share their memory; use `tied=True` for the head.
         """
-        files.save(self, folder)
+        files.save(self, self.config, folder)
 
     def __getattr__(self, name: str) -> Any:
         if name == "push_to_hub":
@@ -306,5 +306,4 @@ class LanguageModel(Layer):
 
         Errors of huggingface_hub pass through.
         """
-        model: LanguageModel = files.load(cls, folder_or_name, revision, device)
-        return model
+        return files.load(cls, folder_or_name, revision, device)
