@@ -60,4 +60,4 @@ for _module in (convert, drop_in, export, functional, models):
 if not typing.TYPE_CHECKING:
 
     def __getattr__(name):
-        raise AttributeError(_names.unknown_name(globals(), name))
+        raise AttributeError(_names.unknown_name(__all__, globals(), name))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .check.calls import explained
-from .check.forms import GRU, LINEAR_SCAN, MINGRU, MINLSTM, PARALLEL_SCAN_LOG, ROTATION, Function, check_steps
+from .check.forms import GRU, LINEAR_SCAN, MINGRU, MINLSTM, PARALLEL_SCAN_LOG, ROTATION, Function, check_given
 from .check.values import check_choice, check_flag, check_floating, check_min_decay, dims, expectation, require
 from .modules.options import Candidate, Gate
 from .ops import activation as _activation
@@ -301,7 +301,7 @@ def gru(
     fits = weight.dim() == 2 and len(weight) == 3 * features and features % max(weight.shape[1], 1) == 0
     expected = f"(3 H, K) with H = {features} because of reset_gate, and K a divisor of H"
     require(name, "weight", fits and weight.shape[1] > 0, expected, dims(weight.shape))
-    GRU.check(table, reset_gate, bias=bias)
+    check_given(GRU, table, reset_gate, reset_gate.shape, "gru", bias=bias)
     spec = spec_of("gru", "tanh", False, 0.0)
     return _checked_states(spec, GRU, inputs, h, reset, None, backend, initial_state, weight, bias)
 
@@ -324,10 +324,10 @@ def _checked_states(
         if argument in table:
             table[argument].check(forms, sequence, first, first.shape)
     check_choice(forms.name, "activation", spec.activation, _activation.ACTIVATIONS)
-    check_steps(forms, table, first, first.shape, spec.cell, reset=reset, dt=dt)
+    given = {"reset": reset, "dt": dt, "h": h, "initial_state": initial_state}
+    check_given(forms, table, first, first.shape, spec.cell, **given)
     if dt is not None:
         dt = as_dtype(dt, accumulate_dtype(first.dtype))
-    forms.check(table, first, h=h, initial_state=initial_state)
     if initial_state is None:
         value = zero_state(spec.cell, spec.activation)
         initial_state = torch.full((), value, dtype=first.dtype, device=first.device)
@@ -409,8 +409,7 @@ def linear_scan(
         raise ValueError(expectation("linear_scan", "a", expected, dims(a.shape), remedy))
     table = LINEAR_SCAN.bind(a, or_complex=True)
     table["b"].check(LINEAR_SCAN, b, a, a.shape)
-    check_steps(LINEAR_SCAN, table, a, a.shape, "linear_scan", reset=reset, lengths=lengths)
-    LINEAR_SCAN.check(table, a, h=h)
+    check_given(LINEAR_SCAN, table, a, a.shape, "linear_scan", reset=reset, lengths=lengths, h=h)
     state = torch.zeros((), dtype=a.dtype, device=a.device) if h is None else h
     state = state.expand(table["h"].shape(a.shape, None))
     states = ops.linear_scan(a, b, state, reset, reverse, backend, lengths)

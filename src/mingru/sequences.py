@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .check.calls import explained
-from .check.forms import CHECK_RESETS, ELAPSED_TIMES, RESET_FROM_LENGTHS, check_steps
+from .check.forms import CHECK_RESETS, ELAPSED_TIMES, RESET_FROM_LENGTHS, check_given
 from .check.values import check_flag, check_int, check_number, dims, expectation, instead_of_a_tensor, require
 from .ops.layout import padding_of
 from .ops.modes import are_eager
@@ -70,7 +70,7 @@ def elapsed_times(
     if t.dim() != 2:
         raise ValueError(expectation(name, "t", letters, dims(t.shape)))
     table = ELAPSED_TIMES.table(batch_first)
-    check_steps(ELAPSED_TIMES, table, t, t.shape, "mingru", reset=reset, lengths=lengths)
+    check_given(ELAPSED_TIMES, table, t, t.shape, "mingru", reset=reset, lengths=lengths)
     if not batch_first:
         t, reset = t.t(), None if reset is None else reset.t()
     batch, steps = t.shape

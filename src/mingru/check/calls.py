@@ -24,8 +24,6 @@ Kwargs = dict[str, Any]
 
 # What a call raises for wrong arguments. Not all exceptions, because some of torch end a valid call early.
 MISTAKES = (AttributeError, RuntimeError, TypeError, ValueError)
-# Types of arguments that are no numbers of other libraries.
-PLAIN = (int, float, str)
 
 
 def explain(error: Exception, name: str, function: Callable[..., object], args: Args, kwargs: Kwargs) -> None:
@@ -91,8 +89,7 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
             except TypeError:
                 raise TypeError(misfit(name, signature, args, kwargs, remedy)) from None
             check_values(name, values, bound, kwargs)
-            given: list[Any] = [v if isinstance(v, PLAIN) else _builtin(v) for v in (*args, *kwargs.values())]
-            return init(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
+            return init(*map(_builtin, args), **{option: _builtin(value) for option, value in kwargs.items()})
 
         run.__signature__ = Brief.from_callable(init)  # type: ignore[attr-defined]
         run.__doc__ = init.__doc__ or "The arguments are explained in the docstring of the class."
@@ -101,9 +98,9 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
     return decorated
 
 
-def _builtin(value: object) -> object:
+def _builtin(value: Any) -> Any:
     """Return a number of another library, such as a scalar of numpy, as an int or float."""
-    if isinstance(value, numbers.Real):
+    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
         return operator.index(value) if isinstance(value, numbers.Integral) else float(value)
     return value
 

@@ -27,10 +27,8 @@ PLACES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_di
 
 # What a tensor contains that has no numbers: its dtypes in words, the dtypes, and the method that converts others.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-MASK = "a bool tensor", "of dtype torch.bool", (torch.bool,), "bool()"
 KINDS: dict[str, tuple[str, str, tuple[torch.dtype, ...], str]] = {
-    "reset": MASK,
-    "mask": MASK,
+    "reset": ("a bool tensor", "of dtype torch.bool", (torch.bool,), "bool()"),
     "lengths": ("an integer tensor", "of a signed integer dtype or uint8", INTEGERS, "long()"),
 }
 # Their dtype may also be that in which a recurrence is computed.
@@ -196,12 +194,6 @@ class Function:
             raise ValueError(expectation(self.name, argument, written(table["x"].parts), dims(x.shape), remedy))
         return table
 
-    def check(self, table: Table, x: Tensor, **given: Tensor | None) -> None:
-        """Raise an error unless arguments that may be None have their forms."""
-        for argument, value in given.items():
-            if value is not None:
-                table[argument].check(self, value, x, x.shape)
-
 
 def bind(layer: LayerLike, tables: list[Table], x: object, weight: MaybeTensor) -> Table:
     """Return the table of the form that x has, or raise an error if it has none, or another dtype or device."""
@@ -235,24 +227,25 @@ def check_call(
     else:
         table = bind(layer, layer._tables(), x, layer._weight_of_x())
         shape = x.shape
-    if h is not None:
-        table["h"].check(layer, h[0], x, shape)
-    if reset is not None or dt is not None or lengths is not None:
-        cell = cell or getattr(layer, "cell", "")
-        check_steps(layer, table, x, shape, cell, reset=reset, lengths=lengths, dt=dt)
+    given = {"h": None if h is None else h[0], "reset": reset, "lengths": lengths, "dt": dt}
+    check_given(layer, table, x, shape, cell or getattr(layer, "cell", ""), **given)
     return table
 
 
-def check_steps(owner: Checked, table: Table, like: Tensor, x: Shape, cell: str, **given: MaybeTensor) -> None:
-    """Check what a call has for each step or sequence. Values are checked in eager mode on the CPU."""
+def check_given(owner: Checked, table: Table, like: Tensor, x: Shape, cell: str, **given: MaybeTensor) -> None:
+    """Check arguments that may be None, for this shape of x. Values are checked in eager mode on the CPU."""
     for argument, value in given.items():
         if value is None:
             continue
-        why_not = CELLS[cell].not_timed if argument == "dt" else None
+        why_not, remedy = None, ""
+        if argument not in table:
+            why_not = f"{owner._forms.names['x']} is {written(table['x'].parts)}"
+        elif argument == "dt":
+            why_not, remedy = CELLS[cell].not_timed, "make log(dt) an input feature"
         if why_not is not None:
-            expected, remedy = f"None because {why_not}", "make log(dt) an input feature"
-            raise ValueError(expectation(owner.name, "dt", expected, type(value).__name__, remedy))
-        form = form_of(owner, table, argument, value)
+            expected, got = f"None because {why_not}", type(value).__name__
+            raise ValueError(expectation(owner.name, argument, expected, got, remedy))
+        form = table[argument]
         form.check(owner, value, like, x)
         # A graph has no values, and a GPU would be waited for.
         if argument == "lengths" and value.is_cpu and not is_captured() and value.numel() > 0:
@@ -268,21 +261,12 @@ def check_range(name: str, lengths: Tensor, steps: int) -> None:
         raise ValueError(expectation(name, "lengths", f"from 0 to S = {steps}", str(lengths.tolist())))
 
 
-def form_of(owner: Checked, table: Table, argument: str, value: object) -> Form:
-    """Return the form of an argument, or raise an error if it has none with this form of x."""
-    if argument not in table:
-        expected = f"None because {owner._forms.names['x']} is {written(table['x'].parts)}"
-        raise ValueError(expectation(owner.name, argument, expected, type(value).__name__))
-    return table[argument]
-
-
 def check_states(
     owner: Checked, states: Sequence[object], forms: Sequence[tuple[Form, object, Shape]], like: Tensor, what: str
 ) -> None:
     """Check a list of states, each with its form, what has its sizes, and the shape of x."""
-    if not isinstance(states, (list, tuple)) or len(states) != len(forms):
-        argument = owner._forms.names.get("h", "h")
-        check_list(owner.name, argument, states, len(forms), f"a list of {len(forms)} {what}")
+    argument = owner._forms.names.get("h", "h")
+    check_list(owner.name, argument, states, len(forms), f"a list of {len(forms)} {what}")
     for index, (state, (form, of, x)) in enumerate(zip(states, forms, strict=True)):
         form.check(owner, state, like, x, of, f"[{index}]")
 

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -71,9 +71,8 @@ def counterpart(argument: str, names: list[str]) -> str:
     return next(iter(known or difflib.get_close_matches(argument, names, 1, 0.8)), "")
 
 
-def unknown_name(package: dict[str, Any], name: str) -> str:
+def unknown_name(public: list[str], package: dict[str, object], name: str) -> str:
     """Return the error message for a name that the package does not have: where it is, or what it is called here."""
-    public: list[str] = package["__all__"]
     known = {each.lower(): f"{home}.{each}" for home in public for each in getattr(package[home], "__all__", ())}
     known |= {"sessions": "streaming.Sessions, after import mingru.streaming"} | {each.lower(): each for each in public}
     meant = difflib.get_close_matches(name.lower(), known, 1, 0.8)

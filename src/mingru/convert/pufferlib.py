@@ -63,7 +63,7 @@ def from_pufferlib(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGRU
     found.check_shape(first, is_valid, "(3 * H, H)")
     dims = weight.shape[1]
     options: dict[str, Any] = {"learn_initial_state": True, "device": "meta", "dtype": weight.dtype}
-    rnn: Any = MinGRU(dims, dims, num_layers, bias=False, residual="highway", **options)
+    rnn = MinGRU(dims, dims, num_layers, bias=False, residual="highway", **options)
 
     def gate_first(key: str, x: Tensor) -> Tensor:
         candidate, gate, highway = x.chunk(3)
@@ -71,5 +71,5 @@ def from_pufferlib(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGRU
 
     names = {f"layers.{index}.linear.weight": key for index, key in enumerate(keys)}
     found.into(rnn, names, gate_first, {"initial_state": weight.new_zeros(num_layers, 1, 1, dims)})
-    rnn.initial_state.requires_grad_(False)
-    return rnn  # type: ignore[no-any-return]
+    rnn.get_parameter("initial_state").requires_grad_(False)
+    return rnn

@@ -118,12 +118,10 @@ def replace(
     ]
     new_layers: dict[nn.Module, nn.Module] = {}
     for _, _, name, layer in found:
-        if type(layer) not in kinds:
-            continue
-        has_hooks = any(hooks for key, hooks in vars(layer).items() if key.endswith("_hooks"))
-        remedy = "remove them, and register suitable hooks on the new layer"
-        require("replace", name, not has_hooks, "a layer without hooks", "hooks", remedy)
-        if layer not in new_layers:
+        if type(layer) in kinds and layer not in new_layers:
+            has_hooks = any(hooks for key, hooks in vars(layer).items() if key.endswith("_hooks"))
+            remedy = "remove them, and register suitable hooks on the new layer"
+            require("replace", name, not has_hooks, "a layer without hooks", "hooks", remedy)
             new_layers[layer] = _built_like(layer, kinds[type(layer)])
     report = Report([], [])
     for parent, key, name, layer in found:

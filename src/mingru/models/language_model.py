@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..check.calls import arguments_checked
-from ..check.forms import LANGUAGE_MODEL, Shape, check_states, check_steps
+from ..check.forms import LANGUAGE_MODEL, Shape, check_given, check_states
 from ..check.values import check_int, check_min_decay, check_number, per_layer, require
 from ..modules.layer import Layer, typed_as
 from ..modules.level import NORMS
@@ -164,7 +164,7 @@ class LanguageModel(Layer):
         """Raise an error that names this model, not a block, if an argument is wrong."""
         generation.check_ids(self.name, "ids", x, 2, self.embedding.weight.device)
         self._check_state(h, x.shape)
-        check_steps(self, LANGUAGE_MODEL.batch_first[0], x, x.shape, "mingru", reset=reset, lengths=lengths)
+        check_given(self, LANGUAGE_MODEL.batch_first[0], x, x.shape, "mingru", reset=reset, lengths=lengths)
 
     def _check_state(self, state: MaybeList, x: Shape) -> None:
         if state is not None:
