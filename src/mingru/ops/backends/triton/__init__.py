@@ -20,7 +20,7 @@ from ...cells import NUM_INPUTS
 from ...layout import is_transposed
 from ...modes import are_eager, without_autocast
 from ...names_of_torch import len_torch_dispatch_stack
-from ...shape import accumulate_dtype, as_dtype
+from ...shape import MaybeTensor, accumulate_dtype, as_dtype
 from . import fallback, launch
 from .device import CELLS, DEVICES, IS_INTERPRETED, unavailable, unsupported
 
@@ -30,12 +30,12 @@ Flags = Sequence[bool]
 Run = Callable[..., tuple[Any, ...]]
 
 
-def _alone(name: str, call: Call, *of_pass: Any) -> Any:
+def _alone(name: str, call: Call, *of_pass: object) -> Any:
     """Run a pass, "forward" or "backward", by its kernel."""
     return getattr(launch, name)(call, *of_pass)
 
 
-def _or_torch(name: str, call: Call, *of_pass: Any) -> Any:
+def _or_torch(name: str, call: Call, *of_pass: object) -> Any:
     """Run a pass by its kernel, or if that fails, by tensor operations."""
     try:
         return _alone(name, call, *of_pass)
@@ -61,10 +61,10 @@ def _register(name: str, saved: str, num_results: int) -> None:
         empty = partial(inputs[0].new_empty, 0, dtype=accumulate_dtype(inputs[0].dtype))
         return tuple(empty() if x is None else x for x in function(call, *of_pass, *needs))
 
-    def run(*args: Any) -> tuple[Tensor, ...]:
+    def run(*args: object) -> tuple[Tensor, ...]:
         return called(partial(_or_torch, name), args)
 
-    def shapes(*args: Any) -> tuple[Tensor, ...]:
+    def shapes(*args: object) -> tuple[Tensor, ...]:
         return called(getattr(launch, f"{name}_results"), args)
 
     shapes.__name__ = operator
@@ -80,7 +80,7 @@ _register("forward", "", 2)
 _register("backward", "Tensor[] saved, ", 5)
 
 
-def _run(eager: Run, name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
+def _run(eager: Run, name: str, call: Call, *of_pass: object) -> tuple[Any, ...]:
     """Run a pass, by the function `eager` if the call may skip the dispatcher, because nothing else could take it.
 
     `of_pass`, only for "backward": out, grad_out and grad_last; whether dt and a bias need gradients.
@@ -96,7 +96,7 @@ def _run(eager: Run, name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
     return tuple(run(inputs, given, *of_pass[:1], [spec.cell, spec.activation], spec.min_decay, flags))
 
 
-def _forward(eager: Run, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _forward(eager: Run, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[MaybeTensor, ...]:
     out, last = _run(eager, "forward", from_flat(spec, given, time_first))
     return out, last, None
 
@@ -125,7 +125,9 @@ def _mapped(spec: Spec, given: Given, time_first: bool, rows: Tensor, kept: Tens
     return pre, from_flat(spec, [*given[:FIRST_INPUT], *inputs], time_first)
 
 
-def _linear_forward(eager: Run, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+def _linear_forward(
+    eager: Run, spec: Spec, given: Given, time_first: bool, keep: bool | None
+) -> tuple[MaybeTensor, ...]:
     pre, mapped = _mapped(spec, given, time_first, _in_memory_order(given[FIRST_INPUT]), None)
     out, last = _run(eager, "forward", mapped)
     return out, last, pre if keep else None

@@ -6,6 +6,7 @@ import os
 import re
 from contextlib import nullcontext
 from math import inf
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -146,5 +147,5 @@ def current(device: torch.device) -> Any:
 
 
 @functools.cache
-def _module_of(device: torch.device) -> Any:
+def _module_of(device: torch.device) -> ModuleType | None:
     return None if device.type == "cpu" else torch.get_device_module(device)

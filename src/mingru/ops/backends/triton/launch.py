@@ -21,9 +21,12 @@ Tensors = Sequence[Tensor]
 # Of the backward pass: gradients of the inputs and of h, and three that may not be needed.
 Results = tuple[Any, ...]
 # The tensors of a launch with the names of the kernel's arguments; inputs and summaries have several.
-Named = list[tuple[str, Any]]
+Named = list[tuple[str, Tensor]]
 # Its names, dtypes, strides, and addresses modulo 16, which matter for sequences of features.
-Forms = Sequence[tuple[str, torch.dtype, tuple[int, ...], int]]
+Form = tuple[str, torch.dtype, tuple[int, ...], int]
+# The arguments of the kernel by their names, and what selects a compiled kernel: device, warps, types and constants.
+Args = dict[str, Any]
+Key = tuple[torch.device, int, object]
 
 _SEVERAL = ("inputs", "summaries")
 # Sequences of features, other sequences, and states of which any batch stride is taken. All others are dense.
@@ -35,20 +38,20 @@ _WRITTEN = {"forward": ("out", "after"), "backward": ("grads", "after", "grad_in
 # What the first of two launches reads, if time is divided into segments.
 _OF_SUMMARIES = (*_SEVERAL, "grad_out", *_STEPS, "initial_state", "offsets", "lengths")
 
-# Kernels by device, warps, and types and constants; None in the interpreter. Triton's own launch would take most of the
+# Kernels; None in the interpreter. Triton's own launch would take most of the
 # time of a launch to find the kernel.
-_compiled: dict[tuple[Any, ...], Any] = {}
+_compiled: dict[Key, Any] = {}
 # Why a kernel that never ran could not be compiled or launched, by the same.
-_failures: dict[tuple[Any, ...], str] = {}
+_failures: dict[Key, str] = {}
 # One object for equal types and constants, whose hash takes less time. Two threads could take the same number.
-_types: dict[tuple[Any, ...], object] = {}
+_types: dict[object, object] = {}
 
 
 class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what failed)
     """A kernel cannot be compiled or launched on this machine."""
 
 
-def run(name: str, num_programs: int, tiling: Tiling, args: dict[str, Any], again: bool = True) -> None:
+def run(name: str, num_programs: int, tiling: Tiling, args: Args, again: bool = True) -> None:
     """Launch the kernel of a pass, "forward" or "backward", on the device of its inputs.
 
     It is compiled if it is not known.
@@ -77,7 +80,7 @@ def run(name: str, num_programs: int, tiling: Tiling, args: dict[str, Any], agai
         raise KernelFailure(why) from error
 
 
-def _start(key: tuple[Any, ...], num_programs: int, args: dict[str, Any]) -> None:
+def _start(key: Key, num_programs: int, args: Args) -> None:
     kernels, (device, warps, _), is_known = _kernels(), key, key in _compiled
     compiled, names = _compiled.get(key), kernels.PARAMETERS
     values = [*map(args.get, names)]
@@ -122,14 +125,14 @@ def stand_in(x: Any) -> Any:
     return _pointer(x.dtype) if isinstance(x, Tensor) else x
 
 
-def types_of(args: dict[str, Any]) -> object:
+def types_of(args: Args) -> object:
     """Return what stands for the types of the operands and for the constants, which select a kernel."""
     types = tuple((name, x if name.isupper() else stand_in(x)) for name, x in args.items())
     return _types.setdefault(types, object())
 
 
 # What passes do, by what `_pass` knows of the tensors.
-_recipes: dict[Any, Any] = {}
+_recipes: dict[object, Any] = {}
 
 
 def _recipe(choose: Callable[[Work], Tiling], name: str, call: Call, named: Named, results: Named) -> Any:
@@ -158,7 +161,7 @@ def _recipe(choose: Callable[[Work], Tiling], name: str, call: Call, named: Name
     written: list[Any] = []
     for arg, x in results:
         forms.append((arg, x.dtype, flat(x).stride() if arg in _FEATURES else (), 0))
-        (count, dim), shape, finish = counts.get(arg, (1, 0)), x.shape, None
+        (count, dim), shape, finish = counts.get(arg, (1, 0)), tuple(x.shape), None
         if count > 1:
             shape, finish = (*shape[:dim], count, *shape[dim:]), functools.partial(torch.sum, dim=dim)
         elif not x.is_contiguous():
@@ -171,7 +174,7 @@ def _recipe(choose: Callable[[Work], Tiling], name: str, call: Call, named: Name
     return tiling, conversions, written, shape, launches
 
 
-def _launches(name: str, call: Call, tiling: Tiling, unit: int, num_features: int, forms: list[Any]) -> Any:
+def _launches(name: str, call: Call, tiling: Tiling, unit: int, num_features: int, forms: list[Form]) -> Any:
     """Return for each launch the arguments without tensors, and the strides of each tensor; None if it is dense."""
     (spec, _, _, (time_first, batch_sizes, _)), num_steps = call, _num_steps(call)
     tile, is_packed = tiling.chunks * tiling.steps, batch_sizes is not None
@@ -184,7 +187,7 @@ def _launches(name: str, call: Call, tiling: Tiling, unit: int, num_features: in
     args |= {"num_units": num_features // unit, "bound": _bound(spec.min_decay)}
     launches: list[Any] = []
     for own_forms in _of_launches(forms, 2 * [("summaries", accumulate_dtype(forms[0][1]), (), 0)], tiling):
-        found: list[Any] = []
+        found: list[tuple[int, ...] | None] = []
         before = None
         for arg, _, strides, _ in own_forms:
             own, is_shared, before = unit if arg in _FEATURES else 1, (arg, strides) == before, (arg, strides)
@@ -204,7 +207,7 @@ def _of_launches(named: list[Any], summaries: list[Any], tiling: Tiling) -> list
     return [[each for each in whole if each[0] in _OF_SUMMARIES], whole] if tiling.segments > 1 else [named]
 
 
-def _filled(args: dict[str, Any], named: Named, strides: Sequence[Any]) -> dict[str, Any]:
+def _filled(args: Args, named: Sequence[tuple[str, object]], strides: Sequence[tuple[int, ...] | None]) -> Args:
     """Return these arguments and the tensors: sequences and states as tuples, with their strides."""
     args = args.copy()
     for (name, x), own in zip(named, strides, strict=True):
@@ -213,7 +216,7 @@ def _filled(args: dict[str, Any], named: Named, strides: Sequence[Any]) -> dict[
     return args
 
 
-def unit_of(num_features: int, forms: Forms) -> int:
+def unit_of(num_features: int, forms: Sequence[Form]) -> int:
     """Return the number of features that one access may have: at most 16 bytes, by sizes, strides and addresses."""
     size = forms[0][1].itemsize
     bits = 16 // size | num_features
@@ -225,7 +228,7 @@ def unit_of(num_features: int, forms: Forms) -> int:
     return bits & -bits
 
 
-def _forms(named: Named) -> list[Any]:
+def _forms(named: Named) -> list[Form]:
     return [(arg, x.dtype, x.stride(), x.data_ptr() & 15 if arg in _FEATURES else 0) for arg, x in named]
 
 
