@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import mingru
 from mingru import functional
-from mingru.check import times as check
+from mingru.check import ranges as check
 from mingru.functional import check_resets, elapsed_times
 
 INF, NAN = math.inf, math.nan

@@ -140,7 +140,7 @@ def wrong(argument, letters, value, first):
         found.append((TypeError, sparse, "a tensor", got, "use reset.to_dense()"))
     values = {"dt": ("at least 0", (-3.0, math.nan)), "lengths": ("from 0 to S = 5", (-1, 6))}
     must_be, factors = values.get(argument, ("", ()))
-    return found + [(ValueError, value * each, must_be, str([each] * 2 if is_length else each), "") for each in factors]
+    return found + [(ValueError, value * each, must_be, str(each), "") for each in factors]
 
 
 # What a remedy says to pass in place of an argument.

@@ -17,7 +17,7 @@ from ..ops.layout import is_packing
 from ..ops.modes import are_eager, is_autocast, is_captured
 from ..ops.shape import MaybeList, MaybeTensor, accumulate_dtype, is_expandable
 from . import names as meant
-from .times import check_times
+from .ranges import check_range, check_times
 from .values import check_floating, check_type, converted, dims, expectation, instead_of_a_tensor, require, written
 
 Shape = Sequence[int]
@@ -248,17 +248,11 @@ def check_given(owner: Checked, table: Table, like: Tensor, x: Shape, cell: str,
         form = table[argument]
         form.check(owner, value, like, x)
         # A graph has no values, and a GPU would be waited for.
-        if argument == "lengths" and value.is_cpu and not is_captured() and value.numel() > 0:
-            check_range(owner.name, value, x[table["x"].dim("S") or 0])
+        if argument == "lengths" and value.is_cpu and not is_captured():
+            steps = x[table["x"].dim("S") or 0]
+            check_range(owner.name, "lengths", value, steps, f"from 0 to S = {steps}")
         if argument == "dt" and value.is_cpu and are_eager(value) and value.numel() > 0:
             check_times(owner.name, value, form.dim("SP"))
-
-
-def check_range(name: str, lengths: Tensor, steps: int) -> None:
-    """Check that lengths are possible."""
-    least, most = (length.item() for length in torch.aminmax(lengths))
-    if least < 0 or most > steps:
-        raise ValueError(expectation(name, "lengths", f"from 0 to S = {steps}", str(lengths.tolist())))
 
 
 def check_states(

@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
-from ..check.forms import LAYER, check_range
+from ..check.forms import LAYER
+from ..check.ranges import check_range
 from ..check.values import check_type, require
 from ..models.block import Block
 from ..models.causal_conv import CausalConv
@@ -169,7 +170,7 @@ def _of_part(mesh: DeviceMesh, module: Layer, args: tuple[object, ...], kwargs: 
     given = bound.arguments
     lengths = given.get("lengths")
     if lengths is not None:
-        check_range(module.name, lengths, sum(steps))
+        check_range(module.name, "lengths", lengths, sum(steps), f"from 0 to S = {sum(steps)}")
         given["lengths"] = (lengths.long() - sum(steps[: mesh.get_local_rank()])).clamp(0, own[0])
         name, x = next(iter(given.items()))
         given[name] = without_padding(x, given["lengths"], not module.batch_first)

@@ -5,18 +5,12 @@ from abc import ABCMeta
 from collections.abc import Callable
 from contextvars import ContextVar
 from inspect import Signature, signature
-from types import FunctionType, MethodType, SimpleNamespace
+from types import FunctionType, MethodType
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..ops import autograd, route
-from ..ops.call import BATCH_FIRST, Call, Context, spec_of
-from ..ops.modes import are_ordinary, mode_of
-from ..ops.names_of_torch import PREPARE_SCRIPTABLE, len_torch_dispatch_stack, outside_of_graphs
-from ..ops.shape import MaybeTensor
+from ..ops.names_of_torch import PREPARE_SCRIPTABLE
 from . import operators
 
 # What `patch` builds in this context in place of these classes, innermost last.
@@ -67,36 +61,9 @@ class OfTorch(ABCMeta):
         return super().__call__(*args, **kwargs)
 
 
-@outside_of_graphs
-def gru_cell(x: Tensor, hx: Tensor, of_input: Tensor, of_state: Tensor, *given: MaybeTensor) -> Tensor:
-    """Compute `torch.gru_cell` by the kernel of a GRU without gradients, if there are many sequences and features.
-
-    Gradients take longer here than in torch, and so do small steps, whose call costs more than their products, and
-    products with few rows.
-    """
-    is_large = len(hx) >= 64 and hx.numel() * (hx.size(-1) + x.size(-1)) >= 2**21
-    if is_large and x.is_cpu and not torch.is_grad_enabled() and mode_of(x).is_eager and not len_torch_dispatch_stack():
-        biases, (batch, inputs), size = [each for each in given if each is not None], x.shape, hx.size(-1)
-        flat = [of_input, of_state, *biases]
-        shapes = [(batch, size), (3 * size, inputs), (3 * size, size), (3 * size,), (3 * size,)][: 1 + len(flat)]
-        is_usual = [each.shape for each in (hx, *flat) if each.dtype == x.dtype and each.is_cpu] == shapes
-        is_usual = is_usual and len(flat) != 3 and x.dtype in (torch.float32, torch.float64)
-        if is_usual and are_ordinary(x, hx, *flat) and route.kernels_for(x) == "native":
-            bias: Any = biases[0] + F.pad(biases[1][: 2 * size], (0, size)) if biases else None
-            of_candidate = biases[1][2 * size :] if biases else None
-            before = hx.unsqueeze(1)
-            context = Context(before, before, None, None, of_state, of_candidate)
-            call = Call(spec_of("gru", "tanh", False, 0.0), [x.unsqueeze(1), of_input, bias], context, BATCH_FIRST)
-            return autograd.run_kernel("linear_kernel", route.NATIVE, call, True)[1].squeeze(1)
-    return torch.gru_cell(x, hx, of_input, of_state, *given)
-
-
-_OPERATORS = SimpleNamespace(gru=operators.gru, lstm=operators.lstm, gru_cell=gru_cell, lstm_cell=torch.lstm_cell)
-
-
 def _computed(forward: Callable[..., object]) -> FunctionType:
     """Return torch's `forward`, with its checks and errors, in which the module of torch's operators is ours."""
-    names = {**forward.__globals__, "_VF": _OPERATORS}
+    names = {**forward.__globals__, "_VF": operators}
     # Otherwise `torch.compile`, told to compile recurrent layers, looks for the names in torch's module.
     del names["__name__"]
     own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)

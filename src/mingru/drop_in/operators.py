@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ..ops import autograd, route
 from ..ops.backends.native import is_slower, is_slower_lstm
-from ..ops.call import Call, Context, Layout, spec_of
+from ..ops.call import BATCH_FIRST, Call, Context, Layout, spec_of
 from ..ops.layout import is_packing
 from ..ops.modes import are_ordinary, mode_of
 from ..ops.names_of_torch import len_torch_dispatch_stack, outside_of_graphs
 from ..ops.shape import MaybeTensor, States
+
+_DTYPES = (torch.float32, torch.float64)
 
 
 def _or_torch(cell: str, of_torch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -33,6 +35,24 @@ def _or_torch(cell: str, of_torch: Callable[..., tuple[Tensor, ...]]) -> Callabl
 
 gru = outside_of_graphs(_or_torch("gru", torch.gru))
 lstm = outside_of_graphs(_or_torch("lstm", torch.lstm))
+# No kernel takes less time.
+lstm_cell = torch.lstm_cell
+
+
+@outside_of_graphs
+def gru_cell(x: Tensor, hx: Tensor, *weights: Any) -> Tensor:
+    """Compute `torch.gru_cell` by the kernel of a GRU without gradients, if there are many sequences and features.
+
+    Gradients take longer here than in torch, and so do small steps, whose call costs more than their products, and
+    products with few rows.
+    """
+    is_large = len(hx) >= 64 and hx.numel() * (hx.size(-1) + x.size(-1)) >= 2**21
+    if is_large and x.dtype in _DTYPES and not torch.is_grad_enabled() and mode_of(x).is_eager:
+        flat, (batch, features), step = [each for each in weights if each is not None], hx.shape, x.unsqueeze(1)
+        shapes = [(1, batch, features), *_shapes_of(3 * features, x.size(-1), features)[: len(flat)]]
+        if len(flat) != 3 and _is_usual(step, None, True, [hx.unsqueeze(0), *flat], shapes):
+            return _one_direction("gru", step, hx.unsqueeze(1), flat, False, BATCH_FIRST, False)[1].squeeze(1)
+    return torch.gru_cell(x, hx, *weights)
 
 
 def _computed(
@@ -41,7 +61,7 @@ def _computed(
     """Return what torch's operator of the cell returns, or None if that takes less time or may do something else."""
     num_layers, dropout, training, bidirectional, batch_first = options
     directions, states = 2 if bidirectional else 1, (hx,) if cell == "gru" else hx
-    if x.dtype not in (torch.float32, torch.float64) or not isinstance(states, (tuple, list)) or states[0].dim() != 3:
+    if x.dtype not in _DTYPES or not isinstance(states, (tuple, list)) or states[0].dim() != 3:
         return None
     is_trained, steps = torch.is_grad_enabled(), x.size(int(batch_first)) if batch_sizes is None else len(batch_sizes)
     batch, features = states[0].shape[1:]
@@ -53,8 +73,7 @@ def _computed(
     if cell == "gru" and is_slower(features, batch, steps, x.dtype, is_trained):
         return None
     rows, sizes = (3 if cell == "gru" else 4) * features, [x.size(-1), *[directions * features] * (num_layers - 1)]
-    of_weights = [[(rows, size), (rows, features), (rows,), (rows,)] for size in sizes for _ in range(directions)]
-    # Two weights, and two biases if there are some.
+    of_weights = [_shapes_of(rows, size, features) for size in sizes for _ in range(directions)]
     per, of_states = len(flat) // len(of_weights), [(len(of_weights), batch, features)] * (1 if cell == "gru" else 2)
     shapes = of_states + [shape for each in of_weights for shape in each[:per]]
     if not _is_usual(x, batch_sizes, batch_first, [*states, *flat], shapes):
@@ -79,6 +98,11 @@ def _computed(
             x = F.dropout(x, dropout)
     out = x.transpose(0, 1) if batch_first else x
     return out, *(torch.stack(each) for each in zip(*(last.unbind(1) for last in lasts), strict=True))
+
+
+def _shapes_of(rows: int, inputs: int, features: int) -> list[tuple[int, ...]]:
+    """Return the shapes of the two weights of a layer, and of its two biases."""
+    return [(rows, inputs), (rows, features), (rows,), (rows,)]
 
 
 def _is_usual(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..check.ranges import check_range
 from ..check.values import (
     check_int,
     check_number,
@@ -160,7 +161,7 @@ def padded(name: str, prompts: Prompts, vocab_size: int, device: torch.device) -
     lengths = [prompt.shape[-1] for prompt in named.values()]
     if num_dims == 1 and named:
         ids = pad_sequence([prompt.long() for prompt in named.values()], batch_first=True)
-    check_range(name, "prompts", ids, vocab_size)
+    check_vocabulary(name, "prompts", ids, vocab_size)
     return ids, torch.tensor(lengths, device="cpu") if len(set(lengths)) > 1 else None
 
 
@@ -180,12 +181,9 @@ def check_ids(name: str, argument: str, ids: Tensor, num_dims: int, device: torc
     require(name, argument, ids.device == device, f"on {device} like the weights", got, remedy)
 
 
-def check_range(name: str, argument: str, ids: Tensor, vocab_size: int) -> None:
-    """Check that ids are below `vocab_size`, and not negative."""
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(wrong) > 0:
-        expected = f"from 0 to {vocab_size - 1} because vocab_size is {vocab_size}"
-        raise ValueError(expectation(name, argument, expected, str(int(wrong[0])))) from None
+def check_vocabulary(name: str, argument: str, ids: Tensor, vocab_size: int) -> None:
+    most = vocab_size - 1
+    check_range(name, argument, ids, most, f"from 0 to {most} because vocab_size is {vocab_size}")
 
 
 def encode_remedy(ids: object) -> str:

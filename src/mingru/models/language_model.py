@@ -157,7 +157,7 @@ class LanguageModel(Layer):
         try:
             return self.embedding(ids)  # type: ignore[no-any-return]
         except IndexError:
-            generation.check_range(self.name, "ids", ids, self.vocab_size)
+            generation.check_vocabulary(self.name, "ids", ids, self.vocab_size)
             raise
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:

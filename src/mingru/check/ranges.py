@@ -1,4 +1,4 @@
-"""Checks of elapsed times: their values, and warnings of what is probably a mistake."""
+"""Checks of the numbers in tensors, and warnings of elapsed times that are probably a mistake."""
 
 import functools
 import math
@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 from .values import expectation, level_of_the_caller
+
+
+def check_range(name: str, argument: str, values: Tensor, most: float, expected: str) -> None:
+    """Raise an error for the first value that is not from 0 to `most`."""
+    wrong = values[~((values >= 0) & (values <= most))]
+    if len(wrong) > 0:
+        raise ValueError(expectation(name, argument, expected, str(wrong[0].item()))) from None
+
 
 # Above it, an elapsed time is probably in another unit, such as nanoseconds. Also in csrc/inference.cpp.
 MOST_USUAL_TIME = 1e6
@@ -23,7 +31,7 @@ def check_times(name: str, dt: Tensor, time: int | None) -> None:
     dt = dt.detach()
     least, most = (each.item() for each in torch.aminmax(dt))
     if not least >= 0:
-        raise ValueError(expectation(name, "dt", "at least 0", str(dt[~(dt >= 0)][0].item())))
+        check_range(name, "dt", dt, math.inf, "at least 0")
     num_steps = 1 if time is None else dt.shape[time]
     is_new = name not in _WITH_LONG_SEQUENCES and num_steps > LEAST_INCREASES
     # Two events of a stream may have one time.
