@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..check.values import check_type, dims, expectation, not_a_tensor, require
+from ..check.forms import Form, Function
+from ..check.values import check_floating, check_type, dims, expectation, not_a_tensor, require
 
 
 class Checkpoint(dict[str, Tensor]):
@@ -57,17 +58,12 @@ class Checkpoint(dict[str, Tensor]):
                 expected += f" and optionally {self.listed(optional)}"
             raise ValueError(expectation(self.name, "state_dict", expected, wrong[0]))
         weight, argument = self[wanted[0]], self.prefix + wanted[0]
-        for key in (wanted[0], *self):
-            # Comparing the first tensor with itself only checks that it is a tensor.
-            x, name = self[key], self.prefix + key
-            if not isinstance(x, Tensor) or x.layout != torch.strided:
-                raise not_a_tensor(self.name, name, x)
-            expected, got, remedy = f"{weight.dtype} like {argument}", str(x.dtype), f"use {name}.to({weight.dtype})"
-            require(self.name, name, x.dtype == weight.dtype, expected, got, remedy, TypeError)
-            expected, got = f"on {weight.device} like {argument}", f"a tensor on {x.device}"
-            require(self.name, name, x.device == weight.device, expected, got, f"use {name}.to({str(weight.device)!r})")
-        is_valid = weight.is_floating_point()
-        require(self.name, argument, is_valid, "of a floating-point dtype", str(weight.dtype), error=TypeError)
+        check_floating(self.name, argument, weight)
+        like = Function(self.name, {"x": "*"}, x=argument)
+        for key, x in self.items():
+            if isinstance(x, Tensor) and x.layout != torch.strided:
+                raise not_a_tensor(self.name, self.prefix + key, x)
+            Form(self.prefix + key, "", []).check(like, x, weight, None)
 
     def check_shape(self, key: str, valid: bool, expected: str) -> None:
         require(self.name, self.prefix + key, valid, expected, dims(self[key].shape))

@@ -162,7 +162,6 @@ class LSTMCell(nn.modules.LSTMCell, metaclass=OfTorch):
     """
 
     __module__, _of_torch = nn.modules.LSTMCell.__module__, nn.modules.LSTMCell
-    forward = _computed(nn.modules.LSTMCell.forward)
 
 
 def _with_class_of_torch(layer: Any) -> Any:

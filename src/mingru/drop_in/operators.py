@@ -1,4 +1,4 @@
-"""`torch.gru` and `torch.lstm`, with the same arguments, which take less time on a CPU where that is possible.
+"""`torch.gru`, `torch.lstm` and `torch.gru_cell` with the same arguments, in less time on a CPU if that is possible.
 
 The `forward` of an accelerated layer calls these in place of torch's. So its checks, orders and errors are torch's own.
 """
@@ -35,8 +35,6 @@ def _or_torch(cell: str, of_torch: Callable[..., tuple[Tensor, ...]]) -> Callabl
 
 gru = outside_of_graphs(_or_torch("gru", torch.gru))
 lstm = outside_of_graphs(_or_torch("lstm", torch.lstm))
-# No kernel takes less time.
-lstm_cell = torch.lstm_cell
 
 
 @outside_of_graphs

@@ -29,9 +29,8 @@ class CausalConv(nn.Module):
     def reset_parameters(self) -> None:
         """Re-initialize all parameters, as `torch.nn.Conv1d` does."""
         bound = self.kernel_size**-0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
 
     def forward(
         self, x: Tensor, state: Tensor, reset: Maybe = None, lengths: Maybe = None, adds_x: bool = False

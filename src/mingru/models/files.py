@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def save(model: nn.Module, config: dict[str, object], folder: StrPath) -> None:
+def save(model: nn.Module, config: Mapping[str, object], folder: StrPath) -> None:
     """Write the two files; see `LanguageModel.save_pretrained`."""
     safetensors = imported("safetensors.torch", "save_pretrained", "hub")
     target = _path("save_pretrained", "folder", folder)

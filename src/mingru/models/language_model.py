@@ -95,10 +95,9 @@ class LanguageModel(Layer):
         factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
         self.vocab_size = vocab_size
         self.tied = tied
+        self.config = {"vocab_size": vocab_size, "dims": dims, "num_layers": num_layers, "tied": tied}
         # A copy, so that later changes to the caller's list have no effect.
-        block_config = {name: value for name, value in options.items() if name not in factory}
-        own = {"vocab_size": vocab_size, "dims": dims, "num_layers": num_layers, "tied": tied}
-        self.config = own | copy.deepcopy(block_config)
+        self.config |= copy.deepcopy({name: value for name, value in options.items() if name not in factory})
         # First, because they check the options.
         gates = per_layer(self.name, "gate", options.pop("gate", "sigmoid"), num_layers)
         bounds = check_min_decay(self.name, options.pop("min_decay", 0.0), gates)
