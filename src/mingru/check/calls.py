@@ -78,8 +78,7 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
 
     def decorated(init: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(init)
-        parameters = signature.parameters.values()
-        values = {each.name: found for each in parameters if (found := values_of(each.annotation))}
+        values = {each.name: found for each in signature.parameters.values() if (found := values_of(each.annotation))}
 
         @functools.wraps(init)
         def run(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -286,15 +286,14 @@ def check_packing(layer: Checked, x: PackedSequence) -> int:
     return int(count)
 
 
-def _packed_like(name: str, x: PackedSequence, argument: str, given: Any) -> MaybeTensor:
+def _packed_like(name: str, x: PackedSequence, argument: str, given: Any) -> Any:
     """Return the data (P,) of an argument that must be packed like x."""
     if given is None:
         return None
     check_type(name, argument, given, PackedSequence, "a PackedSequence like x", "pack it with the lengths of x")
     fits = torch.equal(given.batch_sizes, x.batch_sizes) and torch.equal(_order_of(given), _order_of(x))
     require(name, argument, fits, "packed with the lengths and in the order of x", "others")
-    data: Tensor = given.data
-    return data
+    return given.data
 
 
 def _order_of(packed_x: PackedSequence) -> Tensor:

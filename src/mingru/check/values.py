@@ -88,6 +88,8 @@ def instead_of_a_tensor(argument: str, found: object) -> tuple[str, str]:
         remedy = f"use torch.{'nn.utils.rnn.pad_sequence and lengths=' if argument == 'x' else 'cat'}, or torch.stack"
     if isinstance(found, PackedSequence):
         remedy = "use torch.nn.utils.rnn.pad_packed_sequence, and lengths="
+    if isinstance(found, str) and argument.partition("[")[0] in ("ids", "prompts"):
+        remedy = "encode the text first: the model takes the numbers of tokens"
     if isinstance(found, Tensor):
         got = "a nested tensor" if found.is_nested else f"a tensor with the layout {found.layout}"
         remedy = "use torch.nested.to_padded_tensor, and lengths=" if found.is_nested else f"use {argument}.to_dense()"

@@ -11,16 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..check.ranges import check_range
-from ..check.values import (
-    check_int,
-    check_number,
-    check_type,
-    converted,
-    dims,
-    expectation,
-    instead_of_a_tensor,
-    require,
-)
+from ..check.values import check_int, check_number, check_type, converted, dims, expectation, not_a_tensor, require
 from ..ops.shape import MaybeList, MaybeTensor, Outputs, accumulate_dtype
 
 Prompts = Tensor | Sequence[Tensor]
@@ -150,9 +141,9 @@ def padded(name: str, prompts: Prompts, vocab_size: int, device: torch.device) -
     """Return prompts as (B, S), and the lengths if they differ; raise an error if a prompt is invalid."""
     if isinstance(prompts, Tensor):
         named, num_dims, ids = {"prompts": prompts}, 2, prompts
+    elif not isinstance(prompts, (list, tuple)):
+        raise not_a_tensor(name, "prompts", prompts, "a tensor (B, S) or a list of tensors (S,)")
     else:
-        expected = "a tensor (B, S) or a list of tensors (S,)"
-        check_type(name, "prompts", prompts, (list, tuple), expected, encode_remedy(prompts))
         named, num_dims = {f"prompts[{index}]": each for index, each in enumerate(prompts)}, 1
         ids = torch.zeros(0, 1, dtype=torch.int64, device=device)
     for argument, prompt in named.items():
@@ -168,8 +159,8 @@ def padded(name: str, prompts: Prompts, vocab_size: int, device: torch.device) -
 def check_ids(name: str, argument: str, ids: Tensor, num_dims: int, device: torch.device) -> None:
     """Check that ids are integers (S,) or (B, S) on this device."""
     letters = "(S,)" if num_dims == 1 else "(B, S)"
-    remedy = encode_remedy(ids) or instead_of_a_tensor(argument, ids)[1]
-    check_type(name, argument, ids, Tensor, f"an integer tensor {letters}", remedy)
+    if not isinstance(ids, Tensor):
+        raise not_a_tensor(name, argument, ids, f"an integer tensor {letters}")
     if ids.dim() == num_dims and ids.dtype not in (torch.int64, torch.int32):
         remedy = converted(argument, ids, "long()")
         raise TypeError(expectation(name, argument, "int64 or int32", str(ids.dtype), remedy))
@@ -184,11 +175,6 @@ def check_ids(name: str, argument: str, ids: Tensor, num_dims: int, device: torc
 def check_vocabulary(name: str, argument: str, ids: Tensor, vocab_size: int) -> None:
     most = vocab_size - 1
     check_range(name, argument, ids, most, f"from 0 to {most} because vocab_size is {vocab_size}")
-
-
-def encode_remedy(ids: object) -> str:
-    """Return the fix for a text in place of tokens; otherwise ""."""
-    return "encode the text first: the model takes the numbers of tokens" if isinstance(ids, str) else ""
 
 
 def joined(prompts: Prompts, new: list[Tensor]) -> Tensor | list[Tensor]:
