@@ -21,6 +21,8 @@ from .ranges import check_range, check_times
 from .values import check_floating, check_type, converted, dims, expectation, instead_of_a_tensor, require, written
 
 Shape = Sequence[int]
+Texts = dict[str, str]
+Table = dict[str, "Form"]
 EXPANDS = "expands to "
 # Where a layer has the sizes that x has not: K and C are those of the convolution of a block.
 PLACES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_directions", "C": "input_dims"}
@@ -52,7 +54,7 @@ class LayerLike(Checked, Protocol):
     num_space_dims: int
     batch_first: bool
 
-    def _tables(self) -> "list[Table]": ...
+    def _tables(self) -> list[Table]: ...
 
     def _weight_of_x(self) -> MaybeTensor: ...
 
@@ -144,10 +146,6 @@ def size_of(part: str, x: list[str]) -> Callable[[Shape, Any], int]:
         return lambda shape, of: of.conv.kernel_size - 1
     name = PLACES[part]
     return lambda shape, of: getattr(of, name)
-
-
-Table = dict[str, Form]
-Texts = dict[str, str]
 
 
 class Forms:
