@@ -12,8 +12,11 @@ from .values import expectation, level_of_the_caller
 
 def check_range(name: str, argument: str, values: Tensor, most: float, expected: str) -> None:
     """Raise an error for the first value that is not from 0 to `most`."""
-    wrong = values[~((values >= 0) & (values <= most))]
-    if len(wrong) > 0:
+    if values.numel() == 0:
+        return
+    least, largest = (each.item() for each in torch.aminmax(values))
+    if not (least >= 0 and largest <= most):
+        wrong = values[~((values >= 0) & (values <= most))]
         raise ValueError(expectation(name, argument, expected, str(wrong[0].item()))) from None
 
 
