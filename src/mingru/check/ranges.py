@@ -10,14 +10,15 @@ from torch import Tensor
 from .values import expectation, level_of_the_caller
 
 
-def check_range(name: str, argument: str, values: Tensor, most: float, expected: str) -> None:
-    """Raise an error for the first value that is not from 0 to `most`."""
+def check_range(name: str, argument: str, values: Tensor, most: float, expected: str) -> float:
+    """Raise an error for the first value that is not from 0 to `most`; otherwise return the largest."""
     if values.numel() == 0:
-        return
+        return 0.0
     least, largest = (each.item() for each in torch.aminmax(values))
     if not (least >= 0 and largest <= most):
         wrong = values[~((values >= 0) & (values <= most))]
         raise ValueError(expectation(name, argument, expected, str(wrong[0].item()))) from None
+    return largest
 
 
 # Above it, an elapsed time is probably in another unit, such as nanoseconds. Also in csrc/inference.cpp.
@@ -32,9 +33,7 @@ def check_times(name: str, dt: Tensor, time: int | None) -> None:
     """Check the values of elapsed times; `time` is the dimension of the steps, or None for one step."""
     # A checkpoint counts what is saved for backward, and not each call is checked for increases.
     dt = dt.detach()
-    least, most = (each.item() for each in torch.aminmax(dt))
-    if not least >= 0:
-        check_range(name, "dt", dt, math.inf, "at least 0")
+    most = check_range(name, "dt", dt, math.inf, "at least 0")
     num_steps = 1 if time is None else dt.shape[time]
     is_new = name not in _WITH_LONG_SEQUENCES and num_steps > LEAST_INCREASES
     # Two events of a stream may have one time.

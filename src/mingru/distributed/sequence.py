@@ -339,8 +339,7 @@ def _from_inputs(call: Call, num_inputs: int) -> Call:
 
 
 def _run(call: Call, h: Tensor) -> States:
-    spec, inputs, context, layout = call
-    return ops.recurrence(spec, inputs, context._replace(h=h), layout)
+    return ops.recurrence(*call._replace(context=call.context._replace(h=h)))
 
 
 def _product(call: Call) -> Tensor:

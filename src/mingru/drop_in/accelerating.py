@@ -55,13 +55,14 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
     check_flag("accelerate", "undo", undo)
     report = Acceleration([], [])
     for name, layer in model.named_modules():
-        found, text = _other_class(layer, undo), described(layer)
+        text, why_slow = described(layer), "" if undo else _why_slow(layer)
+        found = None if why_slow else _other_class(layer, undo)
         if found is not None:
             layer.__class__ = found
             report.changed.append((name, text))
         elif is_recurrent(layer):
             is_own = any(type(layer) is kind for pair in OWN.items() for kind in pair)
-            own = {_why_slow(layer): not undo and _why_slow(layer) != "", "it has this class already": is_own}
+            own = {why_slow: why_slow != "", "it has this class already": is_own}
             report.left.append((name, text, why_left(layer, own, "changed", "accelerate")))
     return report
 
@@ -69,7 +70,7 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
 def _other_class(layer: nn.Module, undo: bool) -> type | None:
     """Return the class that replaces that of a layer, or None."""
     kind = type(layer)
-    for pair in () if not undo and _why_slow(layer) else OWN.items():
+    for pair in OWN.items():
         old, new = reversed(pair) if undo else pair
         if kind is old:
             return new

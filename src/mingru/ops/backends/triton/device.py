@@ -6,7 +6,6 @@ import os
 import re
 from contextlib import nullcontext
 from math import inf
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -147,5 +146,5 @@ def current(device: torch.device) -> Any:
 
 
 @functools.cache
-def _module_of(device: torch.device) -> ModuleType | None:
+def _module_of(device: torch.device) -> Any:
     return None if device.type == "cpu" else torch.get_device_module(device)
