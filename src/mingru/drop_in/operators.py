@@ -110,7 +110,7 @@ def _is_usual(
     if not are_ordinary(x, *tensors, batch_sizes) or len_torch_dispatch_stack() or x.numel() == 0:
         return False
     are_alike = all(each is not None and each.is_cpu and each.dtype == x.dtype for each in (x, *tensors))
-    if not are_alike or x.layout != torch.strided or route.kernels_for(x) != "native":
+    if not are_alike or x.layout != torch.strided or not route.is_native(x):
         return False
     if batch_sizes is None:
         batch = x.size(1 - int(batch_first))

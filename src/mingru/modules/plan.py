@@ -1,12 +1,11 @@
 """The plan of a module: what it computes, asked once. Norms, linear maps, recurrences and residuals.
 
 A `LayerPlan` records what the `forward` of a layer does; see `ops.traced`. All modules inside are of known classes,
-whose `forward` has no other effect. After any change of a module or its submodules, the plan is made again. Without
-gradients, one operator computes all instructions, and checks the sizes. With gradients, or on a GPU, `_trained`
-computes them one by one, each recurrence by one autograd function.
+whose `forward` has no other effect. After any change of a module or its submodules, the plan is made again. One
+operator computes all instructions, and checks the sizes.
 
-`run` returns None whenever the modules must be called one by one: with hooks, autocast, transforms, graph capture, a
-refused module or unusual arguments. If an argument is wrong, that ordinary call raises the error.
+`run` returns None whenever the modules must be called one by one: with gradients, hooks, autocast, transforms, graph
+capture, a refused module or unusual arguments. If an argument is wrong, that ordinary call raises the error.
 """
 
 import functools
@@ -14,29 +13,25 @@ import inspect
 import itertools
 import operator
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import repeat
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import autograd, linear_map, names_of_torch, route
-from ..ops.backends.triton import CELLS as CELLS_OF_TRITON
+from ..ops import names_of_torch
 from ..ops.call import Context, Layout
-from ..ops.causal_conv import causal_conv
 from ..ops.layout import in_reverse
 from ..ops.linear_map import FORWARDS, HOOKS, RecurrentMap
 from ..ops.modes import is_compiling, is_device_context, mode_of
-from ..ops.shape import MaybeList, MaybeTensor, Outputs, States
-from ..ops.traced import Direction, Recording, Row, State, Traced
+from ..ops.route import is_native
+from ..ops.shape import MaybeList, MaybeTensor, Outputs
+from ..ops.traced import Recording, Row, State, Traced
 
 _DTYPES = (torch.float32, torch.float64)
-_OF_GPU = "triton", "triton alone"
 _CALL = nn.Module.__call__
 _forward_of, _shape_of, _dtype_of, _is_cpu = map(operator.attrgetter, ("forward", "shape", "dtype", "is_cpu"))
-_device_of = operator.attrgetter("device")
 FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, RecurrentMap)})
 
 
@@ -128,16 +123,12 @@ class LayerPlan:
         except Exception:
             # Refused, or an attribute has a wrong type: the ordinary call then raises the error.
             self.is_supported, recorded = False, Recording({}, False)
-        self.steps, used = recorded.steps, recorded.used
-        scans, names = [of[0] for name, of, _ in self.steps if name == "scan"], {name for name, *_ in self.steps}
+        steps, used = recorded.steps, recorded.used
+        scans, names = [of[0] for name, of, _ in steps if name == "scan"], {name for name, *_ in steps}
         self.is_bidirectional = any(len(directions) == 2 for directions in scans)
         # Whether one operator can compute all, and whether all are recurrences.
         self.is_operator = "dropout" not in names
         self.is_scan = names <= {"scan", "dropout"} and not any(first.norm for first, *_ in scans)
-        # Whether recurrences with gradients, and the kernels of GPUs, compute them.
-        self.is_trained = not any(getattr(each, "checkpoint", False) and each.training for each in modules)
-        specs = [each.spec for directions in scans for each in directions]
-        self.is_for_gpu = all(spec.cell in CELLS_OF_TRITON and not spec.output_gate for spec in specs)
         # The attributes of each module; copies of them without the notes; the names of notes, by index of the module.
         watched = [each for each in modules if type(each) is not nn.ModuleList]
         self._now, self._types_now = list(map(vars, watched)), list(map(type, watched))
@@ -163,7 +154,7 @@ class LayerPlan:
         self._places = tuple(zip(*owned, strict=True))
         values: list[Any] = list(map(operator.getitem, *self._places)) if self._places else []
         self._ids, self._types = list(map(id, values)), list(map(type, values))
-        # Recurrences take weights of these shapes; of other modules, torch raises the errors.
+        # Recurrences of padded sequences take weights of these shapes.
         self._shapes = list(map(_shape_of, values[: self._num_weights]))
         classes = {*map(type, modules)}
         self._classes = [cls for cls in FORWARDS if cls in classes]
@@ -220,10 +211,10 @@ class LayerPlan:
             and nn.Module.__call__ is _CALL
         )
 
-    def can_train(self, x: Tensor, backend: str, weights: list[Tensor]) -> bool:
-        """Return whether recurrences of x with gradients take the weights that there are now."""
-        fits = self.is_trained and (backend == "native" or self.is_for_gpu) and _fit(x, weights)
-        return fits and list(map(_shape_of, weights)) == self._shapes
+    def skips_padding(self, x: Tensor, weights: list[Tensor]) -> bool:
+        """Return whether kernels that take lengths compute all instructions with the weights that there are now."""
+        fits = all(map(_is_cpu, weights)) and {*map(_dtype_of, weights)} == {x.dtype}
+        return fits and self.is_scan and self.is_open() and list(map(_shape_of, weights)) == self._shapes
 
     def takes(self, module: Planned, states: list[Tensor], batch: int) -> bool:
         """Return whether a module takes these states."""
@@ -255,26 +246,17 @@ def current_plan(module: Planned) -> tuple[LayerPlan, list[Tensor]] | None:
     return plan, plan.weights_now(module) or []
 
 
-def _fit(x: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Return whether tensors have the dtype and the device of x."""
-    are_there = all(map(_is_cpu, tensors)) if x.is_cpu else {*map(_device_of, tensors)} <= {x.device}
-    return are_there and {*map(_dtype_of, tensors)} == {x.dtype}
-
-
-def _backend_of(x: Any) -> str | None:
-    """Return whose kernels compute x, if nothing sees operations: no trace, transform, dispatch mode or hook."""
+def _is_for_native(x: Any) -> bool:
+    """Return whether kernels of the CPU compute x, and nothing sees operations: no trace, transform, mode or hook."""
     is_seen = names_of_torch.len_torch_dispatch_stack() or names_of_torch.has_any_global_hook()
-    return route.kernels_for(x) if type(x) is Tensor and mode_of(x).is_eager and not is_seen else None
+    return type(x) is Tensor and not is_seen and mode_of(x).is_eager and is_native(x)
 
 
 def skips_padding(module: Planned, x: Tensor, *others: MaybeTensor) -> bool:
     """Return whether a module computes only recurrences of linear maps, by kernels that take lengths."""
-    is_plain = all(each is None or type(each) is Tensor for each in others) and _backend_of(x) == "native"
+    is_plain = all(each is None or type(each) is Tensor for each in others) and _is_for_native(x)
     found = current_plan(module) if is_plain else None
-    if found is None:
-        return False
-    plan, weights = found
-    return plan.is_scan and plan.is_open() and plan.can_train(x, "native", weights)
+    return found is not None and found[0].skips_padding(x, found[1])
 
 
 # None without the kernels.
@@ -285,11 +267,11 @@ def run(
     module: Planned, x: Any, states: Any, reset: MaybeTensor, time_first: bool, dt: MaybeTensor = None
 ) -> Outputs | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
-    if is_compiling():
-        return None
     if type(x) is Traced:
         x.recording.require(module.role == "sequence", time_first == x.recording.time_first)
         return module._trace(x, states)  # type: ignore[return-value]
+    if torch.is_grad_enabled() or is_compiling():
+        return None
     if not names_of_torch.is_torch_function_mode_enabled():
         return _run(module, x, states, reset, time_first, dt)
     if not is_device_context():
@@ -302,18 +284,15 @@ def run(
 def _run(
     module: Planned, x: Tensor, states: MaybeList, reset: MaybeTensor, time_first: bool, dt: MaybeTensor
 ) -> Outputs | None:
-    backend = _backend_of(x)
-    # On a GPU, each recurrence is one kernel without gradients too.
-    trains = torch.is_grad_enabled() or backend in _OF_GPU
-    if backend is None or x.dtype not in _DTYPES or (trains and dt is not None):
+    if not _is_for_native(x) or x.dtype not in _DTYPES:
         return None
     found, shape = current_plan(module), x.shape
     if found is None:
         return None
     plan, weights = found
-    if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:
+    if not (plan.is_operator and plan.is_open()) or shape[-1:] != (module.input_dims,):
         return None
-    if (0 in shape or not plan.can_train(x, backend, weights)) if trains else not plan.is_operator:
+    if len(shape) != (2 if module.role == "step" else 3):
         return None
     time_first = time_first and len(shape) == 3  # a cell has no time dimension
     batch = shape[1 if time_first else 0]
@@ -333,103 +312,8 @@ def _run(
         # As both directions see them.
         pairs = zip(start[2:4], others[2:4], strict=True)
         resets, times = ([] if pair[0] is None else [*pair] for pair in pairs)
-    if trains:
-        return _trained(plan, backend, weights, x, states, initial_states, resets, time_first)
     try:
         out, last = _operator(x, weights, states, initial_states, resets, times, plan.code, plan.numbers, time_first)
     except NotImplementedError:  # a tensor on another device
         return None
     return (out, last) if last else None
-
-
-def _trained(
-    plan: Any, backend: str, weights: Any, x: Any, h: Any, initials: Any, resets: Any, time_first: bool
-) -> Outputs | None:
-    """Compute the instructions one by one, or return None for tensors that the ordinary call refuses."""
-    if not _fit(x, [*h, *initials]) or any((y.dtype, y.device) != (torch.bool, x.device) for y in resets):
-        return None
-    befores, starts = [*map(_layers_of, h)], [*map(_layers_of, initials)]
-    kept: list[Tensor] = []
-    found: list[Any] = [[] for _ in h]
-    w = [*weights, None]
-    x = x.unsqueeze(1) if x.dim() == 2 else x
-    for name, of, at in plan.steps:
-        if name == "scan":
-            directions, state = of
-            if any(w[own.map[0]].shape[1:] != x.shape[2:] for own in directions):
-                return None
-            outs = []
-            for own, reset in zip(directions, resets or [None, None], strict=False):
-                start = None if reset is None else next(starts[state])
-                out, last = _direction(own, x, w, (next(befores[state]), start, reset), backend, time_first)
-                outs.append(out)
-                found[state].append(last)
-            x = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-        elif name == "keep":
-            kept.append(x)
-        elif name in ("add", "add_linear"):
-            before = kept.pop()
-            before = before if of is None else of(before, w[at[0]], w[at[1]])
-            if before.shape != x.shape:
-                return None
-            # x is the first, because a sum has the strides of the first, and outputs are contiguous.
-            x = x + before
-        elif name == "causal_conv":
-            weight, bias = w[at[0]], w[at[1]]
-            reset = resets[0] if resets else None
-            x, found[of] = causal_conv(x, weight, bias, h[of], reset, None, len(weight) - 1, True)
-        else:
-            x = of(x, *[w[index] for index in at])
-    return x, [_state_of(*each) for each in zip(found, h, strict=True)]
-
-
-def _direction(own: Direction, x: Tensor, w: list[Any], states: Any, backend: str, time_first: bool) -> States:
-    """Compute one direction with the weights w, from the state before, the initial state and resets."""
-    (at, at_bias), (at_recurrent, at_other) = own.map, own.recurrent
-    linear, weight, bias = (w[at], w[at_bias]), w[at_recurrent], w[at_other]
-    if own.norm is not None:
-        at, at_bias = own.norm.weights
-        of_norm = w[at], w[at_bias]
-        if backend == "native":
-            linear = linear_map.map_with_norm(*linear, *of_norm)
-        else:
-            x = own.norm(x, *of_norm)
-    given, call = [*states, None, weight, bias, None, None, x, *linear], own.calls.get((backend, x.dtype, time_first))
-    if call is None:
-        is_native, spec = backend == "native", own.spec
-        if own.norm is not None and is_native:
-            spec = linear_map.with_norm(spec, own.norm.kind, own.norm.eps, x.dtype)
-        keep = not (linear_map.are_recomputed(spec.cell, x, own.recompute) if is_native else own.recompute)
-        call = autograd.KernelCall("linear_kernel", backend, spec, time_first, keep)
-        own.calls[backend, x.dtype, time_first] = call
-    if own.norm is None and weight is not None and 3 * weight.shape[1] == len(weight):
-        # A GRU of torch, whose cell takes a third of the time of the kernel with 512 features.
-        if x.shape[0 if time_first else 1] == 1:
-            return _cell_of_torch(given, time_first)
-    found: States = autograd.apply(call, *given)
-    return found
-
-
-def _cell_of_torch(given: list[Any], time_first: bool) -> States:
-    """Compute one step of a GRU by the cell of torch."""
-    h, start, reset, _, weight, bias, _, _, x, *linear = given
-    if start is not None and reset is not None:
-        h = torch.where(reset.view(-1, 1, 1), start, h)
-    of_state = None if bias is None else F.pad(bias, (2 * len(bias), 0))
-    step = torch.gru_cell(x.flatten(0, 1), h.squeeze(1), linear[0], weight, linear[1], of_state)
-    # Two tensors, because what a program does with one must not show in the other.
-    return torch.stack([step], 0 if time_first else 1), torch.stack([step], 1)
-
-
-def _layers_of(state: Tensor) -> Iterator[Tensor]:
-    """Return the state (B, 1, *) of each layer and direction."""
-    whole = state if state.dim() == 4 else state.unsqueeze(-2)
-    return iter([whole] if state.dim() == 2 else whole.unbind())
-
-
-def _state_of(found: Any, like: Tensor) -> Tensor:
-    """Return the last states of all layers as one new tensor, which is no view. That of a convolution is one."""
-    if isinstance(found, Tensor):
-        return found
-    whole = found[0] if like.dim() == 2 else torch.stack(found)
-    return whole if like.dim() == 4 else names_of_torch.unsafe_view(whole, like.shape)

@@ -66,7 +66,7 @@ def linear_recurrence(
     `recompute` is that of `are_recomputed`. The last of the pre-activations may be an output gate of the states.
     """
     if isinstance(x, Traced):
-        return x.recurrence(spec, linear, context, recompute, norm, output_gate)
+        return x.recurrence(spec, linear, context, norm, output_gate)
     way = route.choose(spec, x)
     call = route.fused_with(linear, way, Call(spec, [x], context, layout), norm, output_gate)
     if call is None and norm is not None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .backend import SCANS, Backend, Kernel, warn_once
+from .backend import Backend, Kernel, warn_once
 from .backends import in_log_space, native, sequential, torch_in_graphs, torch_in_place, triton
 from .call import Call, Spec
 from .cells import CELLS, cells_of, parts_of
@@ -129,20 +129,16 @@ def _selected(backend: str) -> tuple[str, str]:
     return (_KEY in _environment and os.environ[VARIABLE]) or "auto", _BY_VARIABLE
 
 
-def kernels_for(x: Tensor) -> str | None:
-    """Return the backend whose kernels compute eager calls for x, or None."""
+def is_native(x: Tensor) -> bool:
+    """Return whether an eager call for x is computed by the compiled kernels."""
     name, _ = _selected("auto")
-    names = FASTEST_FIRST if name == "auto" else (name,)
-    if x.is_cpu and names[0] == "native":
-        return None if BACKENDS["native"].unavailable() else "native"
-    if "triton" in names and _why_not("triton", x, SCANS["linear_scan", False]) is None:
-        return "triton alone" if name == "triton" else "triton"
-    return None
+    is_chosen = (FASTEST_FIRST[0] if name == "auto" else name) == "native"
+    return is_chosen and x.is_cpu and not BACKENDS["native"].unavailable()
 
 
 def is_for_native(x: Tensor, *others: Tensor | None) -> bool:
     """Return whether an eager call computes these tensors, some of which may be None, in the compiled kernels."""
-    return x.is_cpu and mode_of(x).is_eager and are_ordinary(x, *others) and kernels_for(x) == "native"
+    return x.is_cpu and mode_of(x).is_eager and are_ordinary(x, *others) and is_native(x)
 
 
 def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> Way:

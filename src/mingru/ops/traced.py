@@ -8,12 +8,11 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .backends import native
 from .call import Context, Spec, is_plain
@@ -27,17 +26,10 @@ Row = tuple[int, int, int, int]
 
 
 class Norm(NamedTuple):
-    """A norm with weights, which are indices into those of the instructions; -1 means None."""
+    """A norm with weights."""
 
     kind: str
-    shape: Any
     eps: float | None
-    weights: list[int]
-
-    def __call__(self, x: Tensor, weight: Any, bias: Any) -> Tensor:
-        if self.kind == "rms":
-            return F.rms_norm(x, self.shape, weight, self.eps)
-        return F.layer_norm(x, self.shape, weight, bias, self.eps)  # type: ignore[arg-type]
 
 
 class Direction(NamedTuple):
@@ -45,12 +37,9 @@ class Direction(NamedTuple):
 
     spec: Spec
     norm: Norm | None
-    """Norm before the linear map. The kernels of the CPU include it."""
+    """Norm before the linear map, whose kernels include it."""
     map: list[int]
     recurrent: list[int]
-    recompute: bool | None
-    calls: dict[Any, Any]
-    """The call of a kernel, by backend, dtype and order."""
 
 
 class Recording:
@@ -60,7 +49,7 @@ class Recording:
         """`indices` has the index of each parameter of the module, by its id."""
         self.time_first = time_first
         self.steps: list[tuple[str, Any, list[int]]] = []
-        """A name, what it computes with, and its weights, as indices into `used`."""
+        """A name, what else it computes with, and its weights, as indices into `used`."""
         self.used: list[int] = []
         """The parameters of the module that are weights of the instructions."""
         self.is_open = False
@@ -84,11 +73,11 @@ class Recording:
         self.used.append(self._indices[id(found)])
         return len(self.used) - 1
 
-    def norm(self, kind: str, shape: Any, weight: Any, bias: Any, eps: Any) -> Norm:
+    def norm(self, kind: str, shape: Any, weight: Any, bias: Any, eps: Any) -> tuple[Norm, list[int]]:
         is_number = type(eps) is float and not math.isnan(eps)
         self.require(weight is not None and tuple(shape) == weight.shape, kind == "rms" or bias is not None)
         self.require(is_number or (kind == "rms" and eps is None))
-        return Norm(kind, shape, eps, self.weights(weight, bias))
+        return Norm(kind, eps), self.weights(weight, bias)
 
     def next_layer(self, state: int, layer: int) -> None:
         """Require that layers take their states one after the other."""
@@ -101,7 +90,7 @@ class Recording:
         self._added.append((other.at, len(self.steps)))
         if other.map is None:
             return x.then("add", None)
-        return x.then("add_linear", F.linear, *self.weights(*other.map))
+        return x.then("add_linear", None, *self.weights(*other.map))
 
     def finish(self) -> tuple[list[Row], list[float]]:
         """Return the code and the numbers of the operator, and put into the steps where a value is kept."""
@@ -150,7 +139,7 @@ class Traced:
     """x after some instructions, `map` of it, or one of two directions, which only `torch.cat` takes."""
 
     shape = ()
-    """All have the same. The operator, or the pass with gradients, checks the sizes."""
+    """All have the same. The operator checks the sizes."""
 
     def __init__(self, recording: Recording, map: Any = None, is_part: bool = False) -> None:
         self.recording, self.map, self.is_part = recording, map, is_part
@@ -179,12 +168,12 @@ class Traced:
         return self.recording.add(self, other)
 
     def norm(self, kind: str, shape: Any, weight: Any, bias: Any, eps: Any) -> "Traced":
-        found = self.recording.norm(kind, shape, weight, bias, eps)
-        return self.then("norm", found, *found.weights)
+        found, weights = self.recording.norm(kind, shape, weight, bias, eps)
+        return self.then("norm", found, *weights)
 
     def linear(self, *map: Any) -> "Traced":
         # Of a value from before, it is added later.
-        return self.then("linear", F.linear, *self.recording.weights(*map)) if self.is_last else self.mapped(map)
+        return self.then("linear", None, *self.recording.weights(*map)) if self.is_last else self.mapped(map)
 
     def mapped(self, map: Any) -> "Traced":
         self.recording.require(self.map is None, not self.is_part)
@@ -194,11 +183,11 @@ class Traced:
 
     def gelu(self, approximate: str = "none") -> "Traced":
         self.recording.require(approximate == "none")
-        return self.then("gelu", F.gelu)
+        return self.then("gelu", None)
 
     def dropout(self, p: Any, training: bool, inplace: bool) -> "Traced":
         self.recording.require(0 <= p <= 1)
-        return self.then("dropout", partial(F.dropout, p=p)) if training and p > 0 else self
+        return self.then("dropout", None) if training and p > 0 else self
 
     def causal_conv(self, weight: Any, bias: Any, state: Any, num_past: int, adds_x: bool) -> "tuple[Traced, Any]":
         """Return x plus its convolution, and the state."""
@@ -207,7 +196,7 @@ class Traced:
         return self.then("causal_conv", state[0], *self.recording.weights(weight, bias)), state
 
     def recurrence(
-        self, spec: Spec, linear: Any, context: Context, recompute: bool | None, norm: Any, output_gate: bool
+        self, spec: Spec, linear: Any, context: Context, norm: Any, output_gate: bool
     ) -> "tuple[Traced, Any]":
         """Return the recurrence of linear(norm(x)) in one direction, and the state."""
         recording, (state, layer), steps = self.recording, context.h, self.recording.steps
@@ -221,13 +210,13 @@ class Traced:
         if norm is not None:
             kind = NORMS[type(norm)]
             bias = norm.bias if kind == "layer" else None
-            of_norm = recording.norm(kind, norm.normalized_shape, norm.weight, bias, norm.eps)
+            of_norm, _ = recording.norm(kind, norm.normalized_shape, norm.weight, bias, norm.eps)
         for each, dim in ((linear.bias, 0), *((getattr(norm, name, None), 1) for name in ("weight", "bias"))):
             recording.require(each is None or each.shape == linear.weight.shape[dim : dim + 1])
         own, recurrent = recording.weights(linear.weight, linear.bias), [-1, -1]
         if context.recurrent is not None:
             recurrent = recording.weights(context.recurrent, context.recurrent_bias)
-        of = Direction(spec._replace(output_gate=output_gate), of_norm, own, recurrent, recompute, {})
+        of = Direction(spec._replace(output_gate=output_gate), of_norm, own, recurrent)
         if spec.reverse:
             # Reads the same x as the direction before it.
             directions, own_state = steps[-1][1] if steps and steps[-1][0] == "scan" else ([], None)
