@@ -13,7 +13,8 @@ from ..check import names as meant
 from ..check.calls import MISTAKES, explain, explained
 from ..check.forms import LAYER, Form, Shape, Table, check_call
 from ..check.values import check_choice, check_int, expectation, name_of
-from ..ops.modes import is_compiling, is_scripting, untraced
+from ..ops import names_of_torch
+from ..ops.modes import is_compiling, is_scripting
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
 from . import plan
 from .saved import Saved
@@ -211,10 +212,10 @@ class Layer(Saved):
         if h is not None and len(h) != self.num_states:
             raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
 
-    @untraced
     def _check_all(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        self._check(x, h, reset, lengths, dt)
-        self._check_parameters(x)
+        if not names_of_torch.is_tracing():
+            self._check(x, h, reset, lengths, dt)
+            self._check_parameters(x)
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> object:
         """Raise an error if an argument is invalid. A trace does not record it."""

@@ -267,7 +267,9 @@ class LinearLevel(Level):
 
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""
-        return [self.linear] if self.linear_reverse is None else [self.linear, self.linear_reverse]
+        # Not by attributes, which take longer.
+        first = self._modules["linear"]
+        return [first] if self.linear_reverse is None else [first, self.linear_reverse]
 
     def projected(self, states: list[Tensor]) -> list[Tensor]:
         """Return the projection of the states of each direction."""
@@ -297,7 +299,7 @@ class LinearLevel(Level):
 
     def _mapped(self, spec: Spec, y: Tensor, context: Context, layout: Layout) -> States:
         """Compute the map and the recurrence, by one kernel if possible. `mingru.distributed` replaces this."""
-        linear: Any = self.linear_reverse if spec.reverse else self.linear
+        linear = self.maps()[spec.reverse]
         norm = self.norm if self.linear_reverse is None else None
         return ops.linear_recurrence(spec, y, linear, context, layout, self.recompute, norm, self.has_output_gate)
 

@@ -72,7 +72,8 @@ def linear_recurrence(
     if call is None and norm is not None:
         x = norm(x)
         call = route.fused_with(linear, way, Call(spec, [x], context, layout), None, output_gate)
-    if spec.cell == "gru" and is_plain(spec) and block_recurrence.is_one_node(way.mode, x, context, layout):
+    is_in_onnx = way.mode.is_onnx and spec.cell == "gru" and is_plain(spec)
+    if is_in_onnx and block_recurrence.is_one_node(way.mode, x, context, layout):
         own = [x, linear.weight, linear.bias]
         if type(linear) not in LINEAR_MAPS or route.is_hooked(linear):
             x = linear(x)

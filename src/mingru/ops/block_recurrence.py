@@ -127,8 +127,6 @@ def dense(weight: Tensor) -> Tensor:
 
 def is_one_node(mode: Mode, x: Tensor, context: Context, layout: Layout) -> bool:
     """Return whether a graph for ONNX has one node for this, which takes no resets. One step needs none."""
-    if not mode.is_onnx:
-        return False
     if not mode.is_traced:
         return context.reset is None and not is_true_for_all_sizes(x.size(0 if layout.time_first else 1) == 1)
     if context.reset is not None:

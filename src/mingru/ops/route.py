@@ -17,7 +17,7 @@ from .backend import Backend, Kernel, warn_once
 from .backends import in_log_space, native, sequential, torch_in_graphs, torch_in_place, triton
 from .call import Call, Spec
 from .cells import CELLS, cells_of, parts_of
-from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, map_with_norm, weights_of_norm, with_norm
+from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, map_with_norm, parameter_of, weights_of_norm, with_norm
 from .modes import EAGER, Mode, are_ordinary, is_compiling, mode_of
 from .names_of_torch import has_any_global_hook
 from .shape import as_dtype
@@ -206,8 +206,7 @@ def fused_with(linear: Any, way: Way, call: Call, norm: nn.Module | None = None,
     if linear is not None:
         if type(linear) not in LINEAR_MAPS or is_hooked(linear):
             return None
-        # Its attributes, because something else than a parameter may have their names.
-        of_map = [linear.weight, linear.bias]
+        of_map = [parameter_of(linear, "weight"), parameter_of(linear, "bias")]
         if of_map[0] is None:
             return None
     if not are_ordinary(x, *of_map, *context[2:]) or not x.is_floating_point() or x.numel() == 0:
@@ -216,7 +215,7 @@ def fused_with(linear: Any, way: Way, call: Call, norm: nn.Module | None = None,
         return Call(spec, [x, *of_map], context, layout)
     weight, bias = of_map
     # The product with the weight of a norm would broadcast.
-    if weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
+    if weight.shape != (*(weight.shape[:1] if bias is None else bias.shape), x.shape[-1]):
         return None
     if way.mode.is_autocast:
         # For few rows, as in a step, `linear` is faster, because autocast casts its weights once for all calls.
@@ -258,7 +257,7 @@ def _autocast(*tensors: Tensor | None) -> Any:
 def is_hooked(module: nn.Module) -> bool:
     """Return whether calling the module does more than its class did when this package was imported."""
     cls = type(module)
-    is_patched = not is_compiling() and cls.forward is not FORWARDS.get(cls, cls.forward)
+    is_patched = cls.forward is not FORWARDS.get(cls, cls.forward) and not is_compiling()
     has_more = "forward" in module.__dict__ or any(map(module.__dict__.get, HOOKS))
     return bool(has_any_global_hook()) or is_patched or has_more
 
