@@ -86,6 +86,8 @@ def linear_recurrence(
         inputs = list(x.chunk(CELLS[spec.cell].num_inputs + output_gate, -1))
         gate = inputs.pop() if output_gate else None
         return gated(_run(way, Call(spec, inputs, context, layout)), gate)
+    if way is route.NATIVE and spec.cell == "gru" and block_recurrence.is_for_cell_of_torch(call):
+        return block_recurrence.by_cell_of_torch(call)
     return autograd.run_kernel("linear_kernel", way, call, not are_recomputed(spec.cell, x, recompute))
 
 

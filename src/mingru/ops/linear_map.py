@@ -75,7 +75,8 @@ def weights_of_norm(norm: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def with_norm(spec: Spec, kind: str, eps: float | None, dtype: torch.dtype) -> Spec:
     """Return a spec that includes the norm of an x of this dtype."""
-    return spec._replace(norm=kind, eps=torch.finfo(accumulate_dtype(dtype)).eps if eps is None else eps)
+    eps = torch.finfo(accumulate_dtype(dtype)).eps if eps is None else eps
+    return Spec(*spec[:4], kind, eps, spec.output_gate)
 
 
 def map_with_norm(weight: Tensor, bias: MaybeTensor, scale: MaybeTensor, shift: MaybeTensor) -> Any:

@@ -242,7 +242,7 @@ def _with_norm(call: Call, norm: Any) -> Call | None:
     if norm.normalized_shape != (x.shape[-1],) or (norm.eps is None and kind == "layer"):
         return None
     spec = with_norm(call.spec, kind, norm.eps, x.dtype)
-    return call._replace(spec=spec, tensors=[x, *map_with_norm(weight, bias, *of_norm)])
+    return Call(spec, [x, *map_with_norm(weight, bias, *of_norm)], call.context, call.layout)
 
 
 def _autocast(*tensors: Tensor | None) -> Any:
