@@ -3,36 +3,20 @@
 import copy
 import inspect
 import pickle
+from functools import partial
 
 import pytest
 import torch
+from cases import CASES, Case, parametrized
 
 import mingru
 from mingru import drop_in
 
-# For each class, its sizes, and an x that it takes.
 X = torch.randn(2, 5, 3)
-IMAGES = {dims: torch.randn(2, 5, 3, *[4] * dims) for dims in (1, 2, 3)}
-CLASSES = {
-    mingru.MinGRU: ((3, 4), X),
-    mingru.MinLSTM: ((3, 4), X),
-    mingru.MinGRUCell: ((3, 4), X[0]),
-    mingru.MinLSTMCell: ((3, 4), X[0]),
-    **{getattr(mingru, f"MinConv{dims}dGRU"): ((3, 4, 1), x) for dims, x in IMAGES.items()},
-    **{getattr(mingru, f"MinConv{dims}dGRUCell"): ((3, 4, 1), x[:, 0]) for dims, x in IMAGES.items()},
-    mingru.Stack: (([mingru.MinGRU(3, 4)],), X),
-    drop_in.GRULike: ((3, 4), X),
-    drop_in.GRULikeCell: ((3, 4), X[0]),
-    drop_in.LSTMLike: ((3, 4), X),
-    drop_in.LSTMLikeCell: ((3, 4), X[0]),
-}
-DROP_IN = (drop_in.GRULike, drop_in.GRULikeCell, drop_in.LSTMLike, drop_in.LSTMLikeCell)
-every_class = pytest.mark.parametrize("kind", CLASSES, ids=[kind.__name__ for kind in CLASSES])
-
-
-def named(kind):
-    """Return the name in errors."""
-    return f"mingru.drop_in.{kind.__name__}" if kind in DROP_IN else kind.__name__
+# Arguments of the other stack are those of its layers.
+STACK = Case("Stack", partial(mingru.Stack, [mingru.MinGRU(3, 4)]))
+CLASSES = [each for each in CASES[:-2] if each.name.isidentifier() or "." in each.name]
+every_class = parametrized([STACK if each.name == "Stack" else each for each in CLASSES])
 
 
 def refused(error, message):
@@ -42,54 +26,54 @@ def refused(error, message):
 # Constructors
 
 
-# What is meant by names of other libraries.
+# What is meant by names of other libraries and by typing errors, if a class has it.
 MEANT = {
     "input_dims": "input_size in_channels",
     "hidden_dims": "hidden_size hidden_sizes out_channels hidden_dim expansion_factor",
     "input_dims and hidden_dims": "dim",
+    "input_size": "input_dims",
+    "hidden_size": "hidden_dims",
+    "layers": "layer",
     "candidate": "activation",
-    "learn_initial_state": "lern_initial_state",
+    "num_layers": "n_layers",
     "": "momentum",
 }
-OF_LAYERS = {"num_layers": "n_layers", "bidirectional": "bidirectonal", "dropout": "dropuot", "residual": "residuals"}
-OF_CONV = {"kernel_size": "kernel_sizes", "stride": "strides", "padding": "paddings", "dilation": "dilations"}
-OF_DROP_IN = {"input_size": "input_dims", "hidden_size": "hidden_dims", "learn_initial_state": "lern_initial_state"}
-OF_STACK = {"layers": "layer", "residual": "residuals", "": "num_layers"}
-
-
-def meant_by(kind):
-    if kind in (mingru.Stack, *DROP_IN):
-        return OF_STACK if kind is mingru.Stack else OF_DROP_IN
-    of_conv = OF_CONV if "Conv" in kind.__name__ else {}
-    return MEANT | of_conv | ({} if "Cell" in kind.__name__ else OF_LAYERS)
+TYPED = "learn_initial_state bidirectional dropout residual kernel_size stride padding dilation"
+MEANT |= {name: name[:3] + name[4] + name[3] + name[5:] for name in TYPED.split()}
 
 
 @every_class
-def test_constructors_know_what_is_meant(kind):
-    sizes, _ = CLASSES[kind]
+def test_constructors_know_what_is_meant(case):
+    name, kind = case.module.name, type(case.module)
     parameters = list(inspect.signature(kind).parameters)
-    assert parameters[0] in ("input_dims", "input_size", "layers")
-    for meant, names in meant_by(kind).items():
-        for name in names.split():
-            remedy = f"use {meant}" if meant else f"the arguments are {', '.join(parameters)}"
-            with refused(TypeError, f"{named(kind)}: no argument '{name}'; {remedy}"):
-                kind(*sizes, **{name: 3})
+    known = {meant: names.split() for meant, names in MEANT.items() if {*meant.split(" and ")} <= {*parameters, ""}}
+    assert len(known) > 2
+    for meant, names in known.items():
+        remedy = f"use {meant}" if meant else f"the arguments are {', '.join(parameters)}"
+        for wrong in names:
+            with refused(TypeError, f"{name}: no argument '{wrong}'; {remedy}"):
+                case.make(**{wrong: 3})
     for args, options, message in (
-        (sizes[:-1], {}, "missing a required argument: '.*'"),
-        ((*sizes, *[1] * 20), {}, "too many positional arguments"),
-        (sizes, {parameters[0]: 3}, f"multiple values for argument '{parameters[0]}'"),
+        ((), {}, f"missing a required argument: '{parameters[0]}'"),
+        ([1] * 20, {}, "too many positional arguments"),
+        ([1], {parameters[0]: 3}, f"multiple values for argument '{parameters[0]}'"),
     ):
-        with pytest.raises(TypeError, match=f"^{named(kind)}: {message}; "):
+        with pytest.raises(TypeError, match=f"^{name}: {message}; "):
             kind(*args, **options)
     if "device" in parameters:
         with pytest.raises(RuntimeError, match="device string: gpu"):
-            kind(*sizes, device="gpu")
+            case.make(device="gpu")
 
 
-@pytest.mark.parametrize("kind", [mingru.MinGRU, mingru.MinLSTM, mingru.MinConv2dGRU, mingru.Stack, drop_in.GRULike])
+SIZES = {mingru.Stack: ([mingru.MinGRU(3, 4)],), mingru.MinConv2dGRU: (3, 4, 1)}
+
+
+@pytest.mark.parametrize("kind", [mingru.MinGRU, mingru.MinLSTM, *SIZES, drop_in.GRULike])
 def test_a_dropout_without_effect_is_blamed_on_the_line_that_asks_for_it(kind):
-    with pytest.warns(UserWarning, match=f"^{named(kind)}: dropout=0.5 has no effect on one layer") as seen:
-        kind(*CLASSES[kind][0], dropout=0.5)
+    with pytest.warns(
+        UserWarning, match=rf"^(mingru\.drop_in\.)?{kind.__name__}: dropout=0.5 has no effect on one layer"
+    ) as seen:
+        kind(*SIZES.get(kind, (3, 4)), dropout=0.5)
     assert [warning.filename for warning in seen] == [__file__]
 
 
@@ -129,25 +113,24 @@ CALLS = {"hx": "h", "h0": "h", "hidden": "h", "state": "h", "prev_hidden": "h", 
 
 
 @every_class
-def test_calls_know_what_is_meant(kind):
-    sizes, x = CLASSES[kind]
-    layer = kind(*sizes)
-    parameters = list(inspect.signature(kind.forward).parameters)[1:]
+def test_calls_know_what_is_meant(case):
+    layer, x, name = case.module, case.args()["x"], case.module.name
+    parameters = list(inspect.signature(layer.forward).parameters)
     theirs = {"h": "hx", "h0": "hx", "hidden": "hx", "x": "input"}
-    unknown = (theirs if "hx" in parameters else CALLS) | {"flag": None}
+    unknown = (theirs if case.of_torch else CALLS) | {"flag": None}
     if "lengths" not in parameters:
         unknown |= {"lengths": None, "mask": None}
     expected = layer(x)
-    for name, meant in unknown.items():
+    for wrong, meant in unknown.items():
         remedy = f"use {meant}" if meant else f"the arguments are {', '.join(parameters)}"
-        with refused(TypeError, f"{named(kind)}: no argument '{name}'; {remedy}"):
-            layer(x, **{name: None})
+        with refused(TypeError, f"{name}: no argument '{wrong}'; {remedy}"):
+            layer(x, **{wrong: None})
     for args, options, message in (
         ((), {}, r"missing a required argument: '\w+'"),
         ((x, *[None] * len(parameters)), {}, "too many positional arguments"),
         ((x,), {parameters[0]: x}, f"multiple values for argument '{parameters[0]}'"),
     ):
-        with refused(TypeError, rf"{named(kind)}: {message}; the positional arguments are .*"):
+        with refused(TypeError, rf"{name}: {message}; the positional arguments are .*"):
             layer(*args, **options)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
 
