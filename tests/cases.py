@@ -258,14 +258,14 @@ def graded(module: nn.Module, run: Callable[..., Any], given: Any) -> dict[str, 
     found = {"out": out} | {f"state {index}": state for index, state in enumerate(states)}
     # Outside of autocast, as its documentation says.
     with torch.autocast("cpu", enabled=False):
-        loss = loss_of(found.values())
+        loss = loss_of(found)
         grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
     return found | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
-def loss_of(outputs: Iterable[Tensor]) -> Any:
+def loss_of(outputs: Any) -> Any:
     """Return a sum of squares in float32 at least, not all alike, so that no two numbers can be exchanged."""
-    wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in outputs]
+    wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in tensors(outputs)]
     weights = [torch.linspace(-1, 2, each.numel(), dtype=each.dtype).view(each.shape) for each in wide]
     return sum((each.square() * weight).sum() for each, weight in zip(wide, weights, strict=True))
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DOUBLE, HIDDEN, INPUT, Case, assert_equal, refuses, tensors
-from mode import mode
+from cases import DOUBLE, HIDDEN, INPUT, Case, assert_equal, graded, loss_of, refuses, tensors
+from mode import given, mode
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
@@ -33,9 +33,7 @@ def plainly(function, *args: Any) -> Any:
         return function(*args)
 
 
-def given(case: Case, batch: int = BATCH, steps: int = STEPS) -> tuple[Any, ...]:
-    """What the module is called with: x, states and resets."""
-    return tuple(case.args(batch, steps, **DOUBLE).values())[:3]
+given = functools.partial(given, batch=BATCH, steps=STEPS, **DOUBLE)
 
 
 def with_lengths(case: Case, steps: int = STEPS) -> tuple[Any, ...]:
@@ -64,10 +62,6 @@ def stacked(results: list[Any]) -> Any:
     return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
 
 
-def loss(outputs: Any) -> Tensor:
-    return sum(each.square().sum() for each in tensors(outputs))
-
-
 def leaves(args: Any) -> list[Tensor]:
     return [each for each in tensors(args) if each.is_floating_point()]
 
@@ -76,10 +70,9 @@ def with_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return pytree.tree_map(lambda each: each.requires_grad_(each.is_floating_point()), args)
 
 
-def gradients(module: nn.Module, args: tuple[Any, ...], call=None) -> list[Tensor]:
-    """Of x, the states and all parameters."""
-    args = with_gradients(pytree.tree_map(lambda each: each.detach().clone(), args))
-    return list(torch.autograd.grad(loss((call or module)(*args)), [*leaves(args), *module.parameters()]))
+def gradients(module: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
+    """Of all parameters, x and the states."""
+    return [each for name, each in graded(module, module, args).items() if name.startswith("gradient")]
 
 
 def of_weights(module: nn.Module):
@@ -95,9 +88,10 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 def test_func_grad_is_backward(case):
     module, args = case.make(**DOUBLE), with_lengths(case)
     call = of_weights(module)
-    found = grad(lambda weights, x, h: loss(call(weights, x, h, *args[2:])), (0, 1, 2))(weights_of(module), *args[:2])
-    of_module, *of_inputs = found
-    assert_equal([of_inputs, of_module], plainly(gradients, module, args))
+    found = grad(lambda weights, x, h: loss_of(call(weights, x, h, *args[2:])), (0, 1, 2))(
+        weights_of(module), *args[:2]
+    )
+    assert_equal(found, plainly(gradients, module, args))
 
 
 @mode("batched gradients (is_grads_batched)")
@@ -271,10 +265,10 @@ def test_per_sample_gradients(case):
     call, one = of_weights(module), alone(case, module)
 
     def of_one(weights, *args):
-        return loss(alone(case, functools.partial(call, weights))(*args))
+        return loss_of(alone(case, functools.partial(call, weights))(*args))
 
     found = vmap(grad(of_one), (None, *batch_dims(case)))(weights_of(module), *args)
-    by_hand = lambda args: torch.autograd.grad(loss(one(*args)), list(module.parameters()))  # noqa: E731
+    by_hand = lambda args: torch.autograd.grad(loss_of(one(*args)), list(module.parameters()))  # noqa: E731
     assert_equal(found, plainly(lambda: stacked([by_hand(each) for each in samples(case, args, 3)])))
 
 
@@ -298,8 +292,8 @@ def test_checkpoint(case, use_reentrant):
     call = lambda *args: checkpoint(inside, *pytree.tree_leaves(args), use_reentrant=use_reentrant)  # noqa: E731
     args = with_gradients(args)
     module.zero_grad()
-    loss(call(*args)).backward()
-    assert_equal([each.grad for each in [*leaves(args), *module.parameters()]], truth)
+    loss_of(call(*args)).backward()
+    assert_equal([each.grad for each in [*module.parameters(), *leaves(args)]], truth)
     assert runs == [not use_reentrant, True]
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import DOUBLE, WRAPS, Case, assert_equal, case, small_chunks, stack, tensors
+from cases import DOUBLE, WRAPS, Case, assert_equal, case, loss_of, small_chunks, stack, tensors
 from options import lengths_of, steps_of
 from torch import Tensor
 from torch.func import grad, jvp, vmap
@@ -100,11 +100,7 @@ class Row:
 
     def grads(self, outputs: Any, **options: Any) -> Any:
         outputs = [each for each in outputs if each.requires_grad]
-        return torch.autograd.grad(loss(outputs), self.leaves, allow_unused=True, materialize_grads=True, **options)
-
-
-def loss(outputs: Any) -> Any:
-    return sum((each.sin() * torch.linspace(-1, 2, each.numel(), **DOUBLE).view(each.shape)).sum() for each in outputs)
+        return torch.autograd.grad(loss_of(outputs), self.leaves, allow_unused=True, materialize_grads=True, **options)
 
 
 def first(row: Row) -> Any:
@@ -133,7 +129,7 @@ def mapped(row: Row) -> Any:
 
 
 def mapped_gradient(row: Row) -> Any:
-    function = grad(lambda *leaves: loss(row.of(*leaves)), tuple(range(len(row.leaves))))
+    function = grad(lambda *leaves: loss_of(row.of(*leaves)), tuple(range(len(row.leaves))))
     return vmap(function)(*(torch.stack([each, each.cos()]).detach() for each in row.leaves))
 
 
