@@ -527,7 +527,7 @@ PLAIN = [
 ]
 FEATURES = [of_features(mingru, "", row) for row in [*PLAIN, *cover(LAYER, is_possible)]]
 MIXED_IMAGES = conv(
-    "MinConv2dGRU with mixed gates", 2, 16, gate="mixed", bidirectional=True, num_layers=2, norm="group"
+    "MinConv2dGRU with mixed gates", 2, 16, gate=["mixed", "sigmoid"], bidirectional=True, num_layers=2, norm="group"
 )
 IMAGES = [*(of_images(row) for row in cover(CONV, is_possible_of_images)), MIXED_IMAGES]
 PROJECTED, MINLSTM = (INPUT, 5, 2), {"proj_size": 2, "cell": "minlstm"}
@@ -582,8 +582,8 @@ BLOCKS = [
     block(cell="gru", expansion=1.2, block_size=2, conv=2),
     *(block(**row) for row in cover(BLOCK)),
 ]
-SEVERAL_GATES = {"gate": ["sigmoid", "quaternion", "rotation"], "min_decay": [0.0, 0.25, 0.5], "bidirectional": True}
-MIXED = case("MinGRU with mixed gates", mingru.MinGRU, INPUT, 8, 3, residual=True, norm="rms", **SEVERAL_GATES)
+SEVERAL_GATES = {"gate": ["sigmoid", "quaternion", "rotation"], "min_decay": [0.0, 0.25, 0.5], "candidate": "tanh"}
+MIXED = case("MinGRU with mixed gates", mingru.MinGRU, INPUT, 8, 3, residual=True, **BOTH, **SEVERAL_GATES)
 # Layers and cells of one linear map or convolution.
 ONE_MAP = [
     case("MinGRU", mingru.MinGRU, INPUT, 5),

@@ -287,7 +287,7 @@ def convolved(x, weights, prefix, **geometry):
 def convolutions(rnn, x, h=None, reset=None):
     """Compute a convolutional layer in float64 from its weights, with x (B, S, C, *space) and without dropout."""
     weights = {name: weight.double() for name, weight in rnn.named_parameters()}
-    cell = "mingru" if rnn.gate == "sigmoid" else f"mingru_{rnn.gate}"
+    start = max(initial_state(layer.cell, layer.candidate) for layer in rnn.layers)
     num_directions, over_space = rnn.num_directions, (-1, *[1] * rnn.num_space_dims)
     x, last = x.double(), []
     for index in range(rnn.num_layers):
@@ -304,13 +304,13 @@ def convolutions(rnn, x, h=None, reset=None):
         outs = []
         for direction, name in enumerate(["conv", "conv_reverse"][:num_directions]):
             gate, candidate = convolved(y, weights, prefix + name, **geometry).chunk(2, 2)
-            initial = weights.get(prefix + "initial_state")
-            initial = None if initial is None else initial[direction]
+            initial = weights.get(prefix + "initial_state", torch.full((2,), start).double())[direction]
             before = initial if h is None else h[index * num_directions + direction].double()
             cut = reset
             if direction == 1 and reset is not None:
                 cut = torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
-            out = CELLS[cell](gate, candidate, before, cut, rnn.candidate, initial, reverse=direction == 1)
+            layer = rnn.layers[index]
+            out = CELLS[layer.cell](gate, candidate, before, cut, layer.candidate, initial, reverse=direction == 1)
             outs.append(out)
             last.append(out[:, :1] if direction else out[:, -1:])
         out = torch.cat(outs, 2)
