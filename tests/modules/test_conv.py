@@ -10,7 +10,7 @@ from cases import DOUBLE, IMAGES, TIGHT, grid, parametrized, some
 from torch import nn
 from torch.testing import assert_close
 
-from mingru import MinConv1dGRU, MinConv2dGRU, MinConv2dGRUCell, MinConv3dGRU, ops
+from mingru import MinConv1dGRU, MinConv2dGRU, MinConv3dGRU, ops
 from mingru.ops import in_cache
 
 IMAGE = (4, 8, 4, 5, 5)
@@ -169,6 +169,3 @@ def test_lists_and_tuples_are_the_callers_own():
     assert repr(rnn) == before
     _, states = rnn(x)
     assert_close(rnn(x, tuple(states)), rnn(x, states), rtol=0, atol=0)
-    # A batch of 4 sequences, and one sequence with 4 channels, have their channels in different places.
-    cell = MinConv2dGRUCell(4, 6, 1)
-    assert (cell(torch.zeros(4, 4, 7, 7)).shape, cell(torch.zeros(4, 7, 7)).shape) == ((4, 6, 7, 7), (6, 7, 7))
