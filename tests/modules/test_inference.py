@@ -217,14 +217,10 @@ STILL_IN_ONE = [
     ("Block", "data", lambda module, linear: setattr(linear.weight, "data", torch.randn(2 * DIMS, DIMS))),
     ("Block", "load", lambda module, linear: module.load_state_dict(MODULES["Block"]().state_dict())),
     ("Block", "assign", lambda module, linear: module.load_state_dict(MODULES["Block"]().state_dict(), assign=True)),
-    ("Block", "mlp", None),
     ("Block", "longer MLP", lambda module, linear: module.mlp.append(nn.Linear(DIMS, DIMS))),
     ("Block", "mlp", mlp(nn.LayerNorm(DIMS))),
     ("MinGRU", NORM, None),
-    ("plain", NORM, nn.RMSNorm(DIMS)),
     ("MinGRU", f"{NORM}.eps", 0.5),
-    ("MinGRU", f"{NORM}.eps", None),
-    ("MinGRU", "layers.1.align", nn.Linear(DIMS, DIMS, bias=False)),
     ("MinGRU", "layers.0.align", nn.Linear(DIMS, DIMS)),
     ("MinGRUCell", "batch_first", False),
     ("Block", f"rnn.{LINEAR}", nn.Linear(DIMS, 2 * DIMS)),
@@ -233,7 +229,6 @@ STILL_IN_ONE = [
     ("MinLSTM", "layers.0.candidate", "tanh"),
     ("plain", "layers.0.cell", "mingru_signed"),
     ("plain", "layers.0.min_decay", 0.5),
-    ("plain", "layers.0.residual", True),
     ("MinGRU", "layers.0.residual", False),
     ("plain", f"{LINEAR}._parameters", dict(nn.Linear(DIMS, 2 * DIMS)._parameters)),
     ("Block", "_modules", MODULES["Block"]()._modules),
@@ -452,12 +447,6 @@ def test_contexts_in_which_modules_are_called_one_by_one(name):
         with torch.device(device):
             assert inside(torch.no_grad(), reset=torch.ones(2, 3, dtype=torch.bool, device="cpu"))
             assert not inside(BaseTorchFunctionMode())
-    torch.set_default_device("meta")
-    module._plans = ()
-    try:
-        assert inside(torch.no_grad())
-    finally:
-        torch.set_default_device(None)
     for register in (nn.modules.module.register_module_forward_hook, module.register_forward_pre_hook):
         handle = register(lambda *_: None)
         assert not inside(torch.no_grad())
