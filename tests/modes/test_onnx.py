@@ -289,14 +289,9 @@ class Pieces(torch.nn.Module):
         return {"a": out + 1, "b": (out * 2, out - 1)}
 
 
-class Echo(torch.nn.Module):
-    def forward(self, out):
-        return out + 1
-
-
 class Alone(torch.nn.Module):
-    def forward(self, x, mask=None, h=None):
-        return x if h is None else (x + h, h)
+    def forward(self, out, mask=None, h=None):
+        return out if h is None else (out + h, h)
 
 
 FILES = [
@@ -308,9 +303,10 @@ FILES = [
     # As many steps as the example has.
     (RNN, X, {"max_steps": 5}, [(7, 5, 3)], {"x": ["batch", "time", 3]}),
     (Pieces(), X[0], {"dynamic_shapes": ({1: Dim("time")},)}, [(5, 9)], {"out": [5, "time"]}),
-    # An output has another name than an input. The sizes of a model of one's own are those of the example.
-    (Echo(), X[0], {}, [(5, 3)], {"out": [5, 3]}),
-    (Alone(), ALONE, {"dynamic_shapes": SAME}, [(1, 6), (1, 6)], {"x": [1, "time"], "h": [1, "time"]}),
+    # The sizes of a model of one's own are those of the example.
+    (Pieces(), X[0], {}, [(5, 3)], {"out": [5, 3]}),
+    # An output has another name than an input.
+    (Alone(), ALONE, {"dynamic_shapes": SAME}, [(1, 6), (1, 6)], {"out": [1, "time"], "h": [1, "time"]}),
 ]
 
 
@@ -393,7 +389,7 @@ BAD_CALLS = {
     r"x must be of one step .*, got \(2, 5, 3\); use x.narrow\(1, 0, 1\)": (RNN, X, STEP),
     "max_steps must be at least the 5 steps of the example, got 4": (RNN, X, MOST),
     "max_steps must be None because x has no time": (mingru.MinGRUCell(3, 4), X[0], MOST),
-    r"must be \(x, h, ...\) because kind is 'step' and the model is not a class of .*, got only x": (Echo(), X, STEP),
+    r"must be \(x, h, ...\) because kind is 'step' and the model is not a class of .*, got only x": (Pieces(), X, STEP),
 }
 
 

@@ -23,29 +23,22 @@ def hooked(module: nn.Module, x: Any) -> Any:
     return module(x)
 
 
+def within(context: Any) -> Any:
+    def way(module: nn.Module, x: Any) -> Any:
+        with context:
+            return module(x)
+
+    return way
+
+
 def noted(module: Any, x: Any) -> Any:
     module.hidden = module(x)
     return module(x)
 
 
-def in_a_device_context(module: nn.Module, x: Any) -> Any:
-    with torch.device("meta"):
-        return module(x)
-
-
-def autocast(module: nn.Module, x: Any) -> Any:
-    with torch.autocast("cpu", torch.bfloat16):
-        return module(x)
-
-
 def with_lengths(module: nn.Module, x: Any) -> Any:
     batch_dim = 0 if getattr(module, "batch_first", True) else 1
     return module(x, lengths=torch.tensor([x.shape[1 - batch_dim], 3]))
-
-
-def without_gradients(module: nn.Module, x: Any) -> Any:
-    with torch.no_grad():
-        return module(x)
 
 
 def changed_weights(module: nn.Module, x: Any) -> Any:
@@ -64,10 +57,10 @@ EAGER = {
     "plain": lambda module, x: module(x),
     "hook of the module": hooked,
     "note": noted,
-    "device context": in_a_device_context,
-    "autocast": autocast,
+    "device context": within(torch.device("meta")),
+    "autocast": within(torch.autocast("cpu", torch.bfloat16)),
     "lengths": with_lengths,
-    "no gradients": without_gradients,
+    "no gradients": within(torch.no_grad()),
     "functional_call": changed_weights,
     "checkpoint": lambda module, x: checkpoint(module, x, use_reentrant=False),
     "bfloat16": lambda module, x: module.bfloat16()(x.bfloat16()),
