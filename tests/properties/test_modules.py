@@ -61,15 +61,18 @@ def test_parameters_are_drawn_again_as_by_the_constructor(case):
 @parametrized(some(ROWS, 8))
 def test_shapes_on_the_device_meta(case):
     module, given = case.make(device="meta"), case.given()
-    lengths = {"lengths": torch.tensor([4, 0, 2])} if "lengths" in case.takes else {}
     out, states = case.call(case.make(), **given)
     assert all(weight.is_meta for weight in module.parameters())
     given = {name: [each.to("meta") for each in value] if name == "h" else value for name, value in given.items()}
     given = {name: value if name == "h" else value.to("meta") for name, value in given.items()}
-    for names in ((), ("h", "reset")):
+    for names, device in (((), "meta"), (("h", "reset"), "cpu")):
+        lengths = {"lengths": torch.tensor([4, 0, 2], device=device)} if "lengths" in case.takes else {}
         on_meta = case.call(module, **{name: value for name, value in given.items() if name not in names}, **lengths)
         for found, expected in zip([on_meta[0], *on_meta[1]], [out, *states], strict=True):
             assert found.is_meta and found.shape == expected.shape
+        # Not even gradients read lengths, for which a GPU would wait.
+        sum(each.sum() for each in tensors(on_meta)).backward()
+        assert all(weight.grad.shape == weight.shape for weight in module.parameters() if "h" not in names)
 
 
 @parametrized([*FEATURES, *STEPS, *IMAGES, *cases.LIKE_TORCH])
