@@ -6,7 +6,6 @@ Two classes agree on an idiom if both return equal values and leave equal gradie
 """
 
 import copy
-import io
 import pickle
 import re
 import warnings
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import assert_equal, tensors
+from cases import assert_equal, tensors, through_a_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_sequence
@@ -40,11 +39,8 @@ class Model(nn.Module):
 
 
 def loaded(rnn, allowed=(), weights_only=True):
-    file = io.BytesIO()
-    torch.save(rnn, file)
-    file.seek(0)
     with torch.serialization.safe_globals(list(allowed)):
-        return torch.load(file, weights_only=weights_only)
+        return through_a_file(rnn, weights_only=weights_only)
 
 
 def init(module):
