@@ -26,15 +26,6 @@ pytestmark = [
 LEAST_LEAK = 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _only_new_objects():
-    """Let the garbage collector skip the objects of tests before, which would take most of the time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class Mallinfo2(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_size_t)
