@@ -122,3 +122,9 @@ def test_frozen_recurrent_weights(recompute):
     rnn.layers[0].recurrent.requires_grad_(False)
     out = rnn(x)[0]
     assert_equal(torch.autograd.grad(out.square().sum(), others), before, rtol=0, atol=0)
+
+
+def test_a_reset_before_one_training_step():
+    rnn, reset = mingru.GRU(3, 4), torch.tensor([[True], [False]])
+    given = torch.randn(2, 1, 3), torch.randn(1, 2, 1, 4), reset
+    assert_close(rnn(*given), mingru.use_backend("sequential")(rnn.forward)(*given))

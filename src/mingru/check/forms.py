@@ -225,8 +225,9 @@ def check_call(
     else:
         table = bind(layer, layer._tables(), x, layer._weight_of_x())
         shape = x.shape
-    given = {"h": None if h is None else h[0], "reset": reset, "lengths": lengths, "dt": dt}
-    check_given(layer, table, x, shape, cell or getattr(layer, "cell", ""), **given)
+    if h is not None or reset is not None or lengths is not None or dt is not None:
+        given = {"h": None if h is None else h[0], "reset": reset, "lengths": lengths, "dt": dt}
+        check_given(layer, table, x, shape, cell or getattr(layer, "cell", ""), **given)
     return table
 
 
