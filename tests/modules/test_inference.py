@@ -447,6 +447,13 @@ def test_contexts_in_which_modules_are_called_one_by_one(name):
         with torch.device(device):
             assert inside(torch.no_grad(), reset=torch.ones(2, 3, dtype=torch.bool, device="cpu"))
             assert not inside(BaseTorchFunctionMode())
+            # With gradients, it is left for the modules, unless a hook may rely on it.
+            assert_same_as_one_by_one(module, x)
+            assert plan.run(module, x, None, None, False) is not None
+            handle = [*module.modules()][-1].register_forward_hook(lambda *_: None)
+            assert plan.run(module, x, None, None, False) is None
+            handle.remove()
+    assert plan.run(module, x, None, None, False) is None
     for register in (nn.modules.module.register_module_forward_hook, module.register_forward_pre_hook):
         handle = register(lambda *_: None)
         assert not inside(torch.no_grad())

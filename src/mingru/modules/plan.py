@@ -15,6 +15,7 @@ import operator
 import weakref
 from collections.abc import Iterator
 from itertools import repeat
+from types import NoneType
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +49,12 @@ class Planned(Protocol):
     def _trace(self, x: Traced, h: list[State]) -> tuple[Traced, list[State]]: ...
     def _state_shapes(self, batch: int) -> list[tuple[int, ...]]: ...
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]: ...
+    def _check_all(
+        self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
+    ) -> None: ...
+    def _compute(
+        self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
+    ) -> Outputs: ...
 
 
 def plannable(cls: type[nn.Module]) -> type[nn.Module]:
@@ -270,15 +277,27 @@ def run(
     if type(x) is Traced:
         x.recording.require(module.role == "sequence", time_first == x.recording.time_first)
         return module._trace(x, states)  # type: ignore[return-value]
-    if torch.is_grad_enabled() or is_compiling():
+    if is_compiling():
         return None
     if not names_of_torch.is_torch_function_mode_enabled():
-        return _run(module, x, states, reset, time_first, dt)
+        return None if torch.is_grad_enabled() else _run(module, x, states, reset, time_first, dt)
     if not is_device_context():
         return None
     # Otherwise the context would be called for every attribute of a tensor.
     with names_of_torch.DisableTorchFunction():
-        return _run(module, x, states, reset, time_first, dt)
+        if not torch.is_grad_enabled():
+            return _run(module, x, states, reset, time_first, dt)
+        return _run_known(module, x, states, reset, dt)
+
+
+def _run_known(module: Planned, x: Tensor, states: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> Outputs | None:
+    """Call a module without its device context, if it contains no code of a program, which may rely on the context."""
+    given = [x, reset, dt, *(states if isinstance(states, (list, tuple)) else ())]
+    found = current_plan(module) if {*map(type, given)} <= {Tensor, NoneType} and _is_for_native(x) else None
+    if found is None or not found[0].is_open():
+        return None
+    module._check_all(x, states, reset, None, dt)
+    return module._compute(x, states, reset, None, dt)
 
 
 def _run(
