@@ -17,7 +17,7 @@ def check_range(name: str, argument: str, values: Tensor, most: float, expected:
     least, largest = (each.item() for each in torch.aminmax(values))
     if not (least >= 0 and largest <= most):
         wrong = values[~((values >= 0) & (values <= most))]
-        raise ValueError(expectation(name, argument, expected, str(wrong[0].item()))) from None
+        raise ValueError(expectation(name, argument, expected, str(wrong[0].item())))
     return largest
 
 
