@@ -32,15 +32,15 @@ def expectation(name: str, argument: str, expected: str, got: str, remedy: str =
 
 
 @contextmanager
-def reworded(kinds: dict[type[Exception], type[Exception]], names: dict[str, str]) -> Iterator[None]:
-    """Raise errors of the block as other kinds, and with other names of arguments."""
+def reworded(names: dict[str, str]) -> Iterator[None]:
+    """Raise a ValueError of the block with other names of arguments."""
     try:
         yield
-    except tuple(kinds) as error:
+    except ValueError as error:
         text = str(error)
         for name, other in names.items():
             text = text.replace(name, other)
-        raise kinds.get(type(error), type(error))(text) from None
+        raise ValueError(text) from None
 
 
 def require(

@@ -56,7 +56,7 @@ class DropIn(Recurrent):
         require(name, "proj_size", proj_size < hidden_size, "smaller than hidden_size", str(proj_size))
         is_possible = proj_size == 0 or options["residual"] != "highway"
         require(name, "proj_size", is_possible, "0 because residual is 'highway'", str(proj_size))
-        with reworded({ValueError: ValueError}, {"input_dims": "input_size", "hidden_dims": "hidden_size"}):
+        with reworded({"input_dims": "input_size", "hidden_dims": "hidden_size"}):
             super().__init__(input_dims=input_size, hidden_dims=hidden_size, proj_size=proj_size, **options)
         self.input_size, self.hidden_size, self.forget_bias = input_size, hidden_size, float(given)
         self.output_dims = self.num_directions * (proj_size or hidden_size)

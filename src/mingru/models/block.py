@@ -158,7 +158,7 @@ class Block(Composite, role="sequence", planned=True):
         self.input_dims = self.output_dims = dims
         sizes = {"input_dims": "dims", "hidden_dims": "dims" if expansion == 1 else "round(expansion * dims)"}
         names = {f"{name_of(LAYERS[cell])}: {name}": f"{self.name}: {by}" for name, by in sizes.items()}
-        with reworded({ValueError: ValueError}, names):
+        with reworded(names):
             self.rnn = LAYERS[cell](dims, round(expansion * dims), norm=norm, **options)
         self.out = nn.Linear(self.rnn.output_dims, dims, bias, **factory)
         self.conv = None if conv is None else CausalConv(dims, conv, bias, **factory)

@@ -194,7 +194,7 @@ class GRU(Recurrent, planned=True):
         require(name, "gru", is_gru, "a torch.nn.GRU without hooks", got, remedy, TypeError)
         (weight, *_), hidden = gru.all_weights[0], gru.hidden_size
         sizes = gru.input_size, hidden, gru.num_layers, gru.bias, gru.batch_first, gru.dropout, gru.bidirectional
-        with reworded({ValueError: ValueError}, {f"{name_of(cls)}: hidden_dims": f"{name}: hidden_size"}):
+        with reworded({f"{name_of(cls)}: hidden_dims": f"{name}: hidden_size"}):
             rnn = cls(*sizes, block_size=block_size, device=weight.device, dtype=weight.dtype)
         for ours, (of_input, of_state, *biases) in zip(rnn._weights(name), gru.all_weights, strict=True):
             width = ours[2].shape[1]
