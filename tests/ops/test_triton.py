@@ -358,7 +358,7 @@ def test_torch_runs_if_a_kernel_fails(call, fails, break_kernel):
     x = torch.rand(2, 5, 8, device=DEVICE)
     with mingru.use_backend("torch"):
         expected = CALLS[call](x)
-    backward, scan = lambda args: args["grad_out"] is not None, lambda args: "scan" in args["CELL"]
+    backward, scan = lambda args: args["sequences"][1] != (), lambda args: "scan" in args["CELL"]
     break_kernel(math.inf, {"the backward pass": backward, "the linear scan": scan}.get(fails, lambda args: True))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -377,7 +377,7 @@ def test_a_failure_concerns_one_kernel(break_kernel, use_tiling):
     tried = []
 
     def fails(args):
-        tried.append((args["CELL"], args["inputs"][0][0].dtype, args["T"]))
+        tried.append((args["CELL"], args["inputs"][0][0].dtype, args["TILING"].steps))
         return tried[-1] == ("minlstm", torch.float32, 4)
 
     break_kernel(math.inf, fails)

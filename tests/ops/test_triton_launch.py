@@ -120,7 +120,7 @@ SEQUENCE = (X[1:], 5, 3)
 SELECTING = [
     *[{"inputs": ((X, number, 3),)} for number in (2**31, -(2**31) - 1)],
     *[{"inputs": (SEQUENCE, (X,))}, {"inputs": ((X.half(), 5, 3),)}, {"out": SEQUENCE}, {"bound": (0.0,) * 4}],
-    *[{"CELL": "minlstm"}, {"EVEN": True}, {"tiling": TILING._replace(warps=2)}, {"T": 2}, {"STAGES": 2}],
+    *[{"CELL": "minlstm"}, {"EVEN": True}, {"tiling": TILING._replace(warps=2)}, {"TILING": TILING}],
 ]
 # Other values.
 NOT_SELECTING = [

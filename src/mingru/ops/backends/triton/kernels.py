@@ -20,6 +20,7 @@ features, and the kernel multiplies them by V. That tells the compiler how addre
 compiler moves no load over a store.
 """
 
+from collections import namedtuple
 from inspect import signature
 
 import triton
@@ -27,7 +28,7 @@ import triton.language as tl
 
 from ...cells import parts_of
 from .cells import cell
-from .math import INFINITY
+from .math import INFINITY, is_there
 from .scan import (
     carries,
     changes_of,
@@ -48,45 +49,190 @@ from .scan import (
 parts_of_cell = triton.constexpr_function(parts_of)
 
 
+# What a program computes: the features (1, F) of a sequence, or of a segment of it. `part` counts segments of all
+# sequences; `segment` and `summaries`, the index of the first summary of the sequence, are () if there is one segment.
+# `unit` (1, F / V) counts groups of V features, and `there` tells which features there are.
+Place = namedtuple("Place", "batch segment part summaries feature there unit num_features num_units")
+# Its steps, from `begin` to `end` of a sequence of `total` steps. Padding follows, until `padded_end`.
+Span = namedtuple("Span", "begin end padded_end total")
+# What is read of each step, each () if it is not there; the first input of a step that is not there, which keeps the
+# state; and the states before the first step and after a reset.
+Given = namedtuple("Given", "inputs keeping reset dt bound grad_out out earliest start")
+# The first step of each chunk (C, 1), its index or the rows of packed steps, the end of the steps and of the sequence,
+# and the features that are there, or True if all are.
+Tile = namedtuple("Tile", "u first rows end total there")
+
+
 @triton.jit
-def load_state(x, there, like, PARTS: tl.constexpr):
-    return number(tl.load(x, there, other=0.0).to(like.dtype), PARTS)
+def place_of(num_units, num_segments, C: tl.constexpr, F: tl.constexpr, V: tl.constexpr, SEGMENTS: tl.constexpr):
+    num_features = num_units * V
+    num_blocks = tl.cdiv(num_features, F)
+    program = tl.program_id(0)
+    part = (program // num_blocks).to(tl.int64)
+    block = program % num_blocks
+    feature = block * F + tl.arange(0, F)[None, :]
+    unit = block * (F // V) + tl.arange(0, F // V)[None, :]
+    batch, segment, summaries = part, (), ()
+    if SEGMENTS:
+        batch, segment = part // num_segments, (part % num_segments).to(tl.int32)
+        summaries = batch * num_segments * C * num_features + feature
+    return Place(batch, segment, part, summaries, feature, feature < num_features, unit, num_features, num_units)
+
+
+@triton.jit
+def span_of(place, num_steps, segment_steps, lengths):
+    begin, end, total = 0, num_steps, num_steps
+    if is_there(place.segment):
+        begin = place.segment * segment_steps
+        end = tl.minimum(begin + segment_steps, num_steps)
+    padded_end = end
+    if is_there(lengths):
+        total = tl.minimum(tl.maximum(tl.load(lengths + place.batch), 0), num_steps).to(tl.int32)
+        end = tl.minimum(end, total)
+    return Span(begin, end, padded_end, total)
 
 
 @triton.jit
 def begin(sequence, origin, feature, V: tl.constexpr):
     """Return a sequence from its first step in the order of the scan, and the stride to the next step, in elements."""
-    x, batch_stride, step = sequence
-    batch, first_row, sign = origin
-    step = step.to(tl.int64) * V
-    # `multiple_of` promises the alignment in bytes, on scalars, because the compiler loses it on other addresses.
-    ALIGNMENT: tl.constexpr = V * (x.dtype.element_ty.primitive_bitwidth // 8)
-    offset = batch * batch_stride * V + first_row * step
-    return tl.multiple_of(x + offset, ALIGNMENT) + feature, step * sign
-
-
-@triton.jit
-def at(sequence, first, t, rows):
-    """Return the addresses of step t of each chunk (C, 1); `first` is the index of its first step."""
-    x, step = sequence
-    if len(rows) > 0:
-        return x + rows[t] * step
-    else:
-        return x + (first * step + t * step)
-
-
-@triton.jit
-def time_of(elapsed, bound, A: tl.constexpr):
-    """Return the `time` of a step of each chunk, as the cells take it."""
-    if elapsed is None and bound is None:
+    if len(sequence) == 0:
         return ()
     else:
-        one = tl.full((1, 1), 1.0, A)
-        elapsed = one if elapsed is None else elapsed.to(A)
-        if bound is None:
-            return (elapsed,)
-        else:
-            return elapsed, one * bound[0] + bound[1], one * bound[2] + bound[3]
+        x, batch_stride, step = sequence
+        batch, first_row, sign = origin
+        step = step.to(tl.int64) * V
+        # `multiple_of` promises the alignment in bytes, on scalars, because the compiler loses it on other addresses.
+        ALIGNMENT: tl.constexpr = V * (x.dtype.element_ty.primitive_bitwidth // 8)
+        offset = batch * batch_stride * V + first_row * step
+        return tl.multiple_of(x + offset, ALIGNMENT) + feature, step * sign
+
+
+@triton.jit
+def begin_all(inputs, sequences, origin, feature, V: tl.constexpr):
+    """Return the inputs, and out, grad_out, reset and dt, from their first step."""
+    out, grad_out, reset, dt = sequences
+    strides, xs = inputs[0][1:], ()
+    for k in tl.static_range(len(inputs)):
+        # Of an input that is only memory, the strides are those of the one before it.
+        if len(inputs[k]) > 1:
+            strides = inputs[k][1:]
+        xs += (begin((inputs[k][0], strides[0], strides[1]), origin, feature, V),)
+    of_features = begin(out, origin, feature, V), begin(grad_out, origin, feature, V)
+    return xs, of_features[0], of_features[1], begin(reset, origin, 0, 1), begin(dt, origin, 0, 1)
+
+
+@triton.jit
+def load_number(x, there, zero, other=0.0):
+    return number(tl.load(x, there, other=other).to(zero[0].dtype), parts_in(zero))
+
+
+@triton.jit
+def load_state(h, place, zero):
+    if len(h) == 0:
+        return zero
+    else:
+        return load_number(h[0] + place.batch * h[1] + place.feature, place.there, zero)
+
+
+@triton.jit
+def rows_of(u, offsets, backwards, place, total, COUNT: tl.constexpr):
+    """Return the rows of packed steps."""
+    rows = ()
+    if is_there(offsets):
+        for t in tl.static_range(COUNT):
+            time = tl.where(backwards != 0, total - 1 - (u + t), u + t)
+            rows += (tl.load(offsets + time, u + t < total, other=0) + place.batch,)
+    return rows
+
+
+@triton.jit
+def at(sequence, tile, t):
+    """Return the addresses of step t of each chunk (C, 1)."""
+    x, step = sequence
+    if len(tile.rows) > 0:
+        return x + tile.rows[t] * step
+    else:
+        return x + (tile.first * step + t * step)
+
+
+@triton.jit
+def time_of(elapsed, bound, zero):
+    """Return the `time` of a step of each chunk, as the cells take it."""
+    if not is_there(elapsed) and len(bound) == 0:
+        return ()
+    else:
+        one = tl.full((1, 1), 1.0, zero[0].dtype)
+        elapsed = elapsed.to(zero[0].dtype) if is_there(elapsed) else one
+        return (elapsed,) if len(bound) == 0 else (elapsed, one * bound[0] + bound[1], one * bound[2] + bound[3])
+
+
+@triton.jit
+def load_tile(given, tile, zero, KEEPING: tl.constexpr, T: tl.constexpr):
+    """Return for each step of a chunk what `coefficients` takes, and the mask of its resets or ()."""
+    steps, resets = (), ()
+    for t in tl.static_range(T):
+        u, x = tile.u + t, ()
+        here = u < tile.end
+        mask = here & tile.there
+        for k in tl.static_range(len(given.inputs)):
+            other = given.keeping if k == 0 else KEEPING[k]
+            x += (load_number(at(given.inputs[k], tile, t), mask, zero, other),)
+        # Not None, because Triton 3.6 compiles no tuple that has it.
+        reset = () if len(given.reset) == 0 else tl.load(at(given.reset, tile, t), here, other=0) != 0
+        # Steps that are not there have a time of 0.
+        elapsed = () if len(given.dt) == 0 else tl.load(at(given.dt, tile, t), here, other=0.0)
+        delta = () if len(given.grad_out) == 0 else load_number(at(given.grad_out, tile, t), mask, zero)
+        previous = ()
+        if len(given.out) > 0:
+            # The state before the first step is not in `out`.
+            inside = (u < tl.minimum(tile.end, tile.total - 1)) & tile.there
+            previous = load_number(at(given.out, tile, t + 1), inside, zero)
+            previous = where(reset, given.start, where(u == tile.total - 1, given.earliest, previous))
+        steps += ((x, time_of(elapsed, given.bound, zero), delta, previous),)
+        resets += (reset,)
+    return steps, resets
+
+
+@triton.jit
+def coefficients(x, time, delta, previous, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """Return a and b of a step of the scan, and the derivatives of its state.
+
+    In the backward pass, `delta` is the gradient of the state, and `previous` the state before the step. `delta` is ()
+    in the forward pass, and `previous` if the derivatives are not needed.
+    """
+    a, b, derivatives = cell(x, time, CELL, ACTIVATION, EXACT)
+    if len(delta) == 0:
+        return a, b, ()
+    else:
+        return conjugate(a), delta, changes_of(derivatives, previous) if len(previous) > 0 else ()
+
+
+@triton.jit
+def store_step(written, tile, t, found, there, num_features):
+    """Write results of step t of each chunk, side by side."""
+    for k in tl.static_range(len(found)):
+        tl.store(at(written, tile, t) + k * num_features, found[k], (tile.u + t < tile.end) & there)
+
+
+@triton.jit
+def before_step(a, delta, reset):
+    """Return the carry of the backward pass before a step, and its part for the initial state."""
+    carry = times(a, delta)
+    to_initial = tl.where(reset, features(carry), 0.0) if is_there(reset) else 0.0
+    return where(reset, constant(carry, 0.0), carry), to_initial
+
+
+@triton.jit
+def fill_padding(written, of_dt, origin, place, span, zeros, COUNT: tl.constexpr):
+    """Write zeros. The padding is not reversed."""
+    C: tl.constexpr = zeros.shape[0]
+    for first in range(tl.maximum(span.begin, span.total), span.padded_end, C):
+        u = (first + tl.arange(0, C)[:, None]).to(tl.int64)
+        tile = Tile(u, (u - origin[1]) * origin[2], (), span.padded_end, span.total, place.there)
+        store_step(written, tile, 0, (zeros,) * COUNT, place.there, place.num_features)
+        if len(of_dt) > 0:
+            of_units = tl.zeros((C, place.unit.shape[1]), zeros.dtype)
+            store_step(of_dt, tile, 0, (of_units,), place.unit < place.num_units, 0)
 
 
 @triton.jit
@@ -100,20 +246,20 @@ def after(p, l, state, PARTS: tl.constexpr):
 
 
 @triton.jit
-def carry_into(segment, state, summaries, offset, there, num_features, C: tl.constexpr):
+def carry_into(state, summaries, place, C: tl.constexpr):
     """Return the state before each chunk of a segment (C, F), from the summaries of all segments before it, in their
-    order, and of its own chunks. `offset`: of the summaries of this batch element."""
+    order, and of its own chunks."""
     PARTS: tl.constexpr = parts_in(state)
     state, chunk = features(state), tl.arange(0, C)[:, None]
-    for before in range(segment):
-        whole = offset + (before * C + C - 1) * num_features
-        p = tl.load(summaries[0] + whole, there, other=1.0)
-        l = tl.load(summaries[1] + whole, there, other=0.0)
+    for before in range(place.segment):
+        whole = place.summaries + (before * C + C - 1) * place.num_features
+        p = tl.load(summaries[0] + whole, place.there, other=1.0)
+        l = tl.load(summaries[1] + whole, place.there, other=0.0)
         state = after(p, l, state, PARTS)
-    offset += (segment * C + chunk - 1) * num_features
+    offset = place.summaries + (place.segment * C + chunk - 1) * place.num_features
     is_later = chunk > 0
-    p = tl.load(summaries[0] + offset, there & is_later, other=1.0)
-    l = tl.load(summaries[1] + offset, there & is_later, other=0.0)
+    p = tl.load(summaries[0] + offset, place.there & is_later, other=1.0)
+    l = tl.load(summaries[1] + offset, place.there & is_later, other=0.0)
     return number(tl.where(is_later, after(p, l, state, PARTS), state), PARTS)
 
 
@@ -136,78 +282,51 @@ def summary(p, l, any_reset):
 
 
 @triton.jit
-def coefficients(x, time, delta, previous, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """Return a and b of a step of the scan, and the derivatives of its state.
+def store_summary(summaries, found, place, C: tl.constexpr):
+    offset = place.summaries + (place.segment * C + tl.arange(0, C)[:, None]) * place.num_features
+    tl.store(summaries[0] + offset, found[0], place.there)
+    tl.store(summaries[1] + offset, found[1], place.there)
 
-    In the backward pass, `delta` is the gradient of the state, and `previous` the state before the step. `delta` is ()
-    in the forward pass, and `previous` if the derivatives are not needed.
-    """
-    a, b, derivatives = cell(x, time, CELL, ACTIVATION, EXACT)
-    if len(delta) == 0:
-        return a, b, ()
-    else:
-        return conjugate(a), delta, changes_of(derivatives, previous) if len(previous) > 0 else ()
+
+@triton.jit
+def store_sums(memory, sums, place):
+    """Write sums over the chunks and steps of a segment, side by side."""
+    if is_there(memory):
+        for k in tl.static_range(len(sums)):
+            offset = (place.part * len(sums) + k) * place.num_features + place.feature
+            tl.store(memory + offset, tl.sum(sums[k], 0)[None, :], place.there)
 
 
 @triton.jit
 def recurrence_kernel(
-    CELL: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    KEEPING: tl.constexpr,
-    C: tl.constexpr,
-    T: tl.constexpr,
-    F: tl.constexpr,
-    V: tl.constexpr,
-    EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
-    num_steps,
-    num_units,
-    num_segments,
-    segment_steps,
-    backwards,
-    # Sequences. All others are None if they are not there. An input that is only memory has the strides of the one
-    # before it.
-    inputs,
-    out=None,
-    grad_out=None,
-    # The gradients of all inputs, side by side.
-    grads=None,
-    reset=None,
-    # Elapsed times; None if they are all 1.
-    dt=None,
-    # Sums over the features of a unit, (num_units) for each elapsed time.
-    grad_dt=None,
-    # States (B, N) and their strides of batch.
-    h=None,
-    initial_state=None,
-    # States of dense memory: `after` is the state after the last step, or the gradient of h.
-    grad_last=None,
-    after=None,
-    # Sums over the steps of a segment, (B, num_segments, N) and (B, num_segments, num_inputs N).
-    grad_initial_state=None,
-    grad_bias=None,
-    # Offset of each packed step, and length of each sequence, packed or padded.
-    offsets=None,
-    lengths=None,
-    # Decay and last state from a state of 0 of the chunks of a segment until each chunk, (B, num_segments, C, N).
-    summaries=None,
-    # log(m) and log(1 - m) of the lower bound m of the decay, each as a float32 number and the rest of it.
-    bound=None,
-):
+    CELL: tl.constexpr, ACTIVATION: tl.constexpr, KEEPING: tl.constexpr, TILING: tl.constexpr, V: tl.constexpr,
+    EVEN: tl.constexpr, sizes, backwards, inputs, sequences, states, results, packing, summaries, bound,
+):  # fmt: skip
     """Compute all states, or with `grad_out` the gradients; or without `out`, the summaries of segments.
 
     In the backward pass, u counts from the last step of the recurrence to its first; `backwards` refers to that order.
     The state is then the carry, the gradient of the state before a step: c = a (dL/dh + c of the following step).
     Across a reset, c is added to the gradient of the initial state and continues as 0.
+
+    `launch.GROUPS` names what is in the tuples; () is what is not there, and `dt` if all times are 1. `summaries`: the
+    decay and the last state from 0 of all chunks of a segment until each one, (B, num_segments, C, N). `bound`: log(m)
+    and log(1 - m) of the lower bound m of the decay, each as a float32 number and the rest of it.
     """
-    BACKWARD: tl.constexpr = grad_out is not None
-    PACKED: tl.constexpr = offsets is not None
-    SEGMENTS: tl.constexpr = summaries is not None
-    SUMMARY: tl.constexpr = out is None
+    num_steps, num_units, num_segments, segment_steps = sizes
+    out, grad_out, reset, dt = sequences
+    h, initial_state, grad_last = states
+    grads, grad_dt, after, grad_initial_state, grad_bias = results
+    offsets, lengths = packing
+    C: tl.constexpr = TILING.chunks
+    T: tl.constexpr = TILING.steps
+    F: tl.constexpr = TILING.features
+    BACKWARD: tl.constexpr = len(grad_out) > 0
+    SEGMENTS: tl.constexpr = len(summaries) > 0
+    SUMMARY: tl.constexpr = len(out) == 0
     NUM_INPUTS: tl.constexpr = len(inputs)
     dtype: tl.constexpr = inputs[0][0].dtype.element_ty
-    EXACT: tl.constexpr = dtype == tl.float32
     A: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    EXACT: tl.constexpr = dtype == tl.float32
     PARTS: tl.constexpr = parts_of_cell(CELL)
     MAY_GROW: tl.constexpr = CELL == "linear_scan" or CELL == "complex_linear_scan" or CELL == "quaternion_linear_scan"
     # Chunks need all a first. In the backward pass, float32 takes fewer instructions if all steps are derived first,
@@ -215,106 +334,44 @@ def recurrence_kernel(
     COMBINED: tl.constexpr = C > 1 and not SEGMENTS
     FIRST: tl.constexpr = not BACKWARD or COMBINED or EXACT or SUMMARY
 
-    num_features = num_units * V
-    num_blocks = tl.cdiv(num_features, F)
-    program = tl.program_id(0)
-    batch = (program // num_blocks).to(tl.int64)
-    block = program % num_blocks
-    feature = block * F + tl.arange(0, F)[None, :]
-    unit = block * (F // V) + tl.arange(0, F // V)[None, :]
-    there = feature < num_features
-    begin_at, end, total = 0, num_steps, num_steps
-    sums_of = batch
-    if SEGMENTS:
-        segment = (batch % num_segments).to(tl.int32)
-        batch = batch // num_segments
-        begin_at = segment * segment_steps
-        end = tl.minimum(begin_at + segment_steps, num_steps)
-        summaries_at = batch * num_segments * C * num_features + feature
-    end_of_padding = end
-    if lengths is not None:
-        total = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), num_steps).to(tl.int32)
-        end = tl.minimum(end, total)
-    chunk = tl.arange(0, C)[:, None]
-
-    real = tl.zeros((C if SUMMARY else 1, F), A)
-    zero = number(real, PARTS)
-    state, start, decay, any_reset = zero, zero, constant(zero, 1.0), tl.zeros((C, 1), tl.int1)
-    state_at = batch * num_features + feature
-    if not SUMMARY:
-        earliest = load_state(h[0] + batch * h[1] + feature, there, real, PARTS)
-        state = load_state(grad_last + state_at, there, real, PARTS) if BACKWARD else earliest
-    if initial_state is not None:
-        start = load_state(initial_state[0] + batch * initial_state[1] + feature, there, real, PARTS)
+    place = place_of(num_units, num_segments, C, F, V, SEGMENTS)
+    span = span_of(place, num_steps, segment_steps, lengths)
+    zero = number(tl.zeros((C if SUMMARY else 1, F), A), PARTS)
+    earliest, state_at = load_state(h, place, zero), place.batch * place.num_features + place.feature
+    state = load_number(grad_last + state_at, place.there, zero) if BACKWARD and not SUMMARY else earliest
+    decay, any_reset = constant(zero, 1.0), tl.zeros((C, 1), tl.int1)
+    start = load_state(initial_state, place, zero)
     if SEGMENTS and not SUMMARY:
-        state = carry_into(segment, state, summaries, summaries_at, there, num_features, C)
+        state = carry_into(state, summaries, place, C)
 
-    first_row, sign = 0, 1
-    if not PACKED:
-        first_row, sign = (backwards * (total - 1)).to(tl.int64), 1 - 2 * backwards
-    origin = batch, first_row, sign
-    strides, xs = inputs[0][1:], ()
-    for k in tl.static_range(NUM_INPUTS):
-        if len(inputs[k]) > 1:
-            strides = inputs[k][1:]
-        xs += (begin((inputs[k][0], strides[0], strides[1]), origin, feature, V),)
-    if BACKWARD:
-        grad_out = begin(grad_out, origin, feature, V)
-    if not SUMMARY:
-        out = begin(out, origin, feature, V)
-        written = begin(grads, origin, feature, V) if BACKWARD else out
-    if reset is not None:
-        reset = begin(reset, origin, 0, 1)
-    if grad_dt is not None:
-        strides = dt[1].to(tl.int64) * num_units, dt[2].to(tl.int64) * num_units
-        grad_dt = begin((grad_dt, strides[0], strides[1]), origin, unit, 1)
-    if dt is not None:
-        dt = begin(dt, origin, 0, 1)
+    origin = place.batch, 0, 1
+    if not is_there(offsets):
+        origin = place.batch, (backwards * (span.total - 1)).to(tl.int64), 1 - 2 * backwards
+    of_dt = ()
+    if is_there(grad_dt):
+        of_dt = begin((grad_dt, dt[1].to(tl.int64) * num_units, dt[2].to(tl.int64) * num_units), origin, place.unit, 1)
+    xs, out, grad_out, reset, dt = begin_all(inputs, sequences, origin, place.feature, V)
+    written = begin(grads, origin, place.feature, V) if BACKWARD else out
+    # The other parts of a number are 0.
+    keeping = tl.where(place.feature % PARTS == 0, KEEPING[0], 0.0).to(dtype) if PARTS > 1 else KEEPING[0]
+    given = Given(xs, keeping, reset, dt, bound, grad_out, out if BACKWARD else (), earliest, start)
 
-    keeping = KEEPING[0]
-    if PARTS > 1:
-        # The other parts of a number are 0.
-        keeping = tl.where(feature % PARTS == 0, KEEPING[0], 0.0).to(dtype)
     # Of the gradients of the initial state and of the inputs.
     sums = (tl.zeros((C, F), A),) * (NUM_INPUTS + 1)
     # Steps from a chunk to the next one, and from a tile to the next one.
-    apart, tile_steps, last_tile = T, C * T, end
+    chunk, apart, tile_steps, last_tile = tl.arange(0, C)[:, None], T, C * T, span.end
     if SEGMENTS:
         apart = segment_steps // C
-        tile_steps, last_tile = T, tl.minimum(begin_at + apart, end)
-    for tile in tl.range(begin_at, last_tile, tile_steps, num_stages=1 if SUMMARY else STAGES):
-        u = tile + chunk * apart
-        first = u.to(tl.int64)
-        rows, masks, resets, steps, ready = (), (), (), (), ()
-        if PACKED:
-            # The backward pass needs one more, because the previous state is in the row of the next u.
-            for t in tl.static_range(T + BACKWARD):
-                time = tl.where(backwards != 0, total - 1 - (u + t), u + t)
-                rows += (tl.load(offsets + time, u + t < total, other=0) + batch,)
-        for t in tl.static_range(T):
-            here = u + t < end
-            mask = here if EVEN else here & there
-            masks += (mask,)
-            x = ()
-            for k in tl.static_range(NUM_INPUTS):
-                loaded = tl.load(at(xs[k], first, t, rows), mask, other=keeping if k == 0 else KEEPING[k])
-                x += (number(loaded.to(A), PARTS),)
-            resets += (() if reset is None else tl.load(at(reset, first, t, rows), here, other=0) != 0,)
-            # Steps that are not there have a time of 0.
-            elapsed = None if dt is None else tl.load(at(dt, first, t, rows), here, other=0.0)
-            # Not None, because Triton 3.6 compiles no tuple that has it.
-            delta, previous = (), ()
-            if BACKWARD:
-                delta = load_state(at(grad_out, first, t, rows), mask, real, PARTS)
-            if BACKWARD and not SUMMARY:
-                # The state before the first step is not in `out`.
-                inside = u + t < tl.minimum(end, total - 1)
-                previous = load_state(at(out, first, t + 1, rows), inside if EVEN else inside & there, real, PARTS)
-                previous = where(resets[t], start, where(u + t == total - 1, earliest, previous))
-            steps += ((x, time_of(elapsed, bound, A), delta, previous),)
+        tile_steps, last_tile = T, tl.minimum(span.begin + apart, span.end)
+    for first in tl.range(span.begin, last_tile, tile_steps, num_stages=1 if SUMMARY else TILING.stages):
+        u = first + chunk * apart
+        # The backward pass needs one more row, because the previous state is in the row of the next u.
+        rows = rows_of(u, offsets, backwards, place, span.total, T + BACKWARD)
+        tile = Tile(u, u.to(tl.int64), rows, span.end, span.total, True if EVEN else place.there)
+        steps, resets = load_tile(given, tile, zero, KEEPING, T)
+        ready, before = (), state
         for t in tl.static_range(T if FIRST else 0):
             ready += (coefficients(*steps[t], CELL, ACTIVATION, EXACT),)
-        before = state
         if COMBINED:
             before, state = carries(ready, resets, None if BACKWARD else start, state, MAY_GROW)
         for t in tl.static_range(T):
@@ -322,53 +379,31 @@ def recurrence_kernel(
             if SUMMARY:
                 before = step(before, a, b, resets[t], None if BACKWARD else start)
                 decay = times(a, decay)
-                if reset is not None:
-                    any_reset = any_reset | resets[t]
+                any_reset = any_reset | resets[t] if is_there(resets[t]) else any_reset
+            elif BACKWARD:
+                delta = plus(b, before)
+                found = gradients(delta, changes)
+                store_step(written, tile, t, found[:NUM_INPUTS], tile.there, place.num_features)
+                if is_there(grad_dt):
+                    of_units = tl.sum(tl.reshape(found[NUM_INPUTS], (C, F // V, V)), 2)
+                    store_step(of_dt, tile, t, (of_units,), place.unit < num_units, 0)
+                before, to_initial = before_step(a, delta, resets[t])
+                sums = plus(sums, (to_initial,) + found[:NUM_INPUTS])  # noqa: RUF005 (not in Triton)
             else:
-                if BACKWARD:
-                    delta = plus(b, before)
-                    found = gradients(delta, changes)
-                else:
-                    before = step(before, a, b, resets[t], start)
-                    found = (features(before),)
-                for k in tl.static_range(NUM_INPUTS if BACKWARD else 1):
-                    tl.store(at(written, first, t, rows) + k * num_features, found[k], masks[t])
-                if grad_dt is not None:
-                    by_unit = tl.sum(tl.reshape(found[NUM_INPUTS], (C, F // V, V)), 2)
-                    tl.store(at(grad_dt, first, t, rows), by_unit, (u + t < end) & (unit < num_units))
-                if BACKWARD:
-                    before = times(a, delta)
-                    to_initial = tl.where(resets[t], features(before), 0.0) if reset is not None else 0.0
-                    before = where(resets[t], constant(before, 0.0), before)
-                    sums = plus(sums, (to_initial,) + found[:NUM_INPUTS])  # noqa: RUF005 (not in Triton)
-        if not COMBINED:
-            state = before
+                before = step(before, a, b, resets[t], start)
+                store_step(written, tile, t, (features(before),), tile.there, place.num_features)
+        state = state if COMBINED else before
 
-    if lengths is not None and not (PACKED or SUMMARY):
-        # The padding is not reversed.
-        for tile in range(tl.maximum(begin_at, total), end_of_padding, C):
-            padded = (tile + chunk).to(tl.int64)
-            inside, u = padded < end_of_padding, (padded - first_row) * sign
-            for k in tl.static_range(NUM_INPUTS if BACKWARD else 1):
-                tl.store(at(written, u, 0, ()) + k * num_features, tl.zeros((C, F), A), inside & there)
-            if grad_dt is not None:
-                tl.store(at(grad_dt, u, 0, ()), tl.zeros((C, F // V), A), inside & (unit < num_units))
-
+    if is_there(lengths) and not is_there(offsets) and not SUMMARY:
+        fill_padding(written, of_dt, origin, place, span, tl.zeros((C, F), A), NUM_INPUTS if BACKWARD else 1)
     if SUMMARY:
-        decays, states = summary(decay, state, any_reset)
-        summaries_at += (segment * C + chunk) * num_features
-        tl.store(summaries[0] + summaries_at, decays, there)
-        tl.store(summaries[1] + summaries_at, states, there)
+        store_summary(summaries, summary(decay, state, any_reset), place, C)
     else:
-        is_last = segment == num_segments - 1 if SEGMENTS else True
+        is_last = place.segment == num_segments - 1 if SEGMENTS else True
         if is_last:
-            tl.store(after + state_at, row(features(state), C - 1) if SEGMENTS else features(state), there)
-        if grad_initial_state is not None:
-            tl.store(grad_initial_state + sums_of * num_features + feature, tl.sum(sums[0], 0)[None, :], there)
-        if grad_bias is not None:
-            for k in tl.static_range(NUM_INPUTS):
-                place = (sums_of * NUM_INPUTS + k) * num_features + feature
-                tl.store(grad_bias + place, tl.sum(sums[k + 1], 0)[None, :], there)
+            tl.store(after + state_at, row(features(state), C - 1) if SEGMENTS else features(state), place.there)
+        store_sums(grad_initial_state, sums[:1], place)
+        store_sums(grad_bias, sums[1:], place)
 
 
 PARAMETERS = tuple(signature(recurrence_kernel.fn).parameters)

@@ -29,6 +29,17 @@ Args = dict[str, Any]
 Key = tuple[torch.device, int, object]
 
 _SEVERAL = ("inputs", "summaries")
+# What the kernel takes as one argument. `grad_last` is dense and has no stride. `after` is the state after the last
+# step, or the gradient of h. `grad_dt` has sums over the features of a unit, (num_units) for each elapsed time. The
+# last two results are sums over the steps of a segment, (B, num_segments, N) and (B, num_segments, num_inputs N).
+# `offsets` are those of packed steps, and `lengths` those of sequences, packed or padded.
+GROUPS = {
+    "sizes": ("num_steps", "num_units", "num_segments", "segment_steps"),
+    "sequences": ("out", "grad_out", "reset", "dt"),
+    "states": ("h", "initial_state", "grad_last"),
+    "results": ("grads", "grad_dt", "after", "grad_initial_state", "grad_bias"),
+    "packing": ("offsets", "lengths"),
+}
 # Sequences of features, other sequences, and states of which any batch stride is taken. All others are dense.
 _FEATURES, _STEPS, _STATES = ("inputs", "out", "grad_out", "grads"), ("reset", "dt"), ("h", "initial_state")
 # What the backward pass reads besides, and the results of each pass. The last three are sums over the steps or features
@@ -83,7 +94,7 @@ def run(name: str, num_programs: int, tiling: Tiling, args: Args, again: bool = 
 def _start(key: Key, num_programs: int, args: Args) -> None:
     kernels, (device, warps, _), is_known = _kernels(), key, key in _compiled
     compiled, names = _compiled.get(key), kernels.PARAMETERS
-    values = [*map(args.get, names)]
+    values = [of_parameter(name, args) for name in names]
     with devices.current(device):
         if not is_known:
             stand_ins = [x if name.isupper() else stand_in(x) for name, x in zip(names, values, strict=True)]
@@ -96,6 +107,11 @@ def _start(key: Key, num_programs: int, args: Args) -> None:
 
 # The time of an import statement would be a part of each launch.
 _kernels = functools.cache(lambda: importlib.import_module(f"{__package__}.kernels"))
+
+
+def of_parameter(name: str, args: dict[str, Any]) -> Any:
+    """Return what the kernel takes as this parameter; () is what is not there."""
+    return tuple([args.get(each, ()) for each in GROUPS[name]]) if name in GROUPS else args.get(name, ())
 
 
 class _Pointer:
@@ -181,10 +197,11 @@ def _launches(name: str, call: Call, tiling: Tiling, unit: int, num_features: in
     # A whole number of tiles.
     segment_steps = -(-num_steps // (tiling.segments * tile)) * tile
     args = {"CELL": spec.cell, "ACTIVATION": spec.activation, "KEEPING": devices.CELLS[spec.cell], "V": unit}
-    args |= {"C": tiling.chunks, "T": tiling.steps, "F": tiling.features, "STAGES": tiling.stages}
-    args |= {"EVEN": num_features % tiling.features == 0, "backwards": int(spec.reverse != (name == "backward"))}
+    # The number of segments selects no kernel.
+    args |= {"TILING": tiling._replace(segments=1), "EVEN": num_features % tiling.features == 0}
+    args |= {"backwards": int(spec.reverse != (name == "backward")), "bound": _bound(spec.min_decay)}
     args |= {"num_steps": num_steps, "num_segments": tiling.segments, "segment_steps": segment_steps}
-    args |= {"num_units": num_features // unit, "bound": _bound(spec.min_decay)}
+    args["num_units"] = num_features // unit
     launches: list[Any] = []
     for own_forms in _of_launches(forms, 2 * [("summaries", accumulate_dtype(forms[0][1]), (), 0)], tiling):
         found: list[tuple[int, ...] | None] = []
@@ -324,10 +341,10 @@ def _packing(sizes: tuple[int, ...], num_rows: int, device: torch.device, stream
 
 
 @functools.cache
-def _bound(min_decay: float) -> tuple[float, ...] | None:
+def _bound(min_decay: float) -> tuple[float, ...]:
     """Return log(m) and log(1 - m) of the lower bound m of the decay, each as a float32 number and the rest."""
     if min_decay == 0:
-        return None
+        return ()
     # Triton passes numbers as float32, and kernels of float64 need more digits.
     pairs = ((number, ctypes.c_float(number).value) for number in (math.log(min_decay), math.log1p(-min_decay)))
     return tuple(part for number, rounded in pairs for part in (rounded, number - rounded))
