@@ -88,7 +88,7 @@ class Compiled:
     def __init__(self, case: Case, target: str) -> None:
         self.target = TARGETS[target]
         self.tiling, args = launched(case, self.target)
-        values = {name: launch.of_parameter(name, args) for name in PARAMETERS}
+        values = dict(zip(PARAMETERS, launch.values_of(args), strict=True))
         # Constants have names in capitals.
         signature = {k: "constexpr" if k.isupper() else mangle_type(launch.stand_in(x)) for k, x in values.items()}
         constexprs = {name: value for name, value in values.items() if name.isupper()}

@@ -116,6 +116,8 @@ def test_random_calls_are_launched_with_a_kernel_for_their_types(driver):
 
 TILING, X = launch.Tiling(1, 1, 32, 1, 1, None), torch.zeros(32)
 SEQUENCE = (X[1:], 5, 3)
+ARGS = launch.NOTHING | {"CELL": "mingru", "EVEN": False, "inputs": (SEQUENCE,), "num_steps": 5, "backwards": 1}
+ARGS |= dict.fromkeys(("ACTIVATION", "KEEPING", "TILING", "V", "bound"), ())
 # Other types and constants.
 SELECTING = [
     *[{"inputs": ((X, number, 3),)} for number in (2**31, -(2**31) - 1)],
@@ -132,7 +134,7 @@ NOT_SELECTING = [
 @pytest.mark.parametrize(("change", "count"), [(each, 2) for each in SELECTING] + [(each, 1) for each in NOT_SELECTING])
 def test_types_and_constants_select_a_kernel_and_values_do_not(change, count, driver):
     for changed in ({}, change, {}, change):
-        args = {"CELL": "mingru", "EVEN": False, "inputs": (SEQUENCE,), "num_steps": 5, "backwards": 1, **changed}
+        args = ARGS | changed
         tiling = args.pop("tiling", TILING)
         launch.run("forward", 1, tiling, args | {"TYPES": launch.types_of(args)})
     assert len(driver.compiled) == count

@@ -3,7 +3,9 @@
 import ctypes
 import functools
 import importlib
+import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +42,8 @@ GROUPS = {
     "results": ("grads", "grad_dt", "after", "grad_initial_state", "grad_bias"),
     "packing": ("offsets", "lengths"),
 }
+# () is what is not there.
+NOTHING: Args = dict.fromkeys(itertools.chain(("inputs", "summaries"), *GROUPS.values()), ())
 # Sequences of features, other sequences, and states of which any batch stride is taken. All others are dense.
 _FEATURES, _STEPS, _STATES = ("inputs", "out", "grad_out", "grads"), ("reset", "dt"), ("h", "initial_state")
 # What the backward pass reads besides, and the results of each pass. The last three are sums over the steps or features
@@ -93,11 +97,11 @@ def run(name: str, num_programs: int, tiling: Tiling, args: Args, again: bool = 
 
 def _start(key: Key, num_programs: int, args: Args) -> None:
     kernels, (device, warps, _), is_known = _kernels(), key, key in _compiled
-    compiled, names = _compiled.get(key), kernels.PARAMETERS
-    values = [of_parameter(name, args) for name in names]
+    compiled, values = _compiled.get(key), values_of(args)
     with devices.current(device):
         if not is_known:
-            stand_ins = [x if name.isupper() else stand_in(x) for name, x in zip(names, values, strict=True)]
+            named = zip(kernels.PARAMETERS, values, strict=True)
+            stand_ins = [x if name.isupper() else stand_in(x) for name, x in named]
             # Fusion is given, because the default differs between versions of Triton.
             compiled = kernels.recurrence_kernel.warmup(*stand_ins, grid=(1,), num_warps=warps, enable_fp_fusion=True)
         # The interpreter compiles nothing.
@@ -109,9 +113,14 @@ def _start(key: Key, num_programs: int, args: Args) -> None:
 _kernels = functools.cache(lambda: importlib.import_module(f"{__package__}.kernels"))
 
 
-def of_parameter(name: str, args: dict[str, Any]) -> Any:
-    """Return what the kernel takes as this parameter; () is what is not there."""
-    return tuple([args.get(each, ()) for each in GROUPS[name]]) if name in GROUPS else args.get(name, ())
+@functools.cache
+def _reads() -> list[Callable[[Args], Any]]:
+    return [operator.itemgetter(*GROUPS.get(name, (name,))) for name in _kernels().PARAMETERS]
+
+
+def values_of(args: Args) -> list[Any]:
+    """Return what the kernel takes, in the order of its parameters."""
+    return [read(args) for read in _reads()]
 
 
 class _Pointer:
@@ -196,9 +205,9 @@ def _launches(name: str, call: Call, tiling: Tiling, unit: int, num_features: in
     tile, is_packed = tiling.chunks * tiling.steps, batch_sizes is not None
     # A whole number of tiles.
     segment_steps = -(-num_steps // (tiling.segments * tile)) * tile
-    args = {"CELL": spec.cell, "ACTIVATION": spec.activation, "KEEPING": devices.CELLS[spec.cell], "V": unit}
+    args = NOTHING | {"CELL": spec.cell, "ACTIVATION": spec.activation, "KEEPING": devices.CELLS[spec.cell]}
     # The number of segments selects no kernel.
-    args |= {"TILING": tiling._replace(segments=1), "EVEN": num_features % tiling.features == 0}
+    args |= {"TILING": tiling._replace(segments=1), "EVEN": num_features % tiling.features == 0, "V": unit}
     args |= {"backwards": int(spec.reverse != (name == "backward")), "bound": _bound(spec.min_decay)}
     args |= {"num_steps": num_steps, "num_segments": tiling.segments, "segment_steps": segment_steps}
     args["num_units"] = num_features // unit
@@ -229,7 +238,7 @@ def _filled(args: Args, named: Sequence[tuple[str, object]], strides: Sequence[t
     args = args.copy()
     for (name, x), own in zip(named, strides, strict=True):
         operand = x if own is None else (x, *own)
-        args[name] = (*args.get(name, ()), operand) if name in _SEVERAL else operand
+        args[name] = (*args[name], operand) if name in _SEVERAL else operand
     return args
 
 
