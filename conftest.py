@@ -45,6 +45,15 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def _one_thread():
+    """Use one thread: sums are in another order with more, and threads wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace):
     doctest_namespace["mingru"] = mingru

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -232,6 +233,15 @@ def refuses(error: type[BaseException], message: str, call: Callable[..., Any], 
     """Check that a call raises this error, whose message contains the pattern."""
     with pytest.raises(error, match=message or None):
         call(*args, **options)
+
+
+def outcome(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Return what a call returns, or the type and the text of its error."""
+    torch.manual_seed(2)  # for dropout
+    try:
+        return call(*args, **options)
+    except Exception as error:
+        return type(error), str(error)
 
 
 def in_a_process(code: str, *arguments: str, **variables: str) -> str:
@@ -660,9 +670,6 @@ def _four() -> int:
     return 4
 
 
-@contextmanager
-def small_chunks() -> Iterator[None]:
+def small_chunks() -> Any:
     """Use chunks of 4 steps instead of 16, because exporting then takes a third of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_in_graphs, "chunk_size", _four)
-        yield
+    return mock.patch.object(torch_in_graphs, "chunk_size", _four)

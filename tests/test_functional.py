@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import ALL_BACKENDS, EXACT, TIGHT, grid
+from cases import ALL_BACKENDS, EXACT, TIGHT, graded, grid
 from torch import nn
 from torch.testing import assert_close
 
@@ -58,13 +58,6 @@ def test_activations_of_half_width_round_as_few_times_as_their_steps(name, dtype
     above, below = (v + 0.5, v.sigmoid()) if name == "g" else ((v + 0.5).log(), F.logsigmoid(v))
     error, allowed = ((value.double() - exact).abs().max() for value in (out, torch.where(v >= 0, above, below)))
     assert out.dtype == dtype and 0 < error <= 2 * allowed
-
-
-def with_gradient(form, *leaves):
-    """Return the outputs of a form, and the gradients of its arguments."""
-    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
-    outs = form(*leaves)
-    return [*outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), leaves)]
 
 
 # The paper's scan
@@ -138,13 +131,12 @@ def test_every_function_is_the_reference(name, steps):
     """Values and gradients, on each backend."""
     function, truth, *shapes = TRUTHS[name]
     given = [torch.randn(eval(f"[{', '.join(shape.split())}]", {"S": steps})).double() for shape in shapes]
-    expected = with_gradient(lambda *leaves: [truth(*leaves)], *given)
+    expected = graded(nn.Module(), truth, given)
     is_chosen = name.startswith(("m", "gru", "linear_scan"))
     for backend in ALL_BACKENDS if is_chosen else (None,):
         options = {"backend": backend} if is_chosen else {}
         if backend != "log" or name in ("mingru", "minlstm"):
-            found = with_gradient(lambda *leaves, options=options: [function(*leaves, **options)], *given)
-            assert_close(found, expected, **TIGHT)
+            assert_close(graded(nn.Module(), functools.partial(function, **options), given), expected, **TIGHT)
 
 
 def test_the_log_form_loses_accuracy_with_length_and_the_torch_form_does_not():

@@ -25,6 +25,9 @@ from common import widest
 from programs import ROOT, load, refusal
 from torch.testing import assert_close
 
+# As in subprocesses.
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
 
 class Program(NamedTuple):
     options: str
@@ -489,15 +492,6 @@ def main(*arguments):
 
 def refused(*arguments):
     return refusal(main, *arguments)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the subprocess: sums are in another order with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

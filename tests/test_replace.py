@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import assert_equal, graded, grid, one_process, refuses, tensors, with_threads
+from cases import assert_equal, graded, grid, one_process, outcome, refuses, tensors, with_threads
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -153,19 +153,9 @@ def doubled(model, x):
     return torch.func.functional_call(model, {name: 2 * each for name, each in model.named_parameters()}, x)
 
 
-def with_layer_in_graph(model, x):
-    with torch._dynamo.config.patch(allow_rnn=True):
-        return torch.compile(model, backend="eager")(x)
-
-
 def with_other_device(model, x):
     with torch.device("meta"):
         return model(x)
-
-
-def in_ddp(model, x):
-    with one_process():
-        return trained(nn.parallel.DistributedDataParallel(model), x)
 
 
 def changed_before_backward(model, x):
@@ -210,13 +200,15 @@ MODES = {
     "functional_call": lambda model, x: list(graded(model, lambda x: doubled(model, x), (x,)).values()),
     "parametrizations": after(lambda model: parametrizations.orthogonal(model.rnn, "weight_hh_l0"), trained),
     "prune": after(lambda model: prune.l1_unstructured(model.rnn, "weight_hh_l0", 0.5)),
-    "DDP": in_ddp,
+    "DDP": one_process()(lambda model, x: trained(nn.parallel.DistributedDataParallel(model), x)),
     "weight_norm": after(lambda model: weight_norm(model.rnn, "weight_hh_l0"), trained),
     "quantize_dynamic": after(lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.GRU})),
     "export": lambda model, x: torch.export.export(model, (x,)).module()(x + 1),
     "make_fx": lambda model, x: make_fx(model)(x)(x + 1),
     "compile": lambda model, x: torch.compile(model, backend="eager")(x),
-    "compile of the layer": with_layer_in_graph,
+    "compile of the layer": torch._dynamo.config.patch(allow_rnn=True)(
+        lambda model, x: torch.compile(model, backend="eager")(x)
+    ),
     "other default device": with_other_device,
     "a hook": after(lambda model: model.rnn.register_forward_hook(lambda *given: (given[2][0] * 2, given[2][1]))),
     "deepcopy": after(copy.deepcopy),
@@ -365,13 +357,6 @@ UNUSUAL = {
 }
 
 
-def outcome(run, *args):
-    try:
-        return tensors(run(*args))
-    except Exception as error:
-        return type(error), str(error)
-
-
 @pytest.mark.usefixtures("_always")
 # oneDNN reads beyond weights of states that are too small.
 @pytest.mark.parametrize(
@@ -390,7 +375,7 @@ def test_what_is_wrong_is_as_torchs(edit, kind):
     else:
         WRONG[edit](rnn), WRONG[edit](own)
     expected, got = (outcome(each, x, h) for each in (rnn, own))
-    if isinstance(expected[0], Tensor):
+    if tensors(expected):
         assert_equal(got, expected, rtol=1e-4, atol=1e-4)
     else:
         assert got == expected

@@ -17,12 +17,13 @@ SHORT = {
 }
 
 
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("name", SHORT)
 def test_a_short_run_is_recorded_and_not_repeated(name, tmp_path, monkeypatch, capsys):
     program, options, count, num_rows = SHORT[name]
     monkeypatch.setattr(words, "LENGTHS", (8, 16, 24, 32))
     monkeypatch.setattr(chomsky, "FAR", (40, 44))
-    path, threads = tmp_path / f"{name}.json", torch.get_num_threads()
+    path = tmp_path / f"{name}.json"
     arguments = [*options.split(), "--json", str(path), *(["--seeds", "3"] if name == "copying" else [])]
     program.main(arguments)
     found = json.loads(path.read_text())
@@ -38,7 +39,6 @@ def test_a_short_run_is_recorded_and_not_repeated(name, tmp_path, monkeypatch, c
         monkeypatch.setattr(common, "where", lambda each=processor: {**found["where"], "processor": each})
         with pytest.raises(SystemExit, match="name a new file by --json"):
             program.main([*arguments, "--device", device])
-    torch.set_num_threads(threads)
 
 
 # The output of a task for a list of symbols.

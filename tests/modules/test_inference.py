@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import DOUBLE, ROWS, case, needs_kernels, parametrized, some, tensors, with_threads
+from cases import DOUBLE, ROWS, case, needs_kernels, outcome, parametrized, some, tensors, with_threads
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import BaseTorchFunctionMode
@@ -29,15 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:mingru. using the slower backend:RuntimeWarning"),
 ]
 DIMS = 4
-
-
-def outcome(function, *args, **kwargs):
-    """Return what a call returns, or the type and the text of its error."""
-    torch.manual_seed(2)  # for dropout
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:
-        return type(error), str(error)
 
 
 def one_by_one(function, *args, **kwargs):
