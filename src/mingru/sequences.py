@@ -65,8 +65,8 @@ def elapsed_times(
     remedy = instead_of_a_tensor("t", t)[1]
     remedy += "; convert numpy.datetime64 with .astype('int64') before" * hasattr(t, "__array__")
     require(name, "t", isinstance(t, Tensor), f"a tensor {letters}", type(t).__name__, remedy, TypeError)
-    if t.is_complex() or t.dtype == torch.bool:
-        raise TypeError(expectation(name, "t", "of a floating-point or integer dtype", str(t.dtype)))
+    is_valid = not t.is_complex() and t.dtype != torch.bool
+    require(name, "t", is_valid, "of a floating-point or integer dtype", str(t.dtype), error=TypeError)
     if t.dim() != 2:
         raise ValueError(expectation(name, "t", letters, dims(t.shape)))
     table = ELAPSED_TIMES.table(batch_first)
@@ -101,8 +101,8 @@ def elapsed_times(
 def _check_elapsed(name: str, dt: Tensor, t: Tensor, starts: Tensor, batch_first: bool) -> None:
     """Raise an error for the first time that is negative or NaN."""
     for index, step in (~(dt >= 0)).nonzero().tolist()[:1]:
-        if starts[index, step]:
-            raise ValueError(expectation(name, "first", "at least 0", f"{dt[index, step].item()} for sequence {index}"))
+        got = f"{dt[index, step].item()} for sequence {index}"
+        require(name, "first", not starts[index, step], "at least 0", got)
         place = f"[{index}, {step}]" if batch_first else f"[{step}, {index}]"
         got = f"{t[index, step].item()} after {t[index, step - 1].item()} at t{place}"
         remedy = "sort the observations; for padding pass lengths, for concatenated sequences reset"
@@ -193,9 +193,8 @@ def check_resets(rnn: Callable[..., Any], x: Tensor, h: object, reset: Tensor, o
     def errors(flags: Tensor) -> Tensor:
         """Return the largest error in each sequence."""
         found: Tensor = rnn(x, h, reset=flags)[0]
-        if found.shape != out.shape:
-            expected = f"of the shape of a pass, {dims(found.shape)}"
-            raise ValueError(expectation(name, "out", expected, dims(out.shape)))
+        expected = f"of the shape of a pass, {dims(found.shape)}"
+        require(name, "out", found.shape == out.shape, expected, dims(out.shape))
         return (found - out).abs().movedim(1 - time, 0).flatten(1).amax(1)
 
     def fits(flags: Tensor, unknown: int) -> bool:

@@ -64,10 +64,8 @@ class RecurrentOptions(Options):
         """Raise an error if a layer has one input feature and its norm is 0; warn if its norm is a sign."""
         if size > 1 or self.norm is None:
             return
-        expected, remedy = (
-            "at least 2 because norm is 'layer', which makes one feature 0",
-            "use more, or leave norm out",
-        )
+        expected = "at least 2 because norm is 'layer', which makes one feature 0"
+        remedy = "use more, or leave norm out"
         require(self.name, argument, self.norm != "layer", expected, str(size), remedy)
         text = f"{self.name}: norm='rms' leaves only the sign of one feature, and {argument} is {size}; {remedy}"
         warnings.warn(text, stacklevel=level_of_the_caller())

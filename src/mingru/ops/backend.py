@@ -37,8 +37,6 @@ class Kernel:
     """If True, the kernel takes packed sequences. If False, it takes the results of `layout.padded_call`."""
     lengths: bool = False
     """Whether the kernel takes the lengths of padded sequences, on the device of x, and skips the padding."""
-    autocast: bool = False
-    """Whether autocast may use the kernel of a linear map, whose tensors are then cast before the call."""
     whole: bool = False
     """Whether the kernel of a linear map includes a norm of x and an output gate."""
     cells: Container[str] = tuple(NUM_INPUTS)

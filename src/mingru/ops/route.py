@@ -220,10 +220,8 @@ def fused_with(linear: Any, way: Way, call: Call, norm: nn.Module | None = None,
     if way.mode.is_autocast:
         # For few rows, as in a step, `linear` is faster, because autocast casts its weights once for all calls.
         is_small = spec.cell != "gru" and x.shape[:-1].numel() * _CASTS < weight.numel()
-        if not kernel.autocast or (is_small and not way.mode.is_compiled):
-            return None
-        tensors = _autocast(x, weight, bias)
-        return Call(spec, [*tensors], context, layout) if norm is None and tensors is not None else None
+        tensors = None if norm is not None or (is_small and not way.mode.is_compiled) else _autocast(x, weight, bias)
+        return None if tensors is None else Call(spec, [*tensors], context, layout)
     if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
         return None
     call = Call(spec, [x, weight, bias], context, layout)

@@ -244,7 +244,7 @@ def _linear_backward(spec: Spec, given: Given, time_first: bool, saved: Given, n
 _CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, "gru", "lstm")]
 # Of a `Spec`, what these kernels compute and others don't.
 _FIELDS = FLAGS.keys() & Spec._fields
-_ALL = dict.fromkeys(("packed", "lengths", "autocast", "whole"), True)
+_ALL = dict.fromkeys(("packed", "lengths", "whole"), True)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
     unsupported=_unsupported,

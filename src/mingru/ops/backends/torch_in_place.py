@@ -148,5 +148,5 @@ def _chunks_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reve
 # Numbers with several parts need a scan of their own.
 _CELLS = [cell for cell in NUM_INPUTS if parts_of(cell) == 1]
 _KERNEL = Kernel(_forward, _backward, packed=False, cells=_CELLS)
-_OF_GRU = Kernel(by_torch, None, packed=True, lengths=True, autocast=True, cells=["gru"])
+_OF_GRU = Kernel(by_torch, None, packed=True, lengths=True, cells=["gru"])
 BACKEND = Backend(scan=scan, kernel=_KERNEL, linear_kernel=_OF_GRU)

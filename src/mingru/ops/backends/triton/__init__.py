@@ -155,7 +155,7 @@ def _backend(eager: Run) -> Backend:
     options: Any = {"packed": True, "lengths": True, "cells": CELLS}
     kernel = Kernel(partial(_forward, eager), partial(_backward, eager), **options)
     passes = partial(_linear_forward, eager), partial(_linear_backward, eager)
-    return Backend(unavailable, unsupported, kernel=kernel, linear_kernel=Kernel(*passes, autocast=True, **options))
+    return Backend(unavailable, unsupported, kernel=kernel, linear_kernel=Kernel(*passes, **options))
 
 
 # If the caller selected the backend, a kernel that fails is an error.

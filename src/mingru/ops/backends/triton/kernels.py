@@ -128,10 +128,7 @@ def load_number(x, there, zero, other=0.0):
 
 @triton.jit
 def load_state(h, place, zero):
-    if len(h) == 0:
-        return zero
-    else:
-        return load_number(h[0] + place.batch * h[1] + place.feature, place.there, zero)
+    return zero if len(h) == 0 else load_number(h[0] + place.batch * h[1] + place.feature, place.there, zero)
 
 
 @triton.jit
@@ -149,10 +146,7 @@ def rows_of(u, offsets, backwards, place, total, COUNT: tl.constexpr):
 def at(sequence, tile, t):
     """Return the addresses of step t of each chunk (C, 1)."""
     x, step = sequence
-    if len(tile.rows) > 0:
-        return x + tile.rows[t] * step
-    else:
-        return x + (tile.first * step + t * step)
+    return x + (tile.rows[t] * step if len(tile.rows) > 0 else tile.first * step + t * step)
 
 
 @triton.jit
@@ -201,10 +195,8 @@ def coefficients(x, time, delta, previous, CELL: tl.constexpr, ACTIVATION: tl.co
     in the forward pass, and `previous` if the derivatives are not needed.
     """
     a, b, derivatives = cell(x, time, CELL, ACTIVATION, EXACT)
-    if len(delta) == 0:
-        return a, b, ()
-    else:
-        return conjugate(a), delta, changes_of(derivatives, previous) if len(previous) > 0 else ()
+    changes = changes_of(derivatives, previous) if len(previous) > 0 else ()
+    return (a, b, ()) if len(delta) == 0 else (conjugate(a), delta, changes)
 
 
 @triton.jit
@@ -264,8 +256,8 @@ def carry_into(state, summaries, place, C: tl.constexpr):
 
 
 @triton.jit
-def summary(p, l, any_reset):
-    """Return the decay and the last state from 0, as features (C, F), of all chunks until each one, from its own."""
+def store_summary(summaries, p, l, any_reset, place):
+    """Write the decay and the last state from 0, as features (C, F), of all chunks until each one, from its own."""
     PARTS: tl.constexpr = parts_in(p)
     C: tl.constexpr = p[0].shape[0]
     marked, ends, chunk = tl.where(any_reset, INFINITY, features(p)), features(l), tl.arange(0, C)[:, None]
@@ -278,14 +270,9 @@ def summary(p, l, any_reset):
         for here in range(C):
             state = after(row(marked, here), row(ends, here), state, PARTS)
             states = tl.where(chunk == here, state, states)
-    return decays, states
-
-
-@triton.jit
-def store_summary(summaries, found, place, C: tl.constexpr):
-    offset = place.summaries + (place.segment * C + tl.arange(0, C)[:, None]) * place.num_features
-    tl.store(summaries[0] + offset, found[0], place.there)
-    tl.store(summaries[1] + offset, found[1], place.there)
+    offset = place.summaries + (place.segment * C + chunk) * place.num_features
+    tl.store(summaries[0] + offset, decays, place.there)
+    tl.store(summaries[1] + offset, states, place.there)
 
 
 @triton.jit
@@ -397,7 +384,7 @@ def recurrence_kernel(
     if is_there(lengths) and not is_there(offsets) and not SUMMARY:
         fill_padding(written, of_dt, origin, place, span, tl.zeros((C, F), A), NUM_INPUTS if BACKWARD else 1)
     if SUMMARY:
-        store_summary(summaries, summary(decay, state, any_reset), place, C)
+        store_summary(summaries, decay, state, any_reset, place)
     else:
         is_last = place.segment == num_segments - 1 if SEGMENTS else True
         if is_last:

@@ -113,9 +113,7 @@ def _start(key: Key, num_programs: int, args: Args) -> None:
 _kernels = functools.cache(lambda: importlib.import_module(f"{__package__}.kernels"))
 
 
-@functools.cache
-def _reads() -> list[Callable[[Args], Any]]:
-    return [operator.itemgetter(*GROUPS.get(name, (name,))) for name in _kernels().PARAMETERS]
+_reads = functools.cache(lambda: [operator.itemgetter(*GROUPS.get(name, (name,))) for name in _kernels().PARAMETERS])
 
 
 def values_of(args: Args) -> list[Any]:
