@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import mingru
 from mingru.ops.backends import native
+from mingru.ops.call import spec_of
 from mingru.ops.cells import NUM_INPUTS
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,13 @@ def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, rev
     ):
         run = getattr(torch.ops.mingru, operator)
         torch.library.opcheck(run.default, args, test_utils=checks)
+
+
+def test_the_operator_of_a_gru_keeps_torchs_contract():
+    h, x, weight, bias = torch.rand(3, 1, 5), torch.randn(3, 20, 4), torch.randn(15, 4), torch.randn(15)
+    given = [h, h, None, None, torch.randn(15, 5), torch.randn(5), None, None, x]
+    call = native.arguments(spec_of("gru", "tanh", False, 0.0), given, False, True)
+    torch.library.opcheck(torch.ops.mingru.linear_recurrence_forward.default, (x, weight, bias, *call, 0.0))
 
 
 def test_operators_refuse_what_would_read_past_the_end():
