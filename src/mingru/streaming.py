@@ -105,8 +105,9 @@ class Sessions:
         """Begin a session from a snapshot, and return its slot."""
         check_type("Sessions", "snapshot", snapshot, Tensor, "a tensor that snapshot returned")
         like = _flat(self._of_slot(self.slots))
-        expected, got = (f"{dims(each.shape)} of {each.dtype}" for each in (like, snapshot))
-        require("Sessions", "snapshot", got == expected, f"{expected}, as those of this model", got)
+        if snapshot.shape != like.shape or snapshot.dtype != like.dtype:
+            expected, got = (f"{dims(each.shape)} of {each.dtype}" for each in (like, snapshot))
+            raise ValueError(expectation("Sessions", "snapshot", f"{expected}, as those of this model", got))
         with self._lock:
             if not self._free:
                 raise ValueError(f"Sessions: all {self.slots} slots are open; close one, or make more slots")

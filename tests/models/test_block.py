@@ -17,7 +17,6 @@ from mingru.models import Block
 from mingru.models.causal_conv import CausalConv
 from mingru.ops.causal_conv import causal_conv, composed
 
-pytestmark = pytest.mark.usefixtures("_one_thread")
 DIMS, B, S = 5, 3, 11
 
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from mingru import models
 from mingru.models import LanguageModel
 
-pytestmark = pytest.mark.usefixtures("_one_thread")
 FILES = {"config.json", "model.safetensors"}
 ALL_OPTIONS = {
     "tied": False,

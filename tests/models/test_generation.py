@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from mingru.models import LanguageModel, generation, map_state
 from mingru.models.generation import Sampling
 
-pytestmark = pytest.mark.usefixtures("_one_thread")
 V = 13
 MODELS = {
     "plain": {},

@@ -1,6 +1,7 @@
 """The language model: compiled, checkpointed and quantized, its values, arguments, and groups of an optimizer."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -13,7 +14,6 @@ from torch.testing import assert_close
 
 from mingru.models import LanguageModel, map_state
 
-pytestmark = pytest.mark.usefixtures("_one_thread")
 VOCAB, DIMS = 11, 8
 ALL = ("state", "reset", "lengths")
 GIVEN = [(), ("state",), ("state", "reset"), ("state", "lengths"), ALL]
@@ -141,6 +141,18 @@ def varied(**options):
         for weight in lm.parameters():
             weight.add_(torch.randn_like(weight) / 4)
     return lm
+
+
+def test_reset_parameters():
+    lm = varied(**EVERYTHING)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.fill_(math.nan)
+    lm.reset_parameters()
+    fresh = LanguageModel(VOCAB, DIMS, 2, **EVERYTHING)
+    for name, parameter in lm.named_parameters():
+        assert parameter.isfinite().all(), name
+        assert (parameter.std(correction=0) == 0) == (fresh.get_parameter(name).std(correction=0) == 0), name
 
 
 def test_the_logits_of_the_first_steps():
