@@ -111,8 +111,7 @@ def _start(key: Key, num_programs: int, args: Args) -> None:
 
 # The time of an import statement would be a part of each launch.
 _kernels = functools.cache(lambda: importlib.import_module(f"{__package__}.kernels"))
-
-
+# Made once, because each launch reads all arguments.
 _reads = functools.cache(lambda: [operator.itemgetter(*GROUPS.get(name, (name,))) for name in _kernels().PARAMETERS])
 
 
@@ -201,14 +200,13 @@ def _launches(name: str, call: Call, tiling: Tiling, unit: int, num_features: in
     """Return for each launch the arguments without tensors, and the strides of each tensor; None if it is dense."""
     (spec, _, _, (time_first, batch_sizes, _)), num_steps = call, _num_steps(call)
     tile, is_packed = tiling.chunks * tiling.steps, batch_sizes is not None
-    # A whole number of tiles.
-    segment_steps = -(-num_steps // (tiling.segments * tile)) * tile
     args = NOTHING | {"CELL": spec.cell, "ACTIVATION": spec.activation, "KEEPING": devices.CELLS[spec.cell]}
     # The number of segments selects no kernel.
     args |= {"TILING": tiling._replace(segments=1), "EVEN": num_features % tiling.features == 0, "V": unit}
     args |= {"backwards": int(spec.reverse != (name == "backward")), "bound": _bound(spec.min_decay)}
-    args |= {"num_steps": num_steps, "num_segments": tiling.segments, "segment_steps": segment_steps}
-    args["num_units"] = num_features // unit
+    args |= {"num_steps": num_steps, "num_segments": tiling.segments, "num_units": num_features // unit}
+    # A whole number of tiles.
+    args["segment_steps"] = -(-num_steps // (tiling.segments * tile)) * tile
     launches: list[Any] = []
     for own_forms in _of_launches(forms, 2 * [("summaries", accumulate_dtype(forms[0][1]), (), 0)], tiling):
         found: list[tuple[int, ...] | None] = []
