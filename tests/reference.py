@@ -150,7 +150,7 @@ def gru(r, z, c, weight, bias, h, reset, initial, reverse):
     """`weight` has the rows of torch.nn.GRU, each with the features of its block."""
     size = weight.shape[1]
     u_r, u_z, u_c = (torch.block_diag(*gate.split(size)) for gate in weight.chunk(3))
-    state, out = h.expand_as(c[:, :1]).squeeze(1), torch.empty_like(c)
+    state, out = h.expand_as(c[:, :1]).squeeze(1), c.clone()
     steps = range(c.shape[1])
     for t in reversed(steps) if reverse else steps:
         if reset is not None:

@@ -1,6 +1,7 @@
 """The functions as users call them: values at the edges, states, back ends, elapsed times, resets. Refusals: data/."""
 
 import functools
+import inspect
 import math
 import warnings
 
@@ -8,8 +9,9 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import ALL_BACKENDS, EXACT, TIGHT, graded, grid
+from cases import ALL_BACKENDS, DOUBLE, EXACT, TIGHT, assert_equal, graded, grid, tensors
 from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import mingru
@@ -100,6 +102,38 @@ def turned(gate, *args, **options):
     return functional.mingru(gate[..., ::2], *args, kind="rotation", angle=gate[..., 1::2], **options)
 
 
+def padded(x):
+    """Resets and lengths, of which one is 0, and the mask of the padding."""
+    lengths = torch.tensor([0, 1]) * ((x.shape[1] + 1) // 2)
+    return {"reset": RESET[:, : x.shape[1]], "lengths": lengths}, torch.arange(x.shape[1]) >= lengths[:, None]
+
+
+def scan_of_padded(a, b, h, **options):
+    given, padding = padded(a)
+    a, b = (each.masked_fill(padding[..., None], NAN) for each in (a, b))
+    return functional.linear_scan(a, b, h, **given, **options)
+
+
+def truth_of_padded(a, b, h):
+    given, padding = padded(a)
+    out = reference.linear_scan(a, b, h, reset=given["reset"])
+    return out.masked_fill(padding[..., None], 0.0), torch.cat([h, out], 1)[range(2), given["lengths"]].unsqueeze(1)
+
+
+def times_of_padded(t, first):
+    given, padding = padded(t)
+    return elapsed_times((t**2).cumsum(1).masked_fill(padding, NAN), first**2, **given)
+
+
+def gaps(t, first=None):
+    """Squares, in place of which resets have another number."""
+    found, (given, padding) = F.pad(t[:, 1:] ** 2, (1, 0))[:, : t.shape[1]], padded(t)
+    if first is None:
+        return found
+    is_first = given["reset"] | (torch.arange(t.shape[1]) == 0)
+    return torch.where(is_first, first[:, None] ** 2, found).masked_fill(padding, 0.0)
+
+
 # By name, and what else tells two apart: a function of numbers, its truth, and the shapes of its arguments.
 TWO, THREE = ("2 S 4",) * 2, ("2 S 4",) * 3
 TRUTHS = {
@@ -112,8 +146,10 @@ TRUTHS = {
     "gru": (functional.gru, gru, *THREE, "12 2"),
     "gru with everything": (with_resets(functional.gru), gru, *THREE, "12 4", "4", "2 1 4"),
     "linear_scan": (functional.linear_scan, lambda a, b: reference.linear_scan(a, b, torch.zeros(())), *TWO),
+    "linear_scan with everything": (scan_of_padded, truth_of_padded, *TWO, "2 1 4"),
     "parallel_scan_log": (functional.parallel_scan_log, scan_of_logarithms, "2 S 4", "2 S+1 4"),
-    "elapsed_times": (lambda t: elapsed_times((t**2).cumsum(1), 0.0), lambda t: F.pad(t[:, 1:] ** 2, (1, 0)), "2 S"),
+    "elapsed_times": (lambda t: elapsed_times((t**2).cumsum(1), 0.0), gaps, "2 S"),
+    "elapsed_times with everything": (times_of_padded, gaps, "2 S", "2"),
 }
 for kind in ("signed", "quaternion"):
     TRUTHS[f"mingru of kind {kind}"] = functools.partial(functional.mingru, kind=kind), of_kind(kind), *TWO
@@ -126,17 +162,52 @@ def test_every_function_has_a_truth():
     assert {name.split()[0] for name in TRUTHS} == {*dir(functional)} - {"reset_from_lengths", "check_resets"}
 
 
-@grid(name=TRUTHS, steps=[1, 2, 50])
+def numbers(name, steps):
+    sizes = (eval(f"[{', '.join(shape.split())}]", {"S": steps}) for shape in TRUTHS[name][2:])
+    return [torch.randn(each, **DOUBLE, requires_grad=True) for each in sizes]
+
+
+@grid(name=TRUTHS, steps=[0, 1, 2, 50])
 def test_every_function_is_the_reference(name, steps):
     """Values and gradients, on each backend."""
-    function, truth, *shapes = TRUTHS[name]
-    given = [torch.randn(eval(f"[{', '.join(shape.split())}]", {"S": steps})).double() for shape in shapes]
+    (function, truth, *_), given = TRUTHS[name], numbers(name, steps)
     expected = graded(nn.Module(), truth, given)
-    is_chosen = name.startswith(("m", "gru", "linear_scan"))
+    is_chosen = "backend" in inspect.signature(getattr(functional, name.split()[0])).parameters
     for backend in ALL_BACKENDS if is_chosen else (None,):
         options = {"backend": backend} if is_chosen else {}
         if backend != "log" or name in ("mingru", "minlstm"):
             assert_close(graded(nn.Module(), functools.partial(function, **options), given), expected, **TIGHT)
+
+
+class Called(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *given):
+        return self.function(*given)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", [name for name in TRUTHS if "from (" not in name])
+def test_every_function_in_every_mode(name):
+    """Derivatives of each kind; compiled, traced and batched, for sequences of other lengths too."""
+    function, given = TRUTHS[name][0], numbers(name, 3)
+    assert gradgradcheck(function, given)
+    assert gradcheck(function, given, check_forward_ad=True, check_batched_grad=True)
+    letters = [shape.split() for shape in TRUTHS[name][2:]]
+    sizes = [{at: torch.export.Dim.AUTO for at, size in enumerate(each) if "S" in size} for each in letters]
+    ways = [
+        lambda *given: [each[1] for each in tensors(torch.vmap(function)(*(torch.stack([-x, x]) for x in given)))],
+        torch.compile(function, fullgraph=True, dynamic=True, backend="eager"),
+        torch.jit.trace(Called(function), given),
+        torch.export.export(Called(function), (*given,), dynamic_shapes=((*sizes,),)).module(),
+    ]
+    for steps in (3, 5, 40):
+        given = numbers(name, steps)
+        expected = graded(nn.Module(), function, given)
+        for run in ways:
+            assert_equal(graded(nn.Module(), run, given), expected, **TIGHT)
 
 
 def test_the_log_form_loses_accuracy_with_length_and_the_torch_form_does_not():
@@ -203,12 +274,6 @@ def test_derivatives_of_a_half_width_scan(dtype):
         got, exact = derive(a, b), derive(a.double(), b.double())
         for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, exact)), strict=True):
             assert (one.double() - other).abs().max() <= 4 * torch.finfo(dtype).eps * other.abs().max()
-
-
-def test_linear_scan_with_lengths():
-    halves = torch.full((2, 3), 0.5), torch.ones(2, 3)
-    out, last = functional.linear_scan(*halves, torch.tensor(4.0), lengths=torch.tensor([2, 0]))
-    assert (out.tolist(), last.tolist()) == ([[3.0, 2.5, 0.0], [0.0, 0.0, 0.0]], [[2.5], [4.0]])
 
 
 # Elapsed times and resets
@@ -286,25 +351,6 @@ def test_elapsed_times_by_hand():
     padded = torch.tensor([[1.0, 2.0, 5.0], [4.0, 0.0, math.nan], [math.nan, 0.0, 0.0]])
     dt = elapsed_times(padded, 9.0, lengths=torch.tensor([3, 1, 0]))
     assert dt.tolist() == [[9.0, 1.0, 3.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
-
-
-class Model(torch.nn.Module):
-    def forward(self, t):
-        return elapsed_times(t, 1.5)
-
-
-def test_elapsed_times_have_gradients_and_graphs():
-    t, first = torch.rand(2, 5).double().cumsum(1).requires_grad_(), torch.rand(2).double().requires_grad_()
-    function = functools.partial(elapsed_times, reset=torch.rand(2, 5) < 0.3, lengths=torch.tensor([4, 5]))
-    assert torch.autograd.gradcheck(function, (t, first), check_forward_ad=True)
-    compiled = torch.compile(function, backend="eager", fullgraph=True)
-    assert_close(compiled(t, first), function(t, first), **EXACT)
-    mapped = torch.vmap(lambda *args: elapsed_times(*(each[None] for each in args))[0])
-    assert_close(mapped(t, first), elapsed_times(t, first), **EXACT)
-    sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("steps")},)
-    exported = torch.export.export(Model(), (t.detach(),), dynamic_shapes=sizes).module()
-    other = torch.rand(3, 9).double().cumsum(1)
-    assert_close(exported(other), elapsed_times(other, 1.5), **EXACT)
 
 
 # check_resets

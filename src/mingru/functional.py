@@ -167,9 +167,9 @@ def mingru(
         require(name, "angle", angle is None, expected, type(angle).__name__, "pass kind='rotation'")
     if (count := multiple_of(spec.cell)) > 1 and kind != "rotation":
         check_floating(name, "gate", gate)
-        is_valid = gate.dim() > 2 and gate.shape[2] % count == 0
-        expected = f"(B, S, H, *) with H divisible by {count} because kind is {kind!r}"
-        require(name, "gate", is_valid, expected, dims(gate.shape))
+        if gate.dim() < 3 or gate.shape[2] % count != 0:
+            expected = f"(B, S, H, *) with H divisible by {count} because kind is {kind!r}"
+            raise ValueError(expectation(name, "gate", expected, dims(gate.shape)))
     return _checked_states(spec, forms, inputs, h, reset, dt, backend, initial_state)
 
 
@@ -294,13 +294,14 @@ def gru(
     name = "gru"
     inputs = {"reset_gate": reset_gate, "update_gate": update_gate, "candidate": candidate}
     table = GRU.bind(reset_gate)
-    require(name, "reset_gate", reset_gate.dim() == 3, "(B, S, H)", dims(reset_gate.shape))
+    if reset_gate.dim() != 3:
+        raise ValueError(expectation(name, "reset_gate", "(B, S, H)", dims(reset_gate.shape)))
     check_floating(name, "weight", weight)
     table["weight"].check(GRU, weight, reset_gate, None)
     features = reset_gate.shape[2]
-    fits = weight.dim() == 2 and len(weight) == 3 * features and features % max(weight.shape[1], 1) == 0
-    expected = f"(3 H, K) with H = {features} because of reset_gate, and K a divisor of H"
-    require(name, "weight", fits and weight.shape[1] > 0, expected, dims(weight.shape))
+    if weight.dim() != 2 or weight.shape[0] != 3 * features or not weight.shape[1] or features % weight.shape[1] != 0:
+        expected = f"(3 H, K) with H = {features} because of reset_gate, and K a divisor of H"
+        raise ValueError(expectation(name, "weight", expected, dims(weight.shape)))
     check_given(GRU, table, reset_gate, reset_gate.shape, "gru", bias=bias)
     spec = spec_of("gru", "tanh", False, 0.0)
     return _checked_states(spec, GRU, inputs, h, reset, None, backend, initial_state, weight, bias)

@@ -8,6 +8,7 @@ import io
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -143,9 +144,8 @@ def test_functions():
         a, b, h = torch.randn(3, 2, 40, 3, dtype=dtype)
         options = {"h": h[:, :1], "reset": torch.rand(2, 40) < 0.2, "reverse": True}
         assert_equal(scripted(a.tanh(), b, **options), functional.linear_scan(a.tanh(), b, **options))
-    t = torch.rand(3, 9, **DOUBLE).cumsum(1)
-    traced = torch.jit.trace(lambda t: functional.elapsed_times(t, 1.5), t[:2, :5])
-    assert_equal(traced(t), functional.elapsed_times(t, 1.5), rtol=0, atol=0)
+    for name in {*dir(functional)} - {"g", "log_g", "linear_scan"}:
+        refuses((RuntimeError, torch.jit.frontend.FrontendError), "", torch.jit.script, getattr(functional, name))
 
 
 @pytest.mark.slow
@@ -169,6 +169,17 @@ def test_a_language_model():
     # States do not keep the sequence.
     _, h = torch.jit.script(mingru.models.Block(8, conv=4))(torch.randn(3, 500, 8))
     assert [each.untyped_storage().nbytes() for each in h] == [4 * 3 * 8, 4 * 3 * 3 * 8]
+
+
+class Sum(mingru.modules.Layer, role="sequence"):
+    input_dims = output_dims = 3
+
+    def forward(self, x, h=None):
+        return x.cumsum(1), [x.sum(1)[None]]
+
+
+def with_sum(*sizes):
+    return mingru.Stack([Sum()])
 
 
 class Around(nn.Module):
@@ -277,6 +288,13 @@ def test_trace(case, count, size):
     assert "mingru::" not in graph and "^" not in graph
     for args in calls(case, count, MANY, **DOUBLE):
         assert_equal(graded(run, run, args), graded(module, module, args))
+
+
+@pytest.mark.parametrize("rnn", [mingru.GRU, mingru.GRUCell, partial(mingru.MinLSTM, normalize=False), with_sum])
+def test_a_trace_refuses_times_that_it_would_ignore(rnn):
+    given = {"x": X[:, 0], "dt": X[:, 0, 0]} if rnn is mingru.GRUCell else {"x": X, "dt": X[..., 0]}
+    trace = partial(torch.jit.trace, example_kwarg_inputs=given, check_trace=False)
+    refuses(ValueError, "dt must be None because", trace, rnn(3, 4))
 
 
 def test_lengths_in_a_trace():

@@ -172,9 +172,9 @@ def per_layer(
 ) -> list[Any]:
     """Return the value for each layer, from one value or a list."""
     expected = f"one value, or a list of {num_layers}, one for each layer"
-    if hasattr(value, "tolist") and not isinstance(value, str):
-        raise TypeError(expectation(name, argument, expected, repr(value), f"use {argument}.tolist()"))
     if not isinstance(value, kinds):
+        if not isinstance(value, (str, float)) and hasattr(value, "tolist"):
+            raise TypeError(expectation(name, argument, expected, repr(value), f"use {argument}.tolist()"))
         return [value] * num_layers
     require(name, argument, len(value) == num_layers, expected, repr(value), remedy)
     return list(value)
@@ -185,6 +185,7 @@ def check_min_decay(name: str, min_decay: float | Sequence[float], gates: Sequen
     bounds = per_layer(name, "min_decay", min_decay, len(gates))
     for bound, gate in zip(bounds, gates, strict=True):
         check_number(name, "min_decay", bound, "a number from 0 to 1 (exclusive)", lambda number: 0 <= number < 1)
-        expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
-        require(name, "min_decay", not bound or gate != "signed", expected, repr(min_decay))
+        if gate == "signed" and bound != 0:
+            expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
+            raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
     return [float(bound) for bound in bounds]

@@ -71,7 +71,7 @@ class DropInLayer(DropIn):
         batch.pop(1 if self.batch_first and x.dim() == 3 else 0)
         shape = [self.num_layers * self.num_directions] + batch + [self.hidden_size]  # noqa: RUF005 (not in TorchScript)
         scripted.check_shape(self.name, "hx", None if h is None else h[0], shape)
-        scripted.check_steps(self.name, list(x.shape[:-1]), reset, dt, self._is_timed)
+        scripted.check_steps(self.name, list(x.shape[:-1]), reset, dt)
 
 
 class GRULike(DropInLayer, role="torch", planned=True):

@@ -55,7 +55,7 @@ class RecurrentCell(Recurrent, role="step"):
         scripted.check_x(self.name, x, [0, 1], "B", self.input_dims, self.num_space_dims)
         batch = list(x.shape[:-1])
         scripted.check_shape(self.name, "h", None if h is None else h[0], batch + [self.hidden_dims])  # noqa: RUF005
-        scripted.check_steps(self.name, batch, reset, dt, self._is_timed)
+        scripted.check_steps(self.name, batch, reset, dt)
 
 
 class MinGRUCell(RecurrentCell, planned=True):

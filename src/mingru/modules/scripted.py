@@ -15,8 +15,6 @@ def check_shape(name: str, argument: str, x: Tensor | None, shape: list[int]) ->
         raise ValueError(f"{name}: {argument} must be {shape}, got {x.shape}")
 
 
-def check_steps(name: str, shape: list[int], reset: Tensor | None, dt: Tensor | None, is_timed: bool) -> None:
+def check_steps(name: str, shape: list[int], reset: Tensor | None, dt: Tensor | None) -> None:
     check_shape(name, "reset", reset, shape)
     check_shape(name, "dt", dt, shape)
-    if dt is not None and not is_timed:
-        raise ValueError(f"{name}: dt must be None because this cell takes no elapsed times")

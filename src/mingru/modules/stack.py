@@ -212,17 +212,18 @@ class Stack(Composite, role="sequence", planned=True):
             x = with_data(out, data)
         return x, states
 
-    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        """Raise an error if h is not a list of `num_states` tensors, or if a layer does not use an argument.
-
-        The layers check the other arguments.
-        """
+    def _check_all(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
+        # Also in a trace, where a layer that does not use an argument would be called without it.
         for argument, value in (("reset", reset), ("lengths", lengths), ("dt", dt)):
             for index, layer in enumerate([] if value is None else self.layers):
                 if argument not in layer._step_arguments:  # type: ignore[operator]
                     expected = f"None because the forward of layers[{index}], {type(layer).__name__}, does not use it"
                     remedy = f"add {argument}=None to the arguments of that forward, and use it there"
                     raise ValueError(expectation(self.name, argument, expected, type(value).__name__, remedy))
+        super()._check_all(x, h, reset, lengths, dt)
+
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
+        """Raise an error if h is not a list of `num_states` tensors. The layers check the other arguments."""
         if h is None:
             return
         if not isinstance(h, (list, tuple)) or len(h) != self.num_states:

@@ -219,7 +219,7 @@ class Recurrent(Stacked, role="sequence"):
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         order = "B, S" if self.batch_first else "S, B"
         scripted.check_x(self.name, x, [2], order, self.input_dims, self.num_space_dims)
-        scripted.check_steps(self.name, list(x.shape[:2]), reset, dt, self._is_timed)
+        scripted.check_steps(self.name, list(x.shape[:2]), reset, dt)
 
     def _said(self) -> dict[str, object]:
         return {"zero_state": start_said_by(self)}
@@ -307,6 +307,8 @@ class Recurrent(Stacked, role="sequence"):
         Append the states of all steps, of each layer and direction, to `found`.
         """
         if dt is not None:
+            if not self._is_timed:  # also in scripted modules and traces, which leave out other checks
+                raise ValueError(f"{self.name}: dt must be None because this cell takes no elapsed times")
             dt = as_dtype(dt, accumulate_dtype(x.dtype))
         initial = h if reset is None else list(self._state(x, None, 1).unbind(0))
         contexts: list[Context] = []

@@ -32,7 +32,7 @@ def linear_scan(
     """Compute h_t = a_t h_{t-1} + b_t for (B, S, *) sequences. A reset sets h_{t-1} to 0."""
     if lengths is not None:
         a, b = kept_in_padding(a, b, lengths, 1)
-        reset = None if reset is None else reset.masked_fill(padding_of(lengths, b), False)
+        reset = None if reset is None else reset & ~padding_of(lengths, b)
     scan = LinearScan(a, b, h, reset, reverse)
     way = route.choose(SCANS["linear_scan", reverse], b, backend)
     if way.mode.is_traced or b.numel() == 0:
