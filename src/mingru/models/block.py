@@ -178,7 +178,7 @@ class Block(Composite, role="sequence", planned=True):
         of_conv = [torch.zeros(shape, dtype=x.dtype, device=x.device) for shape in self._state_shapes(batch)[1:]]
         return [self.rnn._state(x, None, batch), *of_conv]
 
-    def _trace(self, x: Any, h: Any) -> Any:
+    def _record(self, x: Any, h: Any) -> Any:
         x.recording.require(self.num_states == 1 + (self.conv is not None))
         return self._run(x, h, None, None, None)
 

@@ -14,8 +14,8 @@ from ..check.values import check_type, expectation, name_of, require, reworded
 from ..ops import names_of_torch
 from ..ops.block_recurrence import blocks_of, dense
 from ..ops.linear_map import RecurrentMap
+from ..ops.recorded import Recorded, Recording
 from ..ops.route import is_hooked
-from ..ops.traced import Recording, Traced
 from .cells import RecurrentCell
 from .layer import take_weights
 from .options import Memory, Norm, arguments_of, defaults_of
@@ -213,12 +213,12 @@ class GRU(Recurrent, planned=True):
         try:
             seen.require(type(self).forward is Recurrent.forward, not any(map(is_hooked, others)))
             with names_of_torch.EnableTorchFunction():
-                self._trace(Traced(seen), [(0, 0)])
+                self._record(Recorded(seen), [(0, 0)])
             found = [each for step, of, _ in seen.steps if step == "scan" for each in of[0]]
             between = " dropout " if self.training and self.dropout > 0 else " "
             seen.require(" ".join(step for step, *_ in seen.steps) == between.join(["scan"] * self.num_layers))
             seen.require(all(each.spec.cell == "gru" and each.norm is None for each in found))
-        except Exception:  # any, because what is unknown fails with a `Traced` in its own way
+        except Exception:  # any, because what is unknown fails with a `Recorded` in its own way
             expected, got = "as constructed, except for recurrent", "hooks, or other modules or computations inside"
             raise ValueError(expectation(name, "layers", expected, got, "remove them")) from None
         return [each.map + each.recurrent for each in found]

@@ -137,8 +137,8 @@ class Layer(Saved):
         expected = "called on a mingru.MinGRU, MinLSTM or GRU, with a padded x"
         raise TypeError(expectation(self.name, "all_states", expected, got))
 
-    def _trace(self, x: Any, h: Any) -> Any:
-        """Compute a call whose instructions are recorded, if the class is `planned`; see `ops.traced`."""
+    def _record(self, x: Any, h: Any) -> Any:
+        """Compute a call whose instructions are recorded, if the class is `planned`; see `ops.recorded`."""
         return self._compute(x, h, None, None, None)
 
     def _tables(self) -> list[Table]:

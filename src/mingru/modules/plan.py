@@ -1,6 +1,6 @@
 """The plan of a module: what it computes, asked once. Norms, linear maps, recurrences and residuals.
 
-A `LayerPlan` records what the `forward` of a layer does; see `ops.traced`. All modules inside are of known classes,
+A `LayerPlan` records what the `forward` of a layer does; see `ops.recorded`. All modules inside are of known classes,
 whose `forward` has no other effect. After any change of a module or its submodules, the plan is made again. One
 operator computes all instructions, and checks the sizes.
 
@@ -26,9 +26,9 @@ from ..ops.call import Context, Layout
 from ..ops.layout import in_reverse
 from ..ops.linear_map import FORWARDS, HOOKS, RecurrentMap
 from ..ops.modes import is_compiling, is_device_context, mode_of
+from ..ops.recorded import Recorded, Recording, Row, State
 from ..ops.route import is_native
 from ..ops.shape import MaybeList, MaybeTensor, Outputs
-from ..ops.traced import Recording, Row, State, Traced
 
 _DTYPES = (torch.float32, torch.float64)
 _CALL = nn.Module.__call__
@@ -46,7 +46,7 @@ class Planned(Protocol):
     _plans: "tuple[LayerPlan, ...]"
 
     def modules(self) -> Iterator[nn.Module]: ...
-    def _trace(self, x: Traced, h: list[State]) -> tuple[Traced, list[State]]: ...
+    def _record(self, x: Recorded, h: list[State]) -> tuple[Recorded, list[State]]: ...
     def _state_shapes(self, batch: int) -> list[tuple[int, ...]]: ...
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]: ...
     def _check_all(
@@ -88,16 +88,16 @@ def _names(cls: type) -> frozenset[str]:
     return frozenset(found)
 
 
-def _record(module: Planned, modules: list[nn.Module], recorded: Recording) -> tuple[list[Row], list[float]]:
+def _code_of(module: Planned, modules: list[nn.Module], recorded: Recording) -> tuple[list[Row], list[float]]:
     """Record a module, and return the code and the numbers of the operator; refuse modules of unknown classes."""
     for each in modules:
         cls: Any = type(each)
         recorded.require(cls in FORWARDS, each._compiled_call_impl is None, not any(map(vars(each).get, HOOKS)))
         recorded.require(_methods(cls).isdisjoint(vars(each)))
     states = [(index, 0) for index in range(module.num_states)]
-    # Also inside of what a device context is spared, because `Traced` sees operations by their functions.
+    # Also inside of what a device context is spared, because `Recorded` sees operations by their functions.
     with names_of_torch.EnableTorchFunction():
-        _, found = module._trace(Traced(recorded), states)
+        _, found = module._record(Recorded(recorded), states)
     recorded.require(found == states)
     return recorded.finish()
 
@@ -123,7 +123,7 @@ class LayerPlan:
         owned: list[tuple[Any, str]] = [(each._parameters, name) for each in modules for name in each._parameters]
         recorded = Recording({id(place[name]): at for at, (place, name) in enumerate(owned)}, not module.batch_first)
         try:
-            rows, numbers = _record(module, modules, recorded)
+            rows, numbers = _code_of(module, modules, recorded)
             self.code = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
             self.numbers = torch.tensor(numbers, dtype=torch.float64, device="cpu")
             self.is_supported = True
@@ -274,9 +274,9 @@ def run(
     module: Planned, x: Any, states: Any, reset: MaybeTensor, time_first: bool, dt: MaybeTensor = None
 ) -> Outputs | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
-    if type(x) is Traced:
+    if type(x) is Recorded:
         x.recording.require(module.role == "sequence", time_first == x.recording.time_first)
-        return module._trace(x, states)  # type: ignore[return-value]
+        return module._record(x, states)  # type: ignore[return-value]
     if is_compiling():
         return None
     if not names_of_torch.is_torch_function_mode_enabled():

@@ -209,7 +209,7 @@ class Recurrent(Stacked, role="sequence"):
         state: Tensor = super().initial(batch)[0]
         return state
 
-    def _trace(self, x: Any, h: Any) -> Any:
+    def _record(self, x: Any, h: Any) -> Any:
         (state, _), layers = h[0], self.layers
         x.recording.require(len(layers) == self.num_layers, {each.hidden_dims for each in layers} == {self.hidden_dims})
         x.recording.require(type(self.initial_state) in (nn.Parameter, type(None)))

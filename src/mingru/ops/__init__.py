@@ -21,9 +21,9 @@ from .in_cache import Map
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
 from .linear_map import LINEAR_MAPS, are_recomputed, gated
 from .modes import scripted_as
+from .recorded import Recorded
 from .scan import LinearScan, in_accumulation_dtype
 from .shape import MaybeTensor, States, as_dtype
-from .traced import Traced
 
 
 def linear_scan(
@@ -65,7 +65,7 @@ def linear_recurrence(
 
     `recompute` is that of `are_recomputed`. The last of the pre-activations may be an output gate of the states.
     """
-    if isinstance(x, Traced):
+    if isinstance(x, Recorded):
         return x.recurrence(spec, linear, context, norm, output_gate)
     way = route.choose(spec, x)
     call = route.fused_with(linear, way, Call(spec, [x], context, layout), norm, output_gate)

@@ -12,9 +12,9 @@ from .backend import SCANS, Gradients
 from .backends import native
 from .call import Context, Layout, flattened
 from .modes import are_batched, scripted_as
+from .recorded import Recorded
 from .route import is_for_native
 from .shape import States, as_dtype
-from .traced import Traced
 
 # Not half widths: their conversions take as long as what the operator saves.
 _DTYPES = (torch.float32, torch.float64)
@@ -48,7 +48,7 @@ def causal_conv(
 
     x is (B, S, C), the weight (num_past + 1, C), and the state the inputs before x, (1, B, num_past, C).
     """
-    if isinstance(x, Traced):
+    if isinstance(x, Recorded):
         return x.causal_conv(weight, bias, state, num_past, adds_x)
     tensors = (x, weight, bias, state, reset, lengths)
     is_plain = is_for_native(*tensors) and x.dtype in _DTYPES

@@ -1,6 +1,6 @@
 """What the `forward` of a module does with x, recorded as instructions.
 
-`forward` is called with a `Traced` in the place of x, and an object for each state of each layer and direction. What
+`forward` is called with a `Recorded` in the place of x, and an object for each state of each layer and direction. What
 x does not know, such as a product with a number, raises an error, and the module gets no plan.
 """
 
@@ -84,7 +84,7 @@ class Recording:
         self.require(layer == self._num_layers[state])
         self._num_layers[state] += 1
 
-    def add(self, x: "Traced", other: "Traced") -> "Traced":
+    def add(self, x: "Recorded", other: "Recorded") -> "Recorded":
         """Add a value from before, or a linear map of it. Sums must be nested, because values are kept on a stack."""
         self.require(all(at >= other.at or end < other.at for at, end in self._added))
         self._added.append((other.at, len(self.steps)))
@@ -135,7 +135,7 @@ class Recording:
         return rows, numbers
 
 
-class Traced:
+class Recorded:
     """x after some instructions, `map` of it, or one of two directions, which only `torch.cat` takes."""
 
     shape = ()
@@ -150,46 +150,46 @@ class Traced:
         recording = self.recording
         return self.map is None and not self.is_part and not recording.is_open and self.at == len(recording.steps)
 
-    def then(self, name: str, of: Any, *weights: int) -> "Traced":
+    def then(self, name: str, of: Any, *weights: int) -> "Recorded":
         """Return x after one more instruction."""
         self.recording.require(self.is_last)
         self.recording.steps.append((name, of, [*weights]))
-        return Traced(self.recording)
+        return Recorded(self.recording)
 
     def dim(self) -> int:
         return 3
 
-    def chunk(self, count: int, dim: int) -> "list[Traced]":
+    def chunk(self, count: int, dim: int) -> "list[Recorded]":
         self.recording.require(count == 1)
         return [self]
 
-    def __add__(self, other: Any) -> "Traced":
-        self.recording.require(type(other) is Traced, not other.is_part)
+    def __add__(self, other: Any) -> "Recorded":
+        self.recording.require(type(other) is Recorded, not other.is_part)
         return self.recording.add(self, other)
 
-    def norm(self, kind: str, shape: Any, weight: Any, bias: Any, eps: Any) -> "Traced":
+    def norm(self, kind: str, shape: Any, weight: Any, bias: Any, eps: Any) -> "Recorded":
         found, weights = self.recording.norm(kind, shape, weight, bias, eps)
         return self.then("norm", found, *weights)
 
-    def linear(self, *map: Any) -> "Traced":
+    def linear(self, *map: Any) -> "Recorded":
         # Of a value from before, it is added later.
         return self.then("linear", None, *self.recording.weights(*map)) if self.is_last else self.mapped(map)
 
-    def mapped(self, map: Any) -> "Traced":
+    def mapped(self, map: Any) -> "Recorded":
         self.recording.require(self.map is None, not self.is_part)
-        found = Traced(self.recording, map)
+        found = Recorded(self.recording, map)
         found.at = self.at
         return found
 
-    def gelu(self, approximate: str = "none") -> "Traced":
+    def gelu(self, approximate: str = "none") -> "Recorded":
         self.recording.require(approximate == "none")
         return self.then("gelu", None)
 
-    def dropout(self, p: Any, training: bool, inplace: bool) -> "Traced":
+    def dropout(self, p: Any, training: bool, inplace: bool) -> "Recorded":
         self.recording.require(0 <= p <= 1)
         return self.then("dropout", None) if training and p > 0 else self
 
-    def causal_conv(self, weight: Any, bias: Any, state: Any, num_past: int, adds_x: bool) -> "tuple[Traced, Any]":
+    def causal_conv(self, weight: Any, bias: Any, state: Any, num_past: int, adds_x: bool) -> "tuple[Recorded, Any]":
         """Return x plus its convolution, and the state."""
         self.recording.require(weight is not None and len(weight) == num_past + 1, adds_x is True)
         self.recording.next_layer(*state)
@@ -197,7 +197,7 @@ class Traced:
 
     def recurrence(
         self, spec: Spec, linear: Any, context: Context, norm: Any, output_gate: bool
-    ) -> "tuple[Traced, Any]":
+    ) -> "tuple[Recorded, Any]":
         """Return the recurrence of linear(norm(x)) in one direction, and the state."""
         recording, (state, layer), steps = self.recording, context.h, self.recording.steps
         recording.require(type(linear).forward is nn.Linear.forward, norm is None or type(norm) in NORMS)
@@ -223,7 +223,7 @@ class Traced:
             recording.require(self.at == len(steps) - 1, len(directions) == 1, own_state == state)
             directions.append(of)
             recording.is_open = True
-            return Traced(recording, None, True), context.h
+            return Recorded(recording, None, True), context.h
         return self.then("scan", ([of], state)), context.h
 
     @classmethod
@@ -239,7 +239,7 @@ def _cat(parts: list[Any], dim: int) -> Any:
     recording = x.recording
     recording.require(len(parts) == 2, parts[1].is_part, x.at == parts[1].at == len(recording.steps))
     recording.is_open = False
-    return Traced(recording)
+    return Recorded(recording)
 
 
 OPERATIONS: dict[Any, Callable[..., Any]] = {
