@@ -294,8 +294,6 @@ def gru(
     name = "gru"
     inputs = {"reset_gate": reset_gate, "update_gate": update_gate, "candidate": candidate}
     table = GRU.bind(reset_gate)
-    if reset_gate.dim() != 3:
-        raise ValueError(expectation(name, "reset_gate", "(B, S, H)", dims(reset_gate.shape)))
     check_floating(name, "weight", weight)
     table["weight"].check(GRU, weight, reset_gate, None)
     features = reset_gate.shape[2]

@@ -184,12 +184,13 @@ class Function:
         return (self._forms.batch_first if batch_first else self._forms.time_first)[0]
 
     def bind(self, x: Tensor, or_complex: bool = False) -> Table:
-        """Return the forms of all arguments beside x, or raise an error if x has no numbers or too few dimensions."""
+        """Return the forms of all arguments beside x, or raise an error if x has no numbers or not these dimensions."""
         table, argument = self.table(), self._forms.names["x"]
         check_floating(self.name, argument, x, or_complex)
-        if x.dim() < table["x"].num_dims:
-            remedy = "add a batch dimension"
-            raise ValueError(expectation(self.name, argument, written(table["x"].parts), dims(x.shape), remedy))
+        parts, num_dims = table["x"].parts, table["x"].num_dims
+        if x.dim() < num_dims or (x.dim() > num_dims and len(parts) == num_dims):
+            remedy = "add a batch dimension" * (x.dim() < num_dims)
+            raise ValueError(expectation(self.name, argument, written(parts), dims(x.shape), remedy))
         return table
 
 
