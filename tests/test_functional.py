@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import sys
 import warnings
 
 import pytest
@@ -81,7 +82,8 @@ def scan_of_logarithms(log_a, log_b):
     return torch.cat([start, reference.linear_scan(log_a.exp(), log_b[:, 1:].exp(), start)], 1)
 
 
-RESET = torch.arange(100).view(2, 50) % 7 == 3
+INDEX = torch.arange(100).view(2, 50)
+RESET, TIMES = INDEX % 7 == 3, INDEX.double() * 3 % 5 / 2
 
 
 def gru(r, z, c, weight, bias=0.0, h=0.0):
@@ -89,9 +91,14 @@ def gru(r, z, c, weight, bias=0.0, h=0.0):
     return reference.gru(r, z, c, weight, zeros[0, 0] + bias, zeros + h, reset, zeros + h, False)
 
 
-def with_resets(function, name="initial_state"):
+def with_resets(function, name="initial_state", times=None, **options):
     """Call a function with resets, to the state before the first step, which is the last argument."""
-    return lambda x, *args, **given: function(x, *args, **{name: args[-1], "reset": RESET[:, : x.shape[1]]}, **given)
+
+    def run(x, *args, **given):
+        dt = {} if times is None else {"dt": times[:, : x.shape[1]]}
+        return function(x, *args, **{name: args[-1], "reset": RESET[:, : x.shape[1]]}, **dt, **options, **given)
+
+    return run
 
 
 def of_kind(kind):
@@ -125,6 +132,10 @@ def times_of_padded(t, first):
     return elapsed_times((t**2).cumsum(1).masked_fill(padding, NAN), first**2, **given)
 
 
+def columns(t):
+    return elapsed_times((t**2).cumsum(0), 0.0, batch_first=False)
+
+
 def gaps(t, first=None):
     """Squares, in place of which resets have another number."""
     found, (given, padding) = F.pad(t[:, 1:] ** 2, (1, 0))[:, : t.shape[1]], padded(t)
@@ -135,7 +146,7 @@ def gaps(t, first=None):
 
 
 # By name, and what else tells two apart: a function of numbers, its truth, and the shapes of its arguments.
-TWO, THREE = ("2 S 4",) * 2, ("2 S 4",) * 3
+SAME, TWO, THREE = (functional, reference), ("2 S 4",) * 2, ("2 S 4",) * 3
 TRUTHS = {
     "g": (functional.g, reference.g, "2 S"),
     "log_g": (functional.log_g, lambda v: reference.g(v).log(), "2 S"),
@@ -143,14 +154,25 @@ TRUTHS = {
     "mingru without features": (functional.mingru, reference.mingru, "2 S", "2 S"),
     "mingru of rotations": (turned, of_kind("rotation"), *TWO),
     "minlstm": (functional.minlstm, reference.minlstm, *THREE),
+    "minlstm without normalization": (
+        functools.partial(functional.minlstm, normalize=False, activation="tanh"),
+        functools.partial(reference.minlstm_unnormalized, activation="tanh"),
+        *THREE,
+    ),
     "gru": (functional.gru, gru, *THREE, "12 2"),
     "gru with everything": (with_resets(functional.gru), gru, *THREE, "12 4", "4", "2 1 4"),
     "linear_scan": (functional.linear_scan, lambda a, b: reference.linear_scan(a, b, torch.zeros(())), *TWO),
+    "linear_scan in reverse": (*(functools.partial(each.linear_scan, reverse=True) for each in SAME), *TWO, "2 1 4"),
     "linear_scan with everything": (scan_of_padded, truth_of_padded, *TWO, "2 1 4"),
     "parallel_scan_log": (functional.parallel_scan_log, scan_of_logarithms, "2 S 4", "2 S+1 4"),
     "elapsed_times": (lambda t: elapsed_times((t**2).cumsum(1), 0.0), gaps, "2 S"),
+    "elapsed_times of columns": (columns, lambda t: gaps(t.t()).t(), "S 2"),
     "elapsed_times with everything": (times_of_padded, gaps, "2 S", "2"),
 }
+for kind, own, shapes in (("mingru", {"min_decay": 0.3}, TWO), ("minlstm", {}, THREE)):
+    calls = zip(SAME, ("initial_state", "initial"), strict=True)
+    calls = (with_resets(getattr(home, kind), name, TIMES, activation="linear", **own) for home, name in calls)
+    TRUTHS[f"{kind} with everything"] = *calls, *shapes, "2 1 4"
 for kind in ("signed", "quaternion"):
     TRUTHS[f"mingru of kind {kind}"] = functools.partial(functional.mingru, kind=kind), of_kind(kind), *TWO
 own = with_resets(functional.mingru), with_resets(reference.mingru, "initial"), *TWO
@@ -160,6 +182,29 @@ TRUTHS |= {f"mingru from ({shape})": (*own, shape) for shape in ("", "1", "4", "
 def test_every_function_has_a_truth():
     """But those of masks, which have no numbers."""
     assert {name.split()[0] for name in TRUTHS} == {*dir(functional)} - {"reset_from_lengths", "check_resets"}
+
+
+def test_every_option_of_a_function_has_a_truth():
+    missing = {}
+    for function in (getattr(functional, name.split()[0]) for name in TRUTHS):
+        options = {each.name: each.default for each in inspect.signature(function).parameters.values()}
+        missing[inspect.unwrap(function).__code__] = {
+            name: default for name, default in options.items() if default is not inspect.Parameter.empty
+        }
+
+    def seen(frame, event, _):
+        left = missing.get(frame.f_code, {}) if event == "call" else {}
+        for option, default in [*left.items()]:
+            value = frame.f_locals[option]
+            if isinstance(value, torch.Tensor) or value != default:
+                del left[option]
+
+    for name, (function, *_) in TRUTHS.items():
+        given = numbers(name, 3)
+        sys.setprofile(seen)
+        function(*given)
+        sys.setprofile(None)
+    assert {code.co_name: {*left} for code, left in missing.items() if left.keys() - {"backend"}} == {}
 
 
 def numbers(name, steps):
