@@ -299,6 +299,9 @@ def one_process() -> Iterator[Any]:
         torch.distributed.destroy_process_group()
 
 
+Maybe = Tensor | None
+
+
 class Model(nn.Module):
     """A model that combines several classes and takes and returns their states."""
 
@@ -306,20 +309,13 @@ class Model(nn.Module):
         super().__init__()
         self.encoder = nn.Linear(INPUT, 6, **factory)
         self.images = mingru.MinConv1dGRU(1, 2, 3, padding=1, **factory)
-        self.stack = mingru.Stack(
-            [
-                mingru.MinGRU(12, HIDDEN, bidirectional=True, norm="rms", **factory),
-                mingru.MinLSTM(8, HIDDEN, **factory),
-            ],
-            residual=True,
-        )
+        first = mingru.MinGRU(12, HIDDEN, bidirectional=True, norm="rms", **factory)
+        self.stack = mingru.Stack([first, mingru.MinLSTM(8, HIDDEN, **factory)], residual=True)
         self.rnn = mingru.drop_in.GRULike(HIDDEN, HIDDEN, batch_first=True, **factory, cell="mingru")
         self.cell = mingru.MinGRUCell(HIDDEN, HIDDEN, norm="layer", **factory)
         self.head = nn.Linear(2 * HIDDEN, 2, **factory)
 
-    def forward(
-        self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, h: list[Tensor] | None = None, reset: Maybe = None) -> tuple[Tensor, list[Tensor]]:
         images: list[Tensor] | None = None
         stack: list[Tensor] | None = None
         rnn: Tensor | None = None
@@ -333,9 +329,6 @@ class Model(nn.Module):
         state = self.cell(y.mean(1), cell)
         y = torch.cat([y, state.unsqueeze(1).expand_as(y)], 2)
         return self.head(y), after_images + after_stack + [after_rnn, state]
-
-
-Maybe = Tensor | None
 
 
 class Doubled(mingru.modules.Layer, role="sequence"):
@@ -370,11 +363,11 @@ def stack(name: str, *layers: Any, residual: bool = True, space: int = 0) -> Cas
     """Of layers that are made with a dtype and a device."""
     made = layers[0](device="meta")
     first = getattr(made, "in_features", getattr(made, "input_dims", None))
-    return Case(
-        name,
-        lambda **factory: mingru.Stack([layer(**factory) for layer in layers], residual=residual),
-        (first, *[PIXELS] * space),
-    )
+
+    def make(**factory: Any) -> nn.Module:
+        return mingru.Stack([layer(**factory) for layer in layers], residual=residual)
+
+    return Case(name, make, (first, *[PIXELS] * space))
 
 
 # Layers of these sizes and options, which are made with a dtype and a device.
@@ -530,11 +523,8 @@ def block(**options: Any) -> Case:
 
 
 # Only these have no norm, residual or highway, so that kernels skip their padding.
-PLAIN = [
-    {"cell": cell, "min_decay": 0.0, "num_layers": count, "output_gate": gate}
-    for cell in CELLS
-    for count, gate in ((1, None), (2, "silu"))
-]
+ONE_OR_TWO = [{"num_layers": 1, "output_gate": None}, {"num_layers": 2, "output_gate": "silu"}]
+PLAIN = [{"cell": cell, "min_decay": 0.0, **given} for cell in CELLS for given in ONE_OR_TWO]
 FEATURES = [of_features(mingru, "", row) for row in [*PLAIN, *cover(LAYER, is_possible)]]
 MIXED_IMAGES = conv(
     "MinConv2dGRU with mixed gates", 2, 16, gate=["mixed", "sigmoid"], bidirectional=True, num_layers=2, norm="group"
@@ -548,10 +538,8 @@ LIKE_TORCH = [
     *(of_features(drop_in, "", row) for row in cover(FEWER, is_possible)),
     *(of_features(drop_in, "Cell", row) for row in cover({name: FEWER[name] for name in CELL}, is_possible)),
 ]
-STEPS = [
-    *(of_features(mingru, "Cell", row) for row in cover(CELL, is_possible)),
-    *(of_images(row) for row in cover(CONV_CELL, is_possible_of_images)),
-]
+STEPS = [of_features(mingru, "Cell", row) for row in cover(CELL, is_possible)]
+STEPS += [of_images(row) for row in cover(CONV_CELL, is_possible_of_images)]
 CONV1D = partial(mingru.MinConv1dGRU, INPUT, INPUT)
 
 
@@ -587,11 +575,8 @@ BLOCK = {
     **{name: LAYER[name] for name in ("bias", "candidate", "learn_initial_state", "bidirectional", "output_gate")},
     "norm": ["rms", "layer"],
 }
-BLOCKS = [
-    block(gate="rotation", expansion=1.2, min_decay=0.3),
-    block(cell="gru", expansion=1.2, block_size=2, conv=2),
-    *(block(**row) for row in cover(BLOCK)),
-]
+BLOCKS = [block(gate="rotation", expansion=1.2, min_decay=0.3), block(cell="gru", expansion=1.2, block_size=2, conv=2)]
+BLOCKS += [block(**row) for row in cover(BLOCK)]
 SEVERAL_GATES = {"gate": ["sigmoid", "quaternion", "rotation"], "min_decay": [0.0, 0.25, 0.5], "candidate": "tanh"}
 MIXED = case("MinGRU with mixed gates", mingru.MinGRU, INPUT, 8, 3, residual=True, **BOTH, **SEVERAL_GATES)
 # Layers and cells of one linear map or convolution.
@@ -635,8 +620,7 @@ def some(cases: list[Case], count: int = 4) -> list[Case]:
     return cases[::count]
 
 
-_WITHOUT_LENGTHS = ("Cell", "Conv", "combined")
-CASES_WITH_LENGTHS = [case for case in CASES if not any(part in case.name for part in _WITHOUT_LENGTHS)]
+CASES_WITH_LENGTHS = [case for case in CASES if "lengths" in case.takes]
 
 
 def parametrized(cases: list[Case]) -> pytest.MarkDecorator:
@@ -657,19 +641,11 @@ def grid(**factors: Iterable[Any]) -> Callable[[Any], Any]:
 
 def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
     """Return the cases of this run's tests that use the requesting fixture of a module."""
-    items = [
-        item
-        for item in request.session.items
-        if getattr(item, "module", None) is request.module and request.fixturename in item.fixturenames
-    ]
-    names = {item.callspec.params["case"].name for item in items}
+    items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    names = {item.callspec.params["case"].name for item in items if request.fixturename in item.fixturenames}
     return [case for case in CASES if case.name in names]
-
-
-def _four() -> int:
-    return 4
 
 
 def small_chunks() -> Any:
     """Use chunks of 4 steps instead of 16, because exporting then takes a third of the time."""
-    return mock.patch.object(torch_in_graphs, "chunk_size", _four)
+    return mock.patch.object(torch_in_graphs, "chunk_size", lambda: 4)  # noqa: PT008 (Dynamo traces it)

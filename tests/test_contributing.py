@@ -64,10 +64,8 @@ STEPS = [
 ]
 
 LEVEL, PUBLIC = (f"src/mingru/modules/{name}.py" for name in ("level", "mingru"))
-BLOCK, FACTOR = (
-    "src/mingru/models/block.py",
-    "if self.output_factor != 1:\n            out = self.output_factor * out\n        ",
-)
+BLOCK = "src/mingru/models/block.py"
+FACTOR = "if self.output_factor != 1:\n            out = self.output_factor * out\n        "
 # The same for the option of a layer.
 OPTION = [
     (1, PUBLIC, "output_factor: float = 1.0,\n        ", r"^class MinGRU\b(?:.*\n)*?        (?=memory: Memory)"),
@@ -228,9 +226,8 @@ def test_the_steps_name_these_files():
     recipes |= {"a function": [(1, "functional.py"), (2, "forms.py"), (3, "index.md")], "a flag of a kernel": FLAG}
     for heading, of in recipes.items():
         _, steps = text.split(f"## Add {heading}\n")
-        numbered = dict(
-            re.findall(r"^(\d)\. (.*?)(?=^\d\. |^## |\Z)", steps.split("\n## ")[0], re.MULTILINE | re.DOTALL)
-        )
+        steps = steps.split("\n## ")[0]
+        numbered = dict(re.findall(r"^(\d)\. (.*?)(?=^\d\. |^## |\Z)", steps, re.MULTILINE | re.DOTALL))
         for step, file, *_ in of:
             assert Path(file).name.replace("loop", "NAME") in numbered[str(step)]
 

@@ -201,9 +201,10 @@ def _trusts_no_more_classes_afterwards():
     torch.serialization.add_safe_globals(before)
 
 
-@pytest.mark.parametrize(
-    "guide", [pytest.param(guide, marks=[pytest.mark.slow] * ("deploy" in guide)) for guide in GUIDES]
-)
+WITH_CODE = [pytest.param(guide, marks=[pytest.mark.slow] * ("deploy" in guide)) for guide in GUIDES]
+
+
+@pytest.mark.parametrize("guide", WITH_CODE)
 # What torch's own tools say of torch.
 @pytest.mark.filterwarnings("ignore:`torch.jit.(script_method|optimize_for_inference)` is deprecated")
 def test_the_code_runs(guide, tmp_path, monkeypatch):

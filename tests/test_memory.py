@@ -16,10 +16,8 @@ from mingru.ops import autograd, route
 from mingru.ops.scan import LinearScan
 
 C = ctypes.CDLL(None) if sys.platform == "linux" else None
-pytestmark = [
-    pytest.mark.skipif(not hasattr(C, "mallinfo2"), reason="the C library does not count its memory"),
-    needs_kernels,
-]
+counts = pytest.mark.skipif(not hasattr(C, "mallinfo2"), reason="the C library does not count its memory")
+pytestmark = [counts, needs_kernels]
 
 
 # A string as an argument kept 48 bytes for each call.
@@ -27,10 +25,8 @@ LEAST_LEAK = 8
 
 
 class Mallinfo2(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 
 def used():

@@ -95,11 +95,8 @@ def test_the_default_keeps_its_promise():
     with patch():
         inside = Program()
         inside.load_state_dict(through_a_file(of_torch.state_dict()))
-        for each in (
-            pickle.loads(pickle.dumps(model)),
-            copy.deepcopy(model),
-            through_a_file(model, weights_only=False),
-        ):
+        twins = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model), through_a_file(model, weights_only=False)]
+        for each in twins:
             assert type(each.encoder) is drop_in.GRU and each.kind is drop_in.GRU
             assert_close(each(x), of_torch(x), rtol=1e-4, atol=1e-5)
     for each in (again, inside):
@@ -270,11 +267,8 @@ REFUSED = "size mismatch for rnn.{}_hh.*: copying a param with shape torch.Size.
 @grid(name=NAMES, bias=[True, False], strict=[True, False])
 def test_torchs_layers_refuse_weights_of_other_cells(name, bias, strict):
     """RLlib, for example, is not strict, and would play with weights of torch's initialization."""
-    kind, cell = (
-        getattr(drop_in, name.replace("Cell", "") + "Like" + "Cell" * ("Cell" in name)),
-        f"min{name[:4].lower()}",
-    )
-    make = partial(kind, IN, H, bias=bias, cell=cell.removesuffix("c"))
+    kind, cell, _ = name.partition("Cell")
+    make = partial(getattr(drop_in, f"{kind}Like{cell}"), IN, H, bias=bias, cell=f"min{kind.lower()}")
     ours, of_torch = (nn.ModuleDict({"rnn": rnn}) for rnn in (make(), getattr(nn, name)(IN, H, bias=bias)))
     state_dict = ours.state_dict()
     message = REFUSED.format("bias" if bias else "weight")

@@ -624,10 +624,10 @@ def test_options_reach_the_training_which_has_a_bar_on_a_terminal(monkeypatch, c
     assert capsys.readouterr().out.startswith("first ")
 
 
-@pytest.mark.parametrize(
-    ("schedule_of", "num_steps", "top"),
-    [(common.one_cycle, 1, 0), (common.one_cycle, 50, 4), (lambda *x: common.warmup_cosine(*x, share=0.1), 50, 4)],
-)
+SCHEDULES = [(common.one_cycle, 1, 0), (common.one_cycle, 50, 4), (partial(common.warmup_cosine, share=0.1), 50, 4)]
+
+
+@pytest.mark.parametrize(("schedule_of", "num_steps", "top"), SCHEDULES)
 def test_the_learning_rate_rises_and_falls(schedule_of, num_steps, top):
     optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
     schedule, rates = schedule_of(optimizer, num_steps), []

@@ -62,6 +62,7 @@ def without(name, forms):
 
 
 ALONE = {"x": "(3,)", "h": "(H,)", "reset": "a scalar", "dt": "a scalar"}
+CELL_OF_TORCH = {"input": "(B, 3)", "reset": "(B,)", "dt": "(B,)"}
 OF_TORCH = {"input": "(B, S, 3)", "hx": "(L * D, B, H)", **STEPS, **LENGTHS}
 # By the name in messages and what else tells two apart: what is called, and the letters.
 CALLS = {
@@ -85,10 +86,7 @@ CALLS = {
     "Block": (Block(3, expansion=4 / 3, conv=3), {"x": "(B, S, 3)", **OF_BLOCK, **STEPS, **LENGTHS}),
     "LanguageModel": (LanguageModel(9, 3, 1, expansion=4 / 3, conv=3), {"ids": "(B, S)", **OF_MODEL, **LENGTHS}),
     "mingru.drop_in.GRULike": (drop_in.GRULike(3, 4, 2, cell="mingru"), swapped(OF_TORCH)),
-    "mingru.drop_in.GRULikeCell": (
-        drop_in.GRULikeCell(3, 4, cell="mingru"),
-        {"input": "(B, 3)", "reset": "(B,)", "dt": "(B,)"},
-    ),
+    "mingru.drop_in.GRULikeCell": (drop_in.GRULikeCell(3, 4, cell="mingru"), CELL_OF_TORCH),
 }
 NUMBERS = ("a tensor", torch.float32, "torch.float32 like {}", "to(torch.float32)")
 KINDS = {
@@ -119,10 +117,8 @@ def wrong(argument, letters, value, first):
         found.append((TypeError, other, must_be, str(other.dtype), f"use {argument}.{method}"))
     if argument != "t" and not (is_first and "floating" in of_dtype):
         like = "the layer's weight" if is_first and first != "ids" else weights
-        where, remedy = (
-            "on the CPU or on cpu" if is_length else "on cpu",
-            f"create {argument} there, because a tensor on",
-        )
+        where = "on the CPU or on cpu" if is_length else "on cpu"
+        remedy = f"create {argument} there, because a tensor on"
         found.append((ValueError, value.to("meta"), f"{where} like {like}", "a tensor on meta", remedy))
     shapes = [value.unsqueeze(-1), *(torch.cat([value, value], dim) for dim in range(value.dim()))]
     if is_first:
@@ -165,10 +161,8 @@ def test_a_wrong_tensor(name, grad):
     first, states = next(iter(forms)), [argument for argument in forms if argument.endswith("]")]
     listed, cases = [values[state] for state in states], []
     if isinstance(call, torch.nn.Module):
-        assert inspect.signature(call.forward).parameters.keys() - {each[:-3] for each in states} - forms.keys() <= {
-            "dt",
-            "hx",
-        }
+        taken = inspect.signature(call.forward).parameters.keys()
+        assert taken - {each[:-3] for each in states} - forms.keys() <= {"dt", "hx"}
     for argument, letters in forms.items():
         cases += [(argument, *case) for case in wrong(argument, letters, values[argument], first)]
     no_lists = ((ValueError, listed * 2, 2 * len(listed)), (TypeError, {0: 1}, "dict"), (TypeError, 0.5, "float"))

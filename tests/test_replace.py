@@ -225,11 +225,8 @@ PACKS = {"packed", "forward mode", "one sequence", "one step", "quantize_dynamic
 PACKS |= {"strides", "fx", "a hook"}
 # oneDNN has no forward mode, and refuses what was changed before backward.
 NOT_BY_ONEDNN = {"forward mode", "changes before backward", "fx"}
-MODELS = {
-    "gru": (Rnn, nn.GRU, set()),
-    "packed lstm": (Packed, nn.LSTM, PACKS),
-    "lstm": (Rnn, nn.LSTM, NOT_BY_ONEDNN),
-}
+MODELS = {"gru": (Rnn, nn.GRU, set()), "packed lstm": (Packed, nn.LSTM, PACKS), "lstm": (Rnn, nn.LSTM, NOT_BY_ONEDNN)}
+IN_MODES = [(name, mode) for name in MODELS for mode in MODES if mode not in MODELS[name][2]]
 
 
 @pytest.fixture
@@ -242,9 +239,7 @@ def _always(monkeypatch):
 @pytest.mark.usefixtures("_always")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
-@pytest.mark.parametrize(
-    ("name", "mode"), [(name, mode) for name in MODELS for mode in MODES if mode not in MODELS[name][2]]
-)
+@pytest.mark.parametrize(("name", "mode"), IN_MODES)
 def test_accelerated_layers_compute_the_same(name, mode, options):
     around, kind, _ = MODELS[name]
     model, x = around(kind, H, **options), torch.randn(THREE, STEPS, IN)
@@ -324,9 +319,8 @@ def test_accelerated_layers_are_accurate(dtype, packed, batch, features, kind, k
 def test_accelerated_layers_take_any_numbers(of, value, kind):
     rnn, x, lengths = kind(IN, 20, 2), torch.randn(STEPS, 9, IN), torch.arange(9, 0, -1)
     states = [torch.randn(2, 9, 20) for _ in range(1 + (kind is nn.LSTM))]
-    {"x": x[3, 2], "state": states[-1][0, 1], "weight": rnn.weight_hh_l0.data[3], "bias": rnn.bias_hh_l0.data[-3:]}[of][
-        0
-    ] = value
+    at = {"x": x[3, 2], "state": states[-1][0, 1], "weight": rnn.weight_hh_l0.data[3], "bias": rnn.bias_hh_l0.data[-3:]}
+    at[of][0] = value
     own = copy.deepcopy(rnn)
     drop_in.accelerate(own)
     for each in (x, pack_padded_sequence(x, lengths)):
@@ -481,11 +475,8 @@ def test_accelerate_reports_each_layer():
     assert type(model.encoder["a"]) is nn.GRU and type(model.lstm).__bases__ == (nn.LSTM,)
     assert type(model.lstm).__name__ == name == "ParametrizedLSTM"
     assert sorted(name for name, _ in drop_in.accelerate(model).changed) == changed
-    for layer, why in {
-        nn.LSTM(IN, H, proj_size=2): "there is no kernel for projections",
-        nn.LSTMCell(IN, H): "torch computes it as fast",
-    }.items():
-        assert drop_in.accelerate(layer).left[0][2] == why
+    reasons = [drop_in.accelerate(each).left[0][2] for each in (nn.LSTM(IN, H, proj_size=2), nn.LSTMCell(IN, H))]
+    assert reasons == ["there is no kernel for projections", "torch computes it as fast"]
 
 
 @grid(bias=[True, False], dtype=[torch.float, torch.double])

@@ -52,9 +52,8 @@ def test_many_sessions(name):
         named = [*slots, *[-1] * num_padded]
         out = sessions.step(x, torch.tensor(named) if given else named, **given)
         with torch.no_grad():
-            expected, after = model(
-                x, joined([*(held[slot] for slot in slots), *[model.initial(1)] * num_padded]), **given
-            )
+            states = joined([*(held[slot] for slot in slots), *[model.initial(1)] * num_padded])
+            expected, after = model(x, states, **given)
             assert torch.equal(out[: len(slots)], expected[: len(slots)])
             for row, slot in enumerate(slots):
                 held[slot] = tree_map(lambda each, row=row: each[:, row : row + 1], after)

@@ -18,17 +18,9 @@ from mingru import models
 from mingru.models import LanguageModel
 
 FILES = {"config.json", "model.safetensors"}
-ALL_OPTIONS = {
-    "tied": False,
-    "cell": "minlstm",
-    "expansion": 1.5,
-    "conv": 3,
-    "mlp": 2,
-    "norm": "layer",
-    "dropout": 0.25,
-}
-ALL_OPTIONS |= {"checkpoint": True, "bias": True, "bidirectional": False, "candidate": "tanh", "recompute": False}
-ALL_OPTIONS |= {"learn_initial_state": True, "forget_bias": 1.0, "normalize": False}
+ALL_OPTIONS = {"tied": False, "cell": "minlstm", "expansion": 1.5, "conv": 3, "mlp": 2, "norm": "layer"}
+ALL_OPTIONS |= {"dropout": 0.25, "checkpoint": True, "bias": True, "bidirectional": False, "candidate": "tanh"}
+ALL_OPTIONS |= {"recompute": False, "learn_initial_state": True, "forget_bias": 1.0, "normalize": False}
 MODELS = {
     "plain": {},
     "untied": {"tied": False},

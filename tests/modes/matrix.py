@@ -39,10 +39,8 @@ class Matrix:
 
     def table(self) -> str:
         """Return the lists of all classes and modes, the table of exceptions, and the numbered limitations."""
-        names = [case.name for case in CASES]
-        found = {
-            mode: {name: self.cells[mode, name] for name in names if (mode, name) in self.cells} for mode in modes()
-        }
+        names, cells = [case.name for case in CASES], self.cells
+        found = {mode: {name: cells[mode, name] for name in names if (mode, name) in cells} for mode in modes()}
         limitations = dict.fromkeys(each for by_name in found.values() for cell in by_name.values() for each in cell)
         numbers = {limitation: number for number, limitation in enumerate(limitations, 1)}
         lines = [f"All are {', '.join(names)}.", "", *(f"- {mode}" for mode in found), "", "## Exceptions", ""]

@@ -74,10 +74,10 @@ def test_autocast_inside(case):
             assert_equal(compiled(*inputs), run(*inputs), rtol=2**-6, atol=2**-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "reverse"),
-    [*(pytest.param(name, False, marks=pytest.mark.slow) for name in ("torch", "native")), ("native", True)],
-)
+BODIES = [*(pytest.param(name, False, marks=pytest.mark.slow) for name in ("torch", "native")), ("native", True)]
+
+
+@pytest.mark.parametrize(("name", "reverse"), BODIES)
 def test_functions(name, reverse):
     """Any trailing sizes, gradients of everything, from both bodies that "auto" may take."""
 
@@ -135,10 +135,10 @@ def test_lengths_of_any_size():
         assert_equal(compiled(x, lengths=lengths, **own), module(x, lengths=lengths, **own))
 
 
-@pytest.mark.parametrize(
-    ("backend", "options"),
-    [("auto", {}), ("auto", {"tracing_mode": "symbolic"}), ("torch", {}), ("torch", {"pre_dispatch": True})],
-)
+TRACES = [("auto", {}), ("auto", {"tracing_mode": "symbolic"}), ("torch", {}), ("torch", {"pre_dispatch": True})]
+
+
+@pytest.mark.parametrize(("backend", "options"), TRACES)
 @each_case(["MinGRU"], CASES_WITH_LENGTHS)
 def test_make_fx(case, backend, options):
     """The graph has no values to check, and is that of any others."""
@@ -170,8 +170,6 @@ def test_a_layer_after_a_cell():
 def test_fused_kernel_is_in_the_graph():
     """A compiled layer calls the same kernel as eager, products and recurrence in one."""
     rnn, graphs = mingru.MinGRU(3, 4), []
-    with torch.no_grad():
-        torch.compile(rnn, fullgraph=True, backend=lambda graph, _: graphs.append(str(graph)) or graph)(
-            torch.randn(2, 5, 3)
-        )
+    compiled = torch.compile(rnn, fullgraph=True, backend=lambda graph, _: graphs.append(str(graph)) or graph)
+    torch.no_grad()(compiled)(torch.randn(2, 5, 3))
     assert "mingru.linear_recurrence_forward" in graphs[0]

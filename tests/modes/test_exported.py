@@ -143,11 +143,8 @@ def test_kernels_stay_where_they_are_asked_for():
 def test_lengths(case):
     module, (x, h, _, *dt) = case.make(), case.args().values()
     of_x, of_h = case.dynamic(BATCH, Dim("steps", max=40))
-    program = torch.export.export(
-        module,
-        (x, h, None, torch.tensor([3, 7]), *dt),
-        dynamic_shapes=(of_x, of_h, None, {0: BATCH}, *(of_x for _ in dt)),
-    )
+    shapes = of_x, of_h, None, {0: BATCH}, *(of_x for _ in dt)
+    program = torch.export.export(module, (x, h, None, torch.tensor([3, 7]), *dt), dynamic_shapes=shapes)
     for batch, steps in [(2, 7), (1, 1), (3, 16), (2, 17), (1, 40)]:
         lengths = torch.randint(0, steps + 1, (batch,))
         x, h, _, *dt = case.args(batch, steps).values()

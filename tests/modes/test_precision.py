@@ -50,10 +50,10 @@ def check_errors(module, args, dtype):
     return list(dtypes.values()), gradients
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [in_mode("autocast to bf16 on the CPU", torch.bfloat16), in_mode("autocast to fp16 on the CPU", torch.float16)],
-)
+CASTS = [in_mode("autocast to bf16 on the CPU", torch.bfloat16), in_mode("autocast to fp16 on the CPU", torch.float16)]
+
+
+@pytest.mark.parametrize("dtype", CASTS)
 @each_case()
 def test_autocast(case, dtype):
     module, args = make(case)

@@ -312,10 +312,10 @@ def test_int8_by_torchao(case):
 # A gradient for each sequence of the batch
 
 
-@mode(
-    "per-sample hooks (Opacus)",
-    marks=[("mingru.GRU", pytest.mark.xfail(reason="Opacus has no sampler for recurrent weights.", strict=True))],
-)
+NO_SAMPLER = pytest.mark.xfail(reason="Opacus has no sampler for recurrent weights.", strict=True)
+
+
+@mode("per-sample hooks (Opacus)", marks=[("mingru.GRU", NO_SAMPLER)])
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed:UserWarning")
 def test_opacus(case):
     from opacus.grad_sample import GradSampleModule, register_grad_sampler

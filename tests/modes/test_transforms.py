@@ -86,12 +86,10 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 @mode("torch.func.grad")
 def test_func_grad_is_backward(case):
-    module, args = case.make(**DOUBLE), with_lengths(case)
+    module, (x, h, *rest) = case.make(**DOUBLE), with_lengths(case)
     call = of_weights(module)
-    found = grad(lambda weights, x, h: loss_of(call(weights, x, h, *args[2:])), (0, 1, 2))(
-        weights_of(module), *args[:2]
-    )
-    assert_equal(found, plainly(gradients, module, args))
+    found = grad(lambda weights, x, h: loss_of(call(weights, x, h, *rest)), (0, 1, 2))(weights_of(module), x, h)
+    assert_equal(found, plainly(gradients, module, (x, h, *rest)))
 
 
 @mode("batched gradients (is_grads_batched)")
@@ -111,10 +109,8 @@ def failing(*names: str, **expected: Any):
 
 
 CONVOLUTIONS, NORMED = ("MinConv1dGRU", "MinConv2dGRU", "MinConv3dGRU"), ("MinGRU", "combined model")
-HESSIAN = (
-    "With `norm`, the vectorized Hessian of torch.autograd.functional fails before torch 2.15, in torch's group_norm. "
-)
-HESSIAN += "torch.func.hessian works."
+HESSIAN = "With `norm`, the vectorized Hessian of torch.autograd.functional fails before torch 2.15, in torch's "
+HESSIAN += "group_norm. torch.func.hessian works."
 JACREV = "jacrev(jacrev(f)) and torch.func.hessian(f) are wrong for torch's layer_norm. jacfwd(grad(f)) is right: "
 JACREV += "https://github.com/pytorch/functorch/issues/534"
 JVP = "The gradient of layer_norm's forward-mode derivative treats mean and standard deviation as constants: "

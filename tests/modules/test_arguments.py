@@ -70,9 +70,8 @@ SIZES = {mingru.Stack: ([mingru.MinGRU(3, 4)],), mingru.MinConv2dGRU: (3, 4, 1)}
 
 @pytest.mark.parametrize("kind", [mingru.MinGRU, mingru.MinLSTM, *SIZES, drop_in.GRULike])
 def test_a_dropout_without_effect_is_blamed_on_the_line_that_asks_for_it(kind):
-    with pytest.warns(
-        UserWarning, match=rf"^(mingru\.drop_in\.)?{kind.__name__}: dropout=0.5 has no effect on one layer"
-    ) as seen:
+    message = rf"^(mingru\.drop_in\.)?{kind.__name__}: dropout=0.5 has no effect on one layer"
+    with pytest.warns(UserWarning, match=message) as seen:
         kind(*SIZES.get(kind, (3, 4)), dropout=0.5)
     assert [warning.filename for warning in seen] == [__file__]
 

@@ -72,10 +72,7 @@ def assert_same_as_one_by_one(module, *args, tolerance=(1e-4, 1e-5), **kwargs):
 def is_in_one(function, *args, **kwargs):
     """Return whether one operator computes a call without gradients."""
     run, done = plan.run, []
-    with (
-        torch.no_grad(),
-        mock.patch.object(plan, "run", lambda *args: done.append(run(*args)) or done[-1]),
-    ):
+    with torch.no_grad(), mock.patch.object(plan, "run", lambda *args: done.append(run(*args)) or done[-1]):
         function(*args, **kwargs)
     # A module that is called one by one calls those inside, which may be in one.
     return bool(done) and done[0] is not None
@@ -263,12 +260,8 @@ SETTABLE = [
     *(None, TENSORS, nn.Identity(), Doubled(), nn.ReLU(), nn.GELU("tanh"), mlp(), CausalConv(DIMS, 2, True)),
     *(nn.Linear(DIMS, DIMS), nn.Linear(2 * DIMS, DIMS), nn.Linear(DIMS, 2 * DIMS), Shifted(DIMS, 2 * DIMS)),
     *(nn.RMSNorm(DIMS), nn.RMSNorm(3), nn.RMSNorm(DIMS, elementwise_affine=False), nn.LayerNorm((3, DIMS))),
-    *(
-        Wrong(DIMS, 6),
-        mingru.MinGRU(5, DIMS),
-        mingru.MinGRUCell(DIMS, 6),
-        mingru.drop_in.GRULike(DIMS, DIMS, cell="mingru"),
-    ),
+    *(Wrong(DIMS, 6), mingru.MinGRU(5, DIMS), mingru.MinGRUCell(DIMS, 6)),
+    mingru.drop_in.GRULike(DIMS, DIMS, cell="mingru"),
 ]
 
 

@@ -59,10 +59,7 @@ def test_autocast_casts_weights_once_for_all_steps():
     assert all(grad.dtype == torch.float32 for grad in grads[0])
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("num_layers", [1, 3])
-@pytest.mark.parametrize("recompute", [None, False, True])
-@pytest.mark.parametrize("hidden", [32, 64])
+@grid(batch_first=[True, False], num_layers=[1, 3], recompute=[None, False, True], hidden=[32, 64])
 @pytest.mark.parametrize("case", ["MinGRU native", "MinGRU torch", "GRU native"])
 def test_what_is_kept_for_the_backward_pass(case, hidden, recompute, num_layers, batch_first):
     batch, steps, (layer, backend) = 4, 256, case.split()
@@ -279,11 +276,8 @@ def test_batched_gradients_keep_no_graph(backend):
 # Sequences of different lengths
 
 LENGTHS = torch.tensor([9, 1, S])
-KINDS = {
-    "mingru": mingru.MinGRU,
-    "minlstm": mingru.MinLSTM,
-    "minlstm_unnormalized": functools.partial(mingru.MinLSTM, normalize=False),
-}
+KINDS = {"mingru": mingru.MinGRU, "minlstm": mingru.MinLSTM}
+KINDS["minlstm_unnormalized"] = functools.partial(mingru.MinLSTM, normalize=False)
 packed = functools.partial(pack_padded_sequence, batch_first=True, enforce_sorted=False)
 
 

@@ -120,20 +120,18 @@ def supports(backend, cell, candidate="positive"):
 
 def is_allowed(row, backend="torch"):
     """Return whether there is such a call. Options that are not given count as the default ones."""
-    cell, dtype, layout, memory, features = (
-        row.get(name, getattr(Row(), name)) for name in ("cell", "dtype", "layout", "memory", "features")
-    )
-    batch_first = row.get("batch_first", True)
+    row = Row(**row)
+    cell, layout, memory = row.cell, row.layout, row.memory
     return (
-        supports(backend, cell, row.get("candidate", "positive"))
-        and (cell in TIMED or not (row.get("dt") or row.get("min_decay")))
-        and not (backend == "log" and (row.get("reset") or row.get("dt")))
-        and (dtype in HALF or not row.get("wide_state"))
-        and (cell not in SCANS[1:] or dtype not in HALF)
-        and (batch_first or layout == "padded")
-        and (cell not in SCANS or (batch_first and layout in ("padded", "lengths")[: 2 - (cell == SCANS[2])]))
-        and (cell not in SCANS[1:] or (len(features) == 1 and memory != "an odd address"))
-        and (layout != "packed" or len(features) == 1 or memory == "contiguous")
+        supports(backend, cell, row.candidate)
+        and (cell in TIMED or not (row.dt or row.min_decay))
+        and not (backend == "log" and (row.reset or row.dt))
+        and (row.dtype in HALF or not row.wide_state)
+        and (cell not in SCANS[1:] or row.dtype not in HALF)
+        and (row.batch_first or layout == "padded")
+        and (cell not in SCANS or (row.batch_first and layout in ("padded", "lengths")[: 2 - (cell == SCANS[2])]))
+        and (cell not in SCANS[1:] or (len(row.features) == 1 and memory != "an odd address"))
+        and (layout != "packed" or len(row.features) == 1 or memory == "contiguous")
     )
 
 
@@ -342,9 +340,8 @@ def share_of_allowed(backend, row, seed=0, device=None, runs=1):
     )
     if any(not torch.equal(one, same) for other in others for one, same in zip(got, other, strict=True)):
         return math.inf
-    assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(given.leaves(), before, strict=True)), (
-        "an input was written to"
-    )
+    pairs = zip(given.leaves(), before, strict=True)
+    assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in pairs), "an input was written to"
     assert [x.dtype for x in got] == [given.inputs[0].dtype, given.h.dtype, *(x.dtype for x in given.leaves())]
     with torch.no_grad():
         # Other code runs without gradients.

@@ -28,9 +28,7 @@ not_in_the_interpreter = pytest.mark.skipif(INTERPRETED, reason="other tests are
 each_backend = pytest.mark.parametrize("backend", NOT_LOG)
 
 
-@pytest.mark.parametrize(
-    ("backend", "row"), [(backend, row) for backend in ALL for row in calls.rows(backend)], ids=str
-)
+@pytest.mark.parametrize(("backend", "row"), [(name, row) for name in ALL for row in calls.rows(name)], ids=str)
 def test_values_and_gradients(backend, row, use_tiling):
     use_tiling(row.tiling)
     assert calls.share_of_allowed(backend, row) <= 1
@@ -107,9 +105,10 @@ def test_first_and_second_derivatives(backend, row, use_tiling):
     assert gradgradcheck(function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize(
-    ("backend", "cell"), each(NOT_LOG, ("mingru", "mingru_rotation") if INTERPRETED else tuple(NUM_INPUTS))
-)
+FORWARD = ("mingru", "mingru_rotation") if INTERPRETED else tuple(NUM_INPUTS)
+
+
+@pytest.mark.parametrize(("backend", "cell"), each(NOT_LOG, FORWARD))
 def test_forward_mode_and_vmap(backend, cell, use_tiling):
     use_tiling("walk")
     inputs, h, initial, reset, dt = make(cell, 2, 5 if INTERPRETED else 18, 4, reset=True)
@@ -212,20 +211,16 @@ def test_errors_of_long_memories_grow_like_a_random_walk(cell, gates, options, l
 
 
 EXTREMES = [1e4, -1e4, math.inf, -math.inf, math.nan, 0.0, -0.0, 80.0, -80.0]
+WITH_TIMES = [(*pair, timed) for pair in each(NOT_LOG) for timed in (False, True)[: 1 + (pair[1] in TIMED)]]
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES)
-@pytest.mark.parametrize(
-    ("backend", "cell", "timed"),
-    [(*pair, timed) for pair in each(NOT_LOG) for timed in (False, True)[: 1 + (pair[1] in TIMED)]],
-)
+@pytest.mark.parametrize(("backend", "cell", "timed"), WITH_TIMES)
 def test_extreme_pre_activations(backend, cell, candidate, timed, use_tiling):
     """Each extreme number beside each good one, in each input and in several."""
     use_tiling("one step")
     bad = torch.tensor(EXTREMES).repeat_interleave(4).view(1, 1, -1)
-    good, h = (
-        torch.tensor(x).repeat(len(EXTREMES)).view(1, 1, -1) for x in ([-1.0, 0.5, 2.0, 0.0], [1.0, 0.0, 3.0, 0.5])
-    )
+    good, h = torch.tensor([[-1.0, 0.5, 2.0, 0.0], [1.0, 0.0, 3.0, 0.5]]).repeat(1, len(EXTREMES)).view(2, 1, 1, -1)
     timing = {"dt": torch.tensor([[0.5]]), "min_decay": 0.3} if timed else {}
     # Of a quaternion only in some parts.
     first = torch.where(torch.tensor([True, False] * 18), bad, 0.0) if cell == "mingru_quaternion" else bad
@@ -302,11 +297,11 @@ def test_angles_of_any_size(backend, cell, use_tiling):
         assert (out.double().flatten() - truth).abs().max() <= most
 
 
+FORGETTING = [(*pair, candidate) for candidate in ("linear", "positive") for pair in each(NOT_LOG, TIMED, candidate)]
+
+
 @grid(min_decay=[0.0, 0.25], dtype=[torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("backend", "cell", "candidate"),
-    [(*pair, candidate) for candidate in ("linear", "positive") for pair in each(NOT_LOG, TIMED, candidate)],
-)
+@pytest.mark.parametrize(("backend", "cell", "candidate"), FORGETTING)
 def test_an_infinite_time_forgets(backend, cell, candidate, min_decay, dtype, use_tiling):
     """Also if exp(gate) underflows. Only a gate of -infinity, which forgets nothing, keeps the state."""
     use_tiling("one step")
@@ -345,11 +340,8 @@ def test_nan_and_infinity_pass_and_stop_at_a_reset(backend, cell, distance, reve
     # The first number of the first sequence, until the reset.
     tainted[0, slice(at + 1, where + 1) if reverse else slice(where, at), :parts] = True
     # Products of complex numbers and infinities follow no common rule.
-    for tiling, (index, bad) in zip(
-        ("walk", "chunks", "segments") * 2,
-        [(-1, math.nan), (0, math.nan), *([(-1, math.inf), (-1, -math.inf)] if parts == 1 else [])],
-        strict=False,
-    ):
+    numbers = [(-1, math.nan), (0, math.nan), *([(-1, math.inf), (-1, -math.inf)] if parts == 1 else [])]
+    for tiling, (index, bad) in zip(("walk", "chunks", "segments") * 2, numbers, strict=False):
         use_tiling(tiling)
         expected, _ = states(backend, cell, inputs, h, initial, reset, **options)
         wrong = [x.clone() for x in inputs]
@@ -463,11 +455,8 @@ def test_values_that_are_not_in_memory(backend, grad):
 
 
 SHAPES = [(1, 1, 3, 5), (3, 40, 7, 20), (3, 5000, 4, 16), (300, 33, 4, 17), (3, 700, 3, 530)]
-LAYERS = {
-    "mingru": mingru.MinGRU,
-    "minlstm": mingru.MinLSTM,
-    "mingru_rotation": partial(mingru.MinGRU, gate="rotation"),
-}
+LAYERS = {"mingru": mingru.MinGRU, "minlstm": mingru.MinLSTM}
+LAYERS["mingru_rotation"] = partial(mingru.MinGRU, gate="rotation")
 IN_ONE_GO = {
     "layer": [*LAYERS],
     "shape": [(1, 9, 3, 6), (2, 1, 3, 8)] if INTERPRETED else SHAPES,

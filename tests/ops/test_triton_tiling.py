@@ -178,10 +178,7 @@ def test_without_a_device():
 
 REASONS = [
     (None, "Triton is not installed; install the package triton"),
-    (
-        "raise OSError('libcuda.so.1 is missing')",
-        "Triton cannot be imported (libcuda.so.1 is missing); reinstall it",
-    ),
+    ("raise OSError('libcuda.so.1 is missing')", "Triton cannot be imported (libcuda.so.1 is missing); reinstall it"),
     ("__version__ = '3.5.1'", "Triton 3.5.1 is too old; install Triton 3.6 or later"),
     ("__version__ = '3.10.0+git1234'", "True"),
     ("__version__ = '3.10.0'", "torch cannot use the GPU (Cannot re-initialize CUDA in forked subprocess."),

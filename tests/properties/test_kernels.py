@@ -106,9 +106,7 @@ def operators(way: Any, case: Case, is_compiled: bool) -> list[list[str]]:
 
 def pairs(ways: Any, cases: list[Case]) -> Any:
     found = [(case, way) for case in cases for way in ways if "lengths" not in way or "lengths" in case.takes]
-    return pytest.mark.parametrize(
-        ("case", "way"), [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in found]
-    )
+    return pytest.mark.parametrize(("case", "way"), found, ids=lambda each: getattr(each, "name", each))
 
 
 def check(case: Case, ways: Any, way: str) -> None:
