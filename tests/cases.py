@@ -12,7 +12,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -300,6 +302,13 @@ def one_process() -> Iterator[Any]:
 
 
 Maybe = Tensor | None
+
+
+def join_processes(rank: int, folder: Path, count: int, seconds: int) -> None:
+    """Let this process, with one thread, be one of a group."""
+    torch.set_num_threads(1)
+    store, timeout = torch.distributed.FileStore(str(folder / "store"), count), timedelta(seconds=seconds)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timeout)
 
 
 class Model(nn.Module):

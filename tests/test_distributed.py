@@ -1,6 +1,5 @@
 """Sequences and features that several processes divide: each has its part of what one process computes."""
 
-import datetime
 import itertools
 import os
 import re
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import BLOCKS, DOUBLE, FEATURES, IMAGES, MODELS, STACKS, case, refuses, some
+from cases import BLOCKS, DOUBLE, FEATURES, IMAGES, MODELS, STACKS, case, join_processes, refuses, some
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -258,8 +257,7 @@ def refusals(four, pairs):
     stack = parallelize_module(mingru.Stack([mingru.Stack([mingru.MinGRU(3, 4)])]), four, SequenceParallel())
     assert_refused(stack, [({"x": one_wrong}, error, of_one)])
     lm = parallelize_module(LanguageModel(5, 4, 1), four, SequenceParallel())
-    with pytest.raises(ValueError, match="generate and stream need a model without SequenceParallel"):
-        lm.generate(torch.zeros(1, 2, dtype=torch.long), 1)
+    refuses(ValueError, "generate and stream need a model without", lm.generate, torch.zeros(1, 2, dtype=torch.long), 1)
 
 
 def values(four, pairs):
@@ -296,16 +294,9 @@ CHECKS = {
 }
 
 
-def group(rank, folder, size, timeout):
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), size)
-    timeout = datetime.timedelta(seconds=timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
-
-
 def work(rank, folder, name):
     os.chdir(folder)
-    group(rank, folder, PROCESSES, 300)
+    join_processes(rank, folder, PROCESSES, 300)
     four = init_device_mesh("cpu", (4,))
     pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
     for check in CHECKS[name]:

@@ -5,7 +5,6 @@ that every test speaks for itself alone.
 """
 
 import copy
-import datetime
 import traceback
 import warnings
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import CASES, assert_equal, selected_cases, tensors
+from cases import CASES, assert_equal, join_processes, selected_cases, tensors
 from mode import each_case, in_mode, mode
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -134,10 +133,7 @@ def work(rank, folder, names):
     # Dynamo does so itself, to trace one.
     instance = r"<class 'torch.autograd.function.Function'> should not be instantiated"
     warnings.filterwarnings("ignore", instance, DeprecationWarning)
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), PROCESSES)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timeout)
+    join_processes(rank, folder, PROCESSES, 60)
     found = {}
     for name, way in WAYS.items():
         for case in [case for case in CASES if case.name in names]:
