@@ -147,12 +147,12 @@ def each_alone(case, call, lengths):
     return run
 
 
-ENDS = [(9, 1, 0, 21), (0, 0), (21, 4, 2)]
+ENDS = [*(((9, 1, 0, 21), backend) for backend in BACKENDS), ((0, 0), "auto"), ((21, 4, 2), "auto")]
 
 
-@pytest.mark.parametrize("lengths", ENDS, ids=str)
+@pytest.mark.parametrize(("lengths", "backend"), ENDS, ids=str)
 @parametrized([*WITH_LENGTHS, *MODELS])
-def test_each_sequence_is_as_alone(case, lengths):
+def test_each_sequence_is_as_alone(case, lengths, backend):
     module, (everything, padding) = case.varied(**DOUBLE), padded(case, lengths, **DOUBLE)
     clean = {**everything, "x": everything["x"].nan_to_num(7.0)}
 
@@ -161,15 +161,20 @@ def test_each_sequence_is_as_alone(case, lengths):
         # The logits of padding are any.
         return out.masked_fill(padding.unsqueeze(2), 0.0) if case in MODELS else out, states
 
-    for names in ((), ("h", "reset", "dt"))[: 2 if lengths == ENDS[0] else 1]:
-        given = without(everything, *names)
-        expected = graded(module, each_alone(case, truth(module), lengths), without(clean, *names))
-        got = graded(module, together, given)
-        assert_same(got, expected)
-        assert not any(got[name][padding].any() for name in ("out", "gradient of x") if name in got)
-        with torch.no_grad():
-            out, states = together(**given)
-        assert_close([out, *states], list(got.values())[: 1 + len(states)], **TIGHT)
+    with mingru.use_backend(backend):
+        for names in (("h", "reset", "dt"), ())[backend == "auto" :]:
+            given = without(everything, *names)
+            expected = graded(module, each_alone(case, truth(module), lengths), without(clean, *names))
+            got = graded(module, together, given)
+            assert_same(got, expected)
+            assert not any(got[name][padding].any() for name in ("out", "gradient of x") if name in got)
+            with torch.no_grad():
+                out, states = together(**given)
+            assert_close([out, *states], list(got.values())[: 1 + len(states)], **TIGHT)
+        # What the fused path does not serve: a linear map with a hook.
+        linear = next(each for each in module.modules() if isinstance(each, LINEAR_MAPS))
+        linear.register_forward_hook(lambda *_: None)
+        assert_same(graded(module, together, everything), expected)
 
 
 @parametrized(FEATURES)
@@ -197,22 +202,6 @@ def test_states_of_all_steps(case):
     given, _ = padded(case, lengths, **DOUBLE)
     found = graded(rnn, lambda **given: case.call(every, lengths=ends, **given), given)
     assert all(each.isfinite().all() for name, each in found.items() if name != "gradient of x")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@parametrized([case for case in WITH_LENGTHS if "candidate=" not in case.name and "Block" not in case.name])
-def test_lengths_on_every_backend(case, backend):
-    module, lengths = case.varied(**DOUBLE), (9, 0, 21)
-    given, _ = padded(case, lengths, **DOUBLE)
-    expected = graded(module, each_alone(case, truth(module), lengths), {**given, "x": given["x"].nan_to_num(7.0)})
-    with mingru.use_backend(backend):
-        for _ in range(2):
-            got = graded(module, lambda **given: case.call(module, lengths=torch.tensor(lengths), **given), given)
-            assert_same(got, expected)
-            # What the fused path does not serve: a linear map with a hook.
-            next(each for each in module.modules() if isinstance(each, LINEAR_MAPS)).register_forward_hook(
-                lambda *args: None
-            )
 
 
 @parametrized([case for case in WITH_LENGTHS if "Block" not in case.name and "blocks" not in case.name])
