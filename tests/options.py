@@ -58,6 +58,19 @@ def named(options):
 
 # What a call is given, each with the batch first.
 
+# Orders in memory. In packed sequences, the second dimension has the features.
+MEMORY = {
+    "contiguous": lambda x: x,
+    "other dimension first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "features before steps": lambda x: x.mT.contiguous().mT,
+    "every other feature": lambda x: torch.stack([x, x], -1)[..., 1],
+    "every other step": lambda x: torch.stack([x, x], 2)[:, :, 1],
+    "an odd address": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x),
+    "one row for all": lambda x: x[:1].expand_as(x),
+    "one column for all": lambda x: x[:, :1].expand_as(x),
+    "one feature for all": lambda x: x[..., :1].expand_as(x),
+}
+
 
 def steps_of(batch, steps, **factory):
     """Return resets, of which there is one at the first step and one at the last, and elapsed times from 0 to 3."""

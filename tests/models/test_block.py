@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import graded, needs_kernels, with_threads
-from options import cover
+from options import MEMORY, cover
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
@@ -34,15 +34,6 @@ def test_dropout():
     assert_close(out, y + F.dropout(block.mlp(y), 0.5))
 
 
-def laid_out(x, layout):
-    """Return a sequence (B, S, N) with these strides, if they can have its values."""
-    if layout == "expanded":
-        return x[:1, :1, :1].expand_as(x)
-    order = {"contiguous": (0, 1, 2), "time first": (1, 0, 2), "features first": (2, 0, 1)}[layout]
-    return x.permute(order).contiguous().permute(*(order.index(dim) for dim in range(3)))
-
-
-LAYOUTS = ["contiguous", "time first", "features first", "expanded"]
 CONVOLUTIONS = {
     "dtype": [torch.float64, torch.float32],
     "steps": [1, 3, 64, 131],
@@ -50,8 +41,7 @@ CONVOLUTIONS = {
     "features": [1, 16, 37],
     "size": [2, 4, 9],
     **{name: [False, True] for name in ("bias", "reset", "lengths", "adds_x", "nan")},
-    "layout": LAYOUTS,
-    "layout_of_grad": LAYOUTS,
+    **{name: [*MEMORY] for name in ("memory", "memory_of_grad")},
 }
 
 
@@ -61,9 +51,9 @@ def test_the_operator_of_the_convolution_is_as_exact_as_tensor_operations(row):
     """Operations in float64 are exact; those of the same type have an error too. NaN is in the same places."""
     dtype, steps, batch, features, size, *_ = row.values()
     draw = partial(torch.randn, dtype=dtype)
-    x, grad = (laid_out(draw(batch, steps, features), row[name]) for name in ("layout", "layout_of_grad"))
+    x, grad = (MEMORY[row[name]](draw(batch, steps, features)) for name in ("memory", "memory_of_grad"))
     state, grad_last = draw(2, 1, batch, size - 1, features)
-    if row["nan"] and row["layout"] != "expanded":
+    if row["nan"] and "for all" not in row["memory"]:
         state[0, 0, -1, 0] = x[-1, steps // 2, -1] = torch.nan
     weights = draw(size, features), draw(features) if row["bias"] else None
     reset = torch.rand(batch, steps) < 0.3 if row["reset"] else None

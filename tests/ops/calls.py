@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import reference
 import torch
-from options import CALLS, CANDIDATES, cover, lengths_of, steps_of
+from options import CALLS, CANDIDATES, MEMORY, cover, lengths_of, steps_of
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import mingru
@@ -72,18 +72,6 @@ class Row(NamedTuple):
         return " ".join([self.cell, *words]).replace("torch.", "")
 
 
-# Orders in memory of the inputs. In packed sequences, the second dimension has the features.
-MEMORY = {
-    "contiguous": lambda x: x,
-    "other dimension first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "features before steps": lambda x: x.mT.contiguous().mT,
-    "every other feature": lambda x: torch.stack([x, x], -1)[..., 1],
-    "every other step": lambda x: torch.stack([x, x], 2)[:, :, 1],
-    "an odd address": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x),
-    "one row for all": lambda x: x[:1].expand_as(x),
-    "one column for all": lambda x: x[:, :1].expand_as(x),
-    "one feature for all": lambda x: x[..., :1].expand_as(x),
-}
 TOGETHER = {
     "parts of a tensor": lambda xs, dim: torch.cat(xs, dim).chunk(len(xs), dim),
     "different strides": lambda xs, dim: [xs[0], MEMORY["other dimension first"](xs[1]), *xs[2:]],
