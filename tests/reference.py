@@ -199,9 +199,7 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None, start=None):
         for direction, name in enumerate(["linear", "linear_reverse"][: rnn.num_directions]):
             pre = y @ weights[f"{prefix}{name}.weight"].T + weights.get(f"{prefix}{name}.bias", 0.0)
             state = index * rnn.num_directions + direction
-            resets = reset
-            if direction == 1:
-                resets = None if reset is None else torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
+            resets = of_direction(reset, direction == 1)
             inputs = list(pre.split(rnn.hidden_dims, -1))
             mix = torch.sigmoid(inputs.pop()) if rnn.residual == "highway" else None
             gate = inputs.pop() if getattr(rnn, "output_gate", None) else None
@@ -231,6 +229,11 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None, start=None):
             out = out + (x if align is None else x @ align.T)
         x = out
     return x, torch.stack(last)
+
+
+def of_direction(reset, is_reverse):
+    """Return the resets of a direction. The reverse one comes to a step from the step after it."""
+    return torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1) if is_reverse and reset is not None else reset
 
 
 def linear(x, weights, prefix):
@@ -306,9 +309,7 @@ def convolutions(rnn, x, h=None, reset=None):
             gate, candidate = convolved(y, weights, prefix + name, **geometry).chunk(2, 2)
             initial = weights.get(prefix + "initial_state", torch.full((2,), start).double())[direction]
             before = initial if h is None else h[index * num_directions + direction].double()
-            cut = reset
-            if direction == 1 and reset is not None:
-                cut = torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
+            cut = of_direction(reset, direction == 1)
             layer = rnn.layers[index]
             out = CELLS[layer.cell](gate, candidate, before, cut, layer.candidate, initial, reverse=direction == 1)
             outs.append(out)

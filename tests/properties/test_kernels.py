@@ -4,6 +4,7 @@ A profile names the operators of a call. A recurrence is computed by our kernels
 time steps need no more operators. Where this is not so, class and kind of call are in `OUTSIDE`, with the reason.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,11 +17,6 @@ from torch.utils.checkpoint import checkpoint
 import mingru
 
 pytestmark = needs_kernels
-
-
-def hooked(module: nn.Module, x: Any) -> Any:
-    module.register_forward_hook(lambda *_: None)
-    return module(x)
 
 
 def within(context: Any) -> Any:
@@ -41,34 +37,26 @@ def with_lengths(module: nn.Module, x: Any) -> Any:
     return module(x, lengths=torch.tensor([x.shape[1 - batch_dim], 3]))
 
 
-def changed_weights(module: nn.Module, x: Any) -> Any:
-    return functional_call(module, {name: 2 * each for name, each in module.named_parameters()}, (x,))
-
-
-def compiled(module: nn.Module, x: Any) -> Any:
-    return torch.compile(module, fullgraph=True, backend="aot_eager")(x)
-
-
-def compiled_with_lengths(module: nn.Module, x: Any) -> Any:
-    return with_lengths(torch.compile(module, fullgraph=True, backend="aot_eager"), x)
-
-
+in_a_graph = partial(torch.compile, fullgraph=True, backend="aot_eager")
 EAGER = {
     "plain": lambda module, x: module(x),
-    "hook of the module": hooked,
+    "hook of the module": lambda module, x: module.register_forward_hook(lambda *_: None) and module(x),
     "note": noted,
     "device context": within(torch.device("meta")),
     "autocast": within(torch.autocast("cpu", torch.bfloat16)),
     "lengths": with_lengths,
     "no gradients": within(torch.no_grad()),
-    "functional_call": changed_weights,
+    "functional_call": lambda module, x: functional_call(module, {k: 2 * p for k, p in module.named_parameters()}, x),
     "checkpoint": lambda module, x: checkpoint(module, x, use_reentrant=False),
     "bfloat16": lambda module, x: module.bfloat16()(x.bfloat16()),
     "vmap": lambda module, x: vmap(module)(torch.stack([x, x])),
     "jvp": lambda module, x: jvp(lambda x: tensors(module(x))[0], (x,), (x,)),
     "subclass": lambda module, x: module(x.as_subclass(type("Other", (torch.Tensor,), {}))),
 } | {way: lambda module, x, wrap=wrap: wrap(module) or module(x) for way, wrap in WRAPS.items()}
-COMPILED = {"compiled": compiled, "compiled with lengths": compiled_with_lengths}
+COMPILED = {
+    "compiled": lambda module, x: in_a_graph(module)(x),
+    "compiled with lengths": lambda module, x: with_lengths(in_a_graph(module), x),
+}
 # Their paths are those of others.
 FEW = "2d", "3d", "1dGRUCell", "signed", "rotation"
 ROWS = [

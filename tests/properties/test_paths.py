@@ -4,7 +4,7 @@ A path is what one kernel computes together, or what stands between two kernels.
 are tests. What is given and what is trained change from row to row, so that every two values of two columns meet.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -164,46 +164,35 @@ def compiled(row: Row, dynamic: bool) -> Any:
     return outputs, row.grads(outputs)
 
 
-def compiled_static(row: Row) -> Any:
-    return compiled(row, False)
-
-
-def compiled_dynamic(row: Row) -> Any:
-    return compiled(row, True)
-
-
 EAGER = [first, second, batched, forward_mode, mapped, mapped_gradient, checkpointed]
 EAGER += [without_gradients, changed_in_place, changed_in_place_without_a_copy, in_a_device_context]
-# What a compiled call must be equal to is the same call in eager mode.
-COMPILED = [compiled_static, compiled_dynamic]
-SHIFTS = {kind: index for index, kind in enumerate([*EAGER, *COMPILED])}
 
 
-def rows(path: Case, kind: Any, count: int = 5) -> Iterator[Row]:
-    """Yield rows in which each value of both columns occurs once."""
-    shift = PATHS.index(path) + SHIFTS[kind]
-    for index in range(count):
-        at = (index + 3 * shift) % 5
+def rows(path: Case, index: int, count: int = 5) -> Iterator[Row]:
+    """Yield rows of a kind of call in which each value of both columns occurs once."""
+    shift = PATHS.index(path) + index
+    for row in range(count):
+        at = (row + 3 * shift) % 5
         yield Row(path, GIVEN[at], TRAINED[(at + shift) % 5])
 
 
-def parametrized(kinds: list[Callable[[Row], Any]]) -> Any:
-    return lambda test: pytest.mark.parametrize("kind", kinds, ids=lambda kind: kind.__name__)(
-        pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)(test)
-    )
+each_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
 
 
-@parametrized(EAGER)
+@pytest.mark.parametrize("kind", EAGER, ids=lambda kind: kind.__name__)
+@each_path
 def test_eager(path, kind):
-    for row in rows(path, kind):
+    for row in rows(path, EAGER.index(kind)):
         found = kind(row)
         with mingru.use_backend("sequential"):
             assert_equal(found, kind(row))
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@parametrized(COMPILED)
-def test_compiled(path, kind):
+@pytest.mark.parametrize("dynamic", [False, True])
+@each_path
+def test_compiled(path, dynamic):
+    """What a compiled call must be equal to is the same call in eager mode."""
     with small_chunks():
-        for row in rows(path, kind, 1):
-            assert_equal(kind(row), first(row))
+        for row in rows(path, len(EAGER) + dynamic, 1):
+            assert_equal(compiled(row, dynamic), first(row))
