@@ -271,12 +271,11 @@ def test_torchs_layers_refuse_weights_of_other_cells(name, bias, strict):
     make = partial(getattr(drop_in, f"{kind}Like{cell}"), IN, H, bias=bias, cell=f"min{kind.lower()}")
     ours, of_torch = (nn.ModuleDict({"rnn": rnn}) for rnn in (make(), getattr(nn, name)(IN, H, bias=bias)))
     state_dict = ours.state_dict()
-    message = REFUSED.format("bias" if bias else "weight")
+    message = "(?s)" + "rnn.load_in_mingru_drop_in_patch.*" * strict + REFUSED.format("bias" if bias else "weight")
     for other in (of_torch, nn.ModuleDict({"rnn": getattr(drop_in, name)(IN, H, bias=bias)})):
-        with pytest.raises(RuntimeError, match=f"(?s){'rnn.load_in_mingru_drop_in_patch.*' * strict}{message}"):
-            other.load_state_dict(state_dict, strict=strict)
-    with pytest.raises(RuntimeError, match=r"state_dict must be weights of .*, got rnn.weight_ih.*accelerate"):
-        ours.load_state_dict(of_torch.state_dict(), strict=strict)
+        refuses(RuntimeError, message, other.load_state_dict, state_dict, strict=strict)
+    message = r"state_dict must be weights of .*, got rnn.weight_ih.*accelerate"
+    refuses(RuntimeError, message, ours.load_state_dict, of_torch.state_dict(), strict=strict)
     # Files of our other layers load, which have no guards, and ours load there.
     old = {key: value for key, value in state_dict.items() if "layers" in key}
     assert len(old) == len(state_dict) - 2 == len([*ours.parameters()])

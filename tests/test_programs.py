@@ -21,6 +21,7 @@ import programs
 import pytest
 import small_program
 import torch
+from cases import refuses
 from common import widest
 from programs import ROOT, load, refusal
 from torch.testing import assert_close
@@ -543,8 +544,7 @@ def test_the_last_checkpoint_is_kept(checkpoint, monkeypatch):
     expected = f"--checkpoint must be a new file, got {checkpoint}; add --resume, or name another file"
     assert refused("--checkpoint", checkpoint) == expected
     monkeypatch.setattr(small_program, "train", lambda run, name: Path(name))
-    with pytest.raises(pickle.UnpicklingError, match="Path"):
-        main("--checkpoint", checkpoint, "--resume", "--models", "third")
+    refuses(pickle.UnpicklingError, "Path", main, "--checkpoint", checkpoint, "--resume", "--models", "third")
     monkeypatch.setattr(small_program, "train", lambda run, name: name)
     monkeypatch.setattr(Path, "write_bytes", half_written)
     found = refused("--checkpoint", checkpoint, "--resume", "--models", "third")
@@ -585,8 +585,7 @@ def test_unwritable_files_are_refused_before_the_training(tmp_path, option, monk
         path = tmp_path / name
         expected = f"cannot write {path} ({why}); check the disk, or name another file"
         assert refused(option, path) == expected
-    with pytest.raises(TypeError):
-        main(option, tmp_path / "a.png")
+    refuses(TypeError, "", main, option, tmp_path / "a.png")
     assert [file.name for file in tmp_path.iterdir()] == ["folder.png"]
     assert refused("--plot", "a.xyz").startswith("--plot must end in one of .")
 

@@ -21,6 +21,7 @@ from mingru.ops import autograd
 from mingru.ops.backends import native
 
 S, B, IN, H = 5, 2, 3, 4
+DTYPES = [torch.float, torch.double]
 
 
 class Model(nn.Module):
@@ -260,8 +261,7 @@ def kernel_calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
-@grid(hidden=[H, 200], bias=[True, False])
+@grid(kind=[nn.GRU, nn.LSTM], hidden=[H, 200], bias=[True, False])
 def test_accelerated_layers_use_the_kernels(bias, hidden, kind, kernel_calls, monkeypatch):
     monkeypatch.setattr(native, "_ISA", "avx512")
     rnn = kind(8, hidden, 2, bias=bias)
@@ -290,8 +290,7 @@ def with_contiguous(run):
 
 
 @pytest.mark.usefixtures("_always")
-@grid(kind=[nn.GRU, nn.LSTM], features=[H, 48, 200], batch=[1, 9, 70], packed=[True, False])
-@pytest.mark.parametrize("dtype", [torch.float, torch.double])
+@grid(kind=[nn.GRU, nn.LSTM], features=[H, 48, 200], batch=[1, 9, 70], packed=[True, False], dtype=DTYPES)
 def test_accelerated_layers_are_accurate(dtype, packed, batch, features, kind, kernel_calls):
     rnn = kind(IN, features, 2, bidirectional=True, batch_first=True, dtype=dtype)
     wide, lengths = copy.deepcopy(rnn).double(), torch.randint(1, STEPS, (batch,)).index_fill(0, torch.tensor(0), STEPS)
@@ -314,8 +313,7 @@ def test_accelerated_layers_are_accurate(dtype, packed, batch, features, kind, k
 
 
 @pytest.mark.usefixtures("_always")
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
-@grid(value=[math.nan, math.inf, -math.inf, 3e38, -1e30], of=["x", "state", "weight", "bias"])
+@grid(value=[math.nan, math.inf, -math.inf, 3e38, -1e30], of=["x", "state", "weight", "bias"], kind=[nn.GRU, nn.LSTM])
 def test_accelerated_layers_take_any_numbers(of, value, kind):
     rnn, x, lengths = kind(IN, 20, 2), torch.randn(STEPS, 9, IN), torch.arange(9, 0, -1)
     states = [torch.randn(2, 9, 20) for _ in range(1 + (kind is nn.LSTM))]
@@ -406,8 +404,7 @@ def test_a_class_of_torch_and_ours_are_one_to_programs():
         assert_equal(layers[0](x), own(x), rtol=1e-4, atol=1e-4)
 
 
-@grid(features=[127, 128, 256], with_gradients=[True, False])
-@pytest.mark.parametrize("dtype", [torch.float, torch.double])
+@grid(features=[127, 128, 256], with_gradients=[True, False], dtype=DTYPES)
 def test_torch_computes_few_steps(dtype, features, with_gradients, kernel_calls):
     gru = nn.GRU(1, features, dtype=dtype)
     drop_in.accelerate(gru)
@@ -479,7 +476,7 @@ def test_accelerate_reports_each_layer():
     assert reasons == ["there is no kernel for projections", "torch computes it as fast"]
 
 
-@grid(bias=[True, False], dtype=[torch.float, torch.double])
+@grid(bias=[True, False], dtype=DTYPES)
 def test_cells(bias, dtype, kernel_calls):
     """Without gradients, and if there are many sequences, by the kernel."""
     cell, own = (home.GRUCell(128, 128, bias, dtype=dtype) for home in (nn, drop_in))

@@ -5,10 +5,14 @@ import sys
 import types
 
 import pytest
+from cases import refuses
 
-# The version that was tested; names of packages, of modules and in errors, where they differ.
-TESTED = {"rsl_rl": "5.5", "sb3": "2.9", "torchrl": "0.14"}
-PACKAGES = {"rsl_rl": "rsl-rl-lib", "sb3": "sb3-contrib"}
+# Our module, the library, its package, and its name and the version that was tested, as in errors.
+LIBRARIES = [
+    ("rsl_rl", "rsl_rl", "rsl-rl-lib", "rsl_rl 5.5"),
+    ("sb3", "sb3_contrib", "sb3-contrib", "sb3-contrib 2.9"),
+    ("torchrl", "torchrl", "torchrl", "torchrl 0.14"),
+]
 
 
 def without(monkeypatch, *names):
@@ -17,22 +21,17 @@ def without(monkeypatch, *names):
             monkeypatch.delitem(sys.modules, loaded)
 
 
-@pytest.mark.parametrize("name", TESTED)
-def test_missing_library(name, monkeypatch):
-    library, package = {"sb3": "sb3_contrib"}.get(name, name), PACKAGES.get(name, name)
+@pytest.mark.parametrize(("name", "library", "package", "tested"), LIBRARIES)
+def test_missing_library(name, library, package, tested, monkeypatch):
     without(monkeypatch, library, f"mingru.integrations.{name}")
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ModuleNotFoundError) as caught:
-        importlib.import_module(f"mingru.integrations.{name}")
-    assert str(caught.value).startswith(
-        f"mingru.integrations.{name} was tested with {'sb3-contrib' if name == 'sb3' else name} {TESTED[name]}: "
-    )
-    assert str(caught.value).endswith(f'Run pip install "{package}"')
+    message = f'^mingru.integrations.{name} was tested with {tested}: .*Run pip install "{package}"$'
+    refuses(ModuleNotFoundError, message, importlib.import_module, f"mingru.integrations.{name}")
 
 
 def test_another_version(monkeypatch):
     without(monkeypatch, "torchrl", "mingru.integrations.torchrl")
     for name in ("torchrl", "torchrl.modules"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    with pytest.raises(ImportError, match=r"tested with torchrl 0\.14: cannot import name 'GRUModule'"):
-        importlib.import_module("mingru.integrations.torchrl")
+    message = r"tested with torchrl 0\.14: cannot import name 'GRUModule'"
+    refuses(ImportError, message, importlib.import_module, "mingru.integrations.torchrl")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import refuses
+from cases import grid, refuses
 
 pytest.importorskip("torchrl", reason="pip install torchrl")
 from tensordict import TensorDict
@@ -35,8 +35,7 @@ def rollout(module, obs, is_init, states):
     "options",
     [{}, {"num_layers": 2, "residual": True, "norm": "rms"}, {"num_layers": 2, "cell": "mingru"}, {"cell": "minlstm"}],
 )
-@pytest.mark.parametrize("kind", KEYS)
-@pytest.mark.parametrize("seed", range(4))
+@grid(kind=KEYS, seed=range(4))
 def test_a_rollout_equals_one_pass(kind, options, seed):
     torch.manual_seed(seed)
     module = make(kind, **options).double()

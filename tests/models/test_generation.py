@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from cases import refuses
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
@@ -218,8 +219,7 @@ def test_modes_after_an_error(place):
 
     if place == "model":
         lm.blocks.layers[1].register_forward_hook(fail)
-    with pytest.raises(OutOfPaperError):
-        lm.generate(make_prompts(2, 3), 5, streamer=fail)
+    refuses(OutOfPaperError, "", lm.generate, make_prompts(2, 3), 5, streamer=fail)
     assert modes_of(lm) == before
 
 
@@ -390,5 +390,5 @@ def test_logits_of_nan():
     lm = make()
     with torch.no_grad():
         lm.norm.weight.fill_(math.nan)
-    with pytest.raises(ValueError, match=r"^LanguageModel: the logits after the prompts are NaN; check the parameters"):
-        lm.generate(torch.zeros(2, 3, dtype=torch.int64), 2)
+    message = "^LanguageModel: the logits after the prompts are NaN; check the parameters"
+    refuses(ValueError, message, lm.generate, torch.zeros(2, 3, dtype=torch.int64), 2)

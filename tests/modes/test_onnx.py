@@ -47,13 +47,9 @@ def path(tmp_path):
     return tmp_path / "model.onnx"
 
 
-def in_use(case):
-    return case.make().requires_grad_(False)
-
-
 @mode("ONNX, whole sequence", [])
 def test_any_batch_and_any_length(case, path):
-    module, options = in_use(case), {"max_steps": None if case.time_dim is None else 20}
+    module, options = case.make().requires_grad_(False), {"max_steps": None if case.time_dim is None else 20}
     if not isinstance(module, mingru.modules.Layer):
         options["dynamic_shapes"] = case.dynamic(Dim.AUTO, Dim.AUTO)
     with small_chunks():
@@ -142,8 +138,7 @@ LAYERS = [
 
 @pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("steps", [1, 5])
-@pytest.mark.parametrize("make", LAYERS)
+@grid(steps=[1, 5], make=LAYERS)
 def test_the_old_exporter_of_torch(make, steps, path):
     """A length of 1 is fixed, as other exporters fix it."""
     module = make().requires_grad_(False)
@@ -156,22 +151,14 @@ def test_the_old_exporter_of_torch(make, steps, path):
         assert_equal(session(x), tensors(module(x)), **TOLERANCE)
 
 
-class WithResets(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rnn = mingru.GRU(3, 4, 2, block_size=2, bidirectional=True)
-
-    def forward(self, x, reset, lengths=None):
-        return self.rnn(x, reset=reset, lengths=lengths)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_the_old_exporter_refuses_resets_and_lengths():
     """Of a GRU; the error says what exports them."""
-    for args in ((torch.rand(2, 5) < 0.3, None), (None, torch.tensor([1, 5]))):
+    rnn = mingru.GRU(3, 4, 2, block_size=2, bidirectional=True)
+    for args in ((None, torch.rand(2, 5) < 0.3), (None, None, torch.tensor([1, 5]))):
         # After an error, this exporter leaves the cache of casts disabled, as it was for a moment.
         with torch.autocast("cpu", enabled=False), pytest.raises(ValueError, match="must be None in an export with"):
-            torch.onnx.export(WithResets(), (torch.randn(2, 5, 3), *args), io.BytesIO(), dynamo=False)
+            torch.onnx.export(rnn, (torch.randn(2, 5, 3), *args), io.BytesIO(), dynamo=False)
 
 
 class Bands(torch.nn.Module):
@@ -211,7 +198,7 @@ def test_a_short_sequence_has_few_nodes(export, options, most, path):
 @mode("ONNX, single step", ["MinGRU"])
 def test_steps_that_follow_each_other_are_one_pass(case, path):
     """The state that comes out goes in again. What the model returns was the example for it."""
-    module = in_use(case)
+    module = case.make().requires_grad_(False)
     session = Session(path, module, given(case, 2, 1)[0], kind="step")
     h = state = given(case, 3)[1]
     for _ in range(20):
@@ -252,16 +239,11 @@ def test_one_file_and_nothing_else(path, capfd):
 
 
 STACK = mingru.Stack([mingru.MinGRU(3, 4, batch_first=False), mingru.MinGRU(4, 5, batch_first=False)])
-STATES = {"_0": [1, "batch", 1, 4], "_1": [1, "batch", 1, 5]}
-
-
-def named(name, sizes):
-    return {name + end: size for end, size in sizes.items()}
 
 
 STEPS = [
     (mingru.MinGRU(3, 4, 2), (1, 1, 3), ["batch", 1, 3], ["batch", 1, 4], {"": [2, "batch", 1, 4]}),
-    (STACK, (1, 1, 3), [1, "batch", 3], [1, "batch", 5], STATES),
+    (STACK, (1, 1, 3), [1, "batch", 3], [1, "batch", 5], {"_0": [1, "batch", 1, 4], "_1": [1, "batch", 1, 5]}),
     (mingru.drop_in.GRULikeCell(3, 4, cell="mingru"), (1, 3), ["batch", 3], None, {"": ["batch", 4]}),
     (mingru.models.Block(3), (1, 1, 3), ["batch", 1, 3], ["batch", 1, 3], {"_0": [1, "batch", 1, 3]}),
 ]
@@ -269,10 +251,9 @@ STEPS = [
 
 @pytest.mark.parametrize(("model", "x", "size", "out", "states"), STEPS)
 def test_names_and_sizes_of_a_step(model, x, size, out, states, path):
-    export(model, torch.randn(x), str(path), kind="step")
-    inputs, outputs = Session(path).inputs, Session(path).outputs
-    assert inputs == {"x": size, **named("h", states)}
-    assert outputs == {**({} if out is None else {"out": out}), **named("h_out", states)}
+    session = Session(str(path), model, torch.randn(x), kind="step")
+    assert session.inputs == {"x": size, **{f"h{end}": each for end, each in states.items()}}
+    assert session.outputs == {**({"out": out} if out else {}), **{f"h_out{end}": each for end, each in states.items()}}
 
 
 RNN, X = mingru.MinGRU(3, 4, 2).requires_grad_(False), torch.randn(2, 5, 3)
@@ -310,12 +291,12 @@ FILES = [
 
 @pytest.mark.parametrize(("model", "example", "options", "args", "inputs"), FILES)
 def test_the_file_computes_what_the_model_does(model, example, options, args, inputs, path):
-    export(model, example, path, **options)
-    assert Session(path).inputs == inputs
+    session = Session(path, model, example, **options)
+    assert session.inputs == inputs
     given = [torch.randn(size) for size in args]
     with torch.no_grad():
         expected = model(**dict(zip(inputs, given, strict=True))) if isinstance(model, Alone) else model(*given)
-    assert_equal(Session(path)(*given), expected, **TOLERANCE)
+    assert_equal(session(*given), expected, **TOLERANCE)
 
 
 @grid(is_ours=[False, True], kind=["step", pytest.param("sequence", marks=pytest.mark.slow)])
@@ -328,9 +309,10 @@ def test_a_model_of_tokens(is_ours, kind, path):
     rnn = next(module for module in model.modules() if hasattr(module, "num_directions")).eval()
     no_state, named = is_ours and kind == "step", {0: Dim("batch")}
     of_all = ({**named, 1: Dim("time")} if kind == "sequence" else named, {1: Dim.AUTO})
-    export(model, example[0][:1] if no_state else example, path, kind=kind, dynamic_shapes=None if is_ours else of_all)
+    shapes = None if is_ours else of_all
+    session = Session(path, model, example[0][:1] if no_state else example, kind=kind, dynamic_shapes=shapes)
     assert (model.training, rnn.training) == (True, False)
-    inputs, outputs = Session(path).inputs, Session(path).outputs
+    inputs, outputs = session.inputs, session.outputs
     size = [1, "batch", 1, 4] if is_ours else [1, "batch", 5]
     assert list(inputs.values()) == [["batch", 1 if kind == "step" else "time"], size]
     names = ["ids", "state_0", "out", "state_out_0"] if is_ours else ["tokens", "state", "out", "h_out"]
@@ -338,7 +320,7 @@ def test_a_model_of_tokens(is_ours, kind, path):
     model.eval().requires_grad_(False)
     tokens, state = torch.randint(7, (3, count)), torch.randn(1, 3, *state.shape[2:])
     out, last = model(tokens, [state] if is_ours else state)
-    assert_equal(Session(path)(tokens, state), [out, last], **TOLERANCE)
+    assert_equal(session(tokens, state), [out, last], **TOLERANCE)
 
 
 def test_an_empty_example_an_empty_chunk_and_a_link(path):

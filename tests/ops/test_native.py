@@ -79,6 +79,7 @@ def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, rev
     kernel, own_bias = torch.randn(2, 5), torch.randn(5) if with_bias else None
     conv = (signal, kernel, own_bias, *call_of("linear_scan", h, h, mask, lengths=lengths)[:2], reverse)
     scan = (pre[:2], *call_of("linear_scan", h, h, reset, **order))
+    of_backward = with_lengths[0], out, product, *grad, *with_lengths[1:]
     for operator, args in (
         ("recurrence_forward", (pre, *call) if layout == "packed" else scan),
         ("recurrence_forward", (apart, *call)),
@@ -87,14 +88,10 @@ def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, rev
         ("linear_recurrence_forward", (torch.randn(*leading, parts), None, None, *with_lengths)),
         ("causal_conv_forward", conv),
         ("causal_conv_backward", (*conv, torch.randn(3, 20, 5), last)),
-        ("linear_recurrence_backward", (x, weight, bias, with_lengths[0], out, product, *grad, *with_lengths[1:])),
-        (
-            "linear_recurrence_backward",
-            (torch.randn(*leading, parts), None, None, with_lengths[0], out, product, *grad, *with_lengths[1:]),
-        ),
+        ("linear_recurrence_backward", (x, weight, bias, *of_backward)),
+        ("linear_recurrence_backward", (torch.randn(*leading, parts), None, None, *of_backward)),
     ):
-        run = getattr(torch.ops.mingru, operator)
-        torch.library.opcheck(run.default, args, test_utils=checks)
+        torch.library.opcheck(getattr(torch.ops.mingru, operator).default, args, test_utils=checks)
 
 
 def test_the_operator_of_a_gru_keeps_torchs_contract():
@@ -113,15 +110,13 @@ def test_operators_refuse_what_would_read_past_the_end():
     optional = [{"time_first": True}, {"output_gate": True}, {"min_decay": 1.0}, {"min_decay": -0.5}]
     optional += [{"batch_sizes": torch.tensor([20])}, {"lengths": torch.tensor([20, 1, 7])}, {"dt": ones[:, :19]}]
     numbers = [number | 1 << bit for bit in (16, 16 + len(native.FLAGS), 40)]
+    numbers += [number - 2**63, 255, len(native.CELL_NUMBERS), number | 3 << 8]
     for tensors, *call in [
         *(([gate, each], *call_of("mingru", h, h)) for each in (candidate[:, :19], candidate.double())),
         *((pair, *call_of("mingru", *each)) for each in ((h[:2], h), (h, h[:2], mask), (h.double(), h))),
         *((pair, *call_of("mingru", h, h, each)) for each in (mask[:, :19], mask.t(), mask.float())),
         *((pair, each, number, 0.0) for each in (one[:1], [*one, mask])),
-        *(
-            (pair, one, each, 0.0)
-            for each in (*numbers, number - 2**63, 255, len(native.CELL_NUMBERS), number | 3 << 8)
-        ),
+        *((pair, one, each, 0.0) for each in numbers),
         *((pair, *call_of("mingru", h, h, **each)) for each in (*optional, {"dt": ones.t()}, {"dt": ones.double()})),
         *((packed_pair, *call_of("mingru", h, h, batch_sizes=each)) for each in packed),
         (packed_pair, *call_of("mingru", h, h, batch_sizes=torch.tensor([10, 10], dtype=torch.int32))),
@@ -137,9 +132,8 @@ def test_operators_refuse_what_would_read_past_the_end():
     wrong = [torch.tensor(each) for each in ([20, -1, 7], [21, 1, 7], [20, 7], [[20, 1, 7]])]
     wrong += [torch.tensor([20, 1, 7]).int(), torch.tensor([20, 0, 1, 0, 7, 0])[::2]]
     for lengths in wrong:
-        call = call_of("mingru", h, h, lengths=lengths)
-        with pytest.raises(RuntimeError, match="linear_recurrence_forward: lengths must be"):
-            torch.ops.mingru.linear_recurrence_forward(x, weight, None, *call)
+        call = x, weight, None, *call_of("mingru", h, h, lengths=lengths)
+        refuses(RuntimeError, "forward: lengths must be", torch.ops.mingru.linear_recurrence_forward, *call)
 
     # Pre-activations, which have no bias.
     for x, bias in ((torch.randn(3, 20, 9), None), (gate, torch.randn(10)), (torch.randn(3, 20, 10), torch.randn(10))):
