@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import mingru
 
 BATCH, STEPS = 2, 5
+# By plain autograd, twice.
+curvature = torch.autograd.functional.hessian
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +101,7 @@ def test_batched_gradients_are_those_one_by_one(case):
     outputs = tensors(module(*args))
     grads = [torch.randn(3, *out.shape, **DOUBLE) for out in outputs]
     found = torch.autograd.grad(outputs, wanted, grads, is_grads_batched=True, retain_graph=True)
+    assert not any(each.requires_grad for each in found)
     of_each = [torch.autograd.grad(outputs, wanted, each, retain_graph=True) for each in zip(*grads, strict=True)]
     assert_equal(found, stacked(of_each))
 
@@ -128,8 +131,8 @@ def test_vectorized_hessian(case):
         inputs = pytree.tree_map(lambda each: each * next(remaining) if each.is_floating_point() else each, args)
         return sum(out.sin().sum() for out in tensors(module(*inputs)))
 
-    at, hessian = tuple(torch.randn((), **DOUBLE) for _ in leaves(args)), torch.autograd.functional.hessian
-    assert_equal(hessian(function, at, vectorize=True), plainly(hessian, function, at))
+    at = tuple(torch.randn((), **DOUBLE) for _ in leaves(args))
+    assert_equal(curvature(function, at, vectorize=True), plainly(curvature, function, at))
 
 
 @mode("vmap over the batch")
@@ -224,11 +227,6 @@ def squared(case: Case):
         return into @ torch.cat([each.flatten() for each in tensors(outputs)]).sin()
 
     return function, lambda at: function(at).square().sum(), torch.zeros(3, **DOUBLE)
-
-
-def curvature(number, at):
-    """The Hessian by plain autograd, twice."""
-    return torch.autograd.functional.hessian(number, at)
 
 
 @mode("jacrev")
