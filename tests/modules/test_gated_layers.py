@@ -220,9 +220,7 @@ def test_drop_in_takes_the_initial_state_of_weights(gate):
 
 MEMORIES = {
     **{gate: functools.partial(make, gate=gate) for gate in ("sigmoid", *GATES)},
-    "two directions": functools.partial(
-        mingru.drop_in.GRULike, 4, H, batch_first=True, bidirectional=True, cell="mingru"
-    ),
+    "two directions": functools.partial(KINDS["drop_in.GRULike"], 4, H, batch_first=True, bidirectional=True),
     "minlstm": functools.partial(mingru.MinLSTM, 4, H),
     "unnormalized": functools.partial(mingru.MinLSTM, 4, H, normalize=False),
     "images": functools.partial(mingru.MinConv1dGRU, 4, H, 1, gate="quaternion"),

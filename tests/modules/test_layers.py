@@ -297,9 +297,7 @@ def made(name, role=None, **attributes):
 
 BAD = {
     made("NoRole"): r'layers\[0\] must be a MinGRU, .*, got NoRole; if .*, pass role="sequence" to the class',
-    made(
-        "NoSizes", role="sequence"
-    ): r"layers\[0\] must be a layer that sets input_dims and output_dims, got NoSizes wit",
+    made("NoSizes", role="sequence"): r"layers\[0\] must be a .* sets input_dims and output_dims, got NoSizes wit",
     made("NoOutput", role="sequence", input_dims=4): r"layers\[0\] must be .*, got NoOutput without output_dims$",
 }
 
