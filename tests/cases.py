@@ -255,6 +255,12 @@ def in_a_process(code: str, *arguments: str, **variables: str) -> str:
     return done.stdout
 
 
+def on_meta(call: Callable[..., Any], *args: Any) -> Any:
+    """Call something while the default device is another one."""
+    with torch.device("meta"):
+        return call(*args)
+
+
 def graded(module: nn.Module, run: Callable[..., Any], given: Any) -> dict[str, Tensor]:
     """Return the outputs by name, and the gradients of all that is given and of all parameters; 0 if there is none."""
     leaves = dict(module.named_parameters())

@@ -204,10 +204,6 @@ def beside_data_parallel(wrap):
     return check
 
 
-def with_ddp(model, mesh):
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
 def with_fsdp(model, mesh):
     for layer in getattr(model, "blocks", model).layers:
         fully_shard(layer, mesh=mesh)
@@ -286,7 +282,8 @@ def values(four, pairs):
 CHECKS = {
     "quick": [
         *(rows(some(LAYERS, 4)), rows(some(LAYERS, 12), torch.float32), rows(some(WITHOUT_NORM, 8), torch.bfloat16)),
-        *(beside_data_parallel(with_ddp), beside_data_parallel(with_fsdp), refusals, values),
+        beside_data_parallel(lambda model, _: DistributedDataParallel(model, gradient_as_bucket_view=True)),
+        *(beside_data_parallel(with_fsdp), refusals, values),
         lambda four, pairs: on_each(FEATURES_OF_EACH, (four, pairs["sequence"]), check_features),
         *(sharded_outputs, features_refused, checkpoints),
     ],

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import assert_equal, graded, grid, one_process, outcome, refuses, tensors, with_threads
+from cases import assert_equal, graded, grid, on_meta, one_process, outcome, refuses, tensors, with_threads
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -154,11 +154,6 @@ def doubled(model, x):
     return torch.func.functional_call(model, {name: 2 * each for name, each in model.named_parameters()}, x)
 
 
-def with_other_device(model, x):
-    with torch.device("meta"):
-        return model(x)
-
-
 def changed_before_backward(model, x):
     """Change what the backward of torch's layers does not need, the output among it."""
     rnn, h, outputs = model.rnn, torch.ones(len(model.rnn.all_weights), THREE, H), []
@@ -210,7 +205,7 @@ MODES = {
     "compile of the layer": torch._dynamo.config.patch(allow_rnn=True)(
         lambda model, x: torch.compile(model, backend="eager")(x)
     ),
-    "other default device": with_other_device,
+    "other default device": on_meta,
     "a hook": after(lambda model: model.rnn.register_forward_hook(lambda *given: (given[2][0] * 2, given[2][1]))),
     "deepcopy": after(copy.deepcopy),
     "pickle": after(lambda model: pickle.loads(pickle.dumps(model))),

@@ -43,10 +43,7 @@ def arguments(lm, given, batch=2, steps=7):
 # torch.compile
 
 
-compiling = pytest.mark.usefixtures("_fresh_compiler")
-
-
-@compiling
+@pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("checkpoint", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compile(checkpoint):
     """One graph for the first size and one for all others. tests/modes compiles a block with inductor."""
@@ -58,7 +55,7 @@ def test_compile(checkpoint):
     assert counters["stats"]["unique_graphs"] == 2
 
 
-@compiling
+@pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.slow
 def test_generate_with_compiled_blocks():
     lm = make().eval()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, HIDDEN, INPUT, WRAPS, Case, case, needs_kernels, tensors
+from cases import CASES, HIDDEN, INPUT, WRAPS, Case, case, needs_kernels, on_meta, tensors
 from torch import nn
 from torch.func import functional_call, jvp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -17,14 +17,6 @@ from torch.utils.checkpoint import checkpoint
 import mingru
 
 pytestmark = needs_kernels
-
-
-def within(context: Any) -> Any:
-    def way(module: nn.Module, x: Any) -> Any:
-        with context:
-            return module(x)
-
-    return way
 
 
 def noted(module: Any, x: Any) -> Any:
@@ -42,10 +34,10 @@ EAGER = {
     "plain": lambda module, x: module(x),
     "hook of the module": lambda module, x: module.register_forward_hook(lambda *_: None) and module(x),
     "note": noted,
-    "device context": within(torch.device("meta")),
-    "autocast": within(torch.autocast("cpu", torch.bfloat16)),
+    "device context": on_meta,
+    "autocast": torch.autocast("cpu", torch.bfloat16)(lambda module, x: module(x)),
     "lengths": with_lengths,
-    "no gradients": within(torch.no_grad()),
+    "no gradients": torch.no_grad()(lambda module, x: module(x)),
     "functional_call": lambda module, x: functional_call(module, {k: 2 * p for k, p in module.named_parameters()}, x),
     "checkpoint": lambda module, x: checkpoint(module, x, use_reentrant=False),
     "bfloat16": lambda module, x: module.bfloat16()(x.bfloat16()),

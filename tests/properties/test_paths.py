@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import DOUBLE, WRAPS, Case, assert_equal, case, loss_of, small_chunks, stack, tensors
+from cases import DOUBLE, WRAPS, Case, assert_equal, case, loss_of, on_meta, small_chunks, stack, tensors
 from options import lengths_of, steps_of
 from torch import Tensor
 from torch.func import grad, jvp, vmap
@@ -138,8 +138,7 @@ def checkpointed(row: Row) -> Any:
 
 
 def in_a_device_context(row: Row) -> Any:
-    with torch.device("meta"):
-        outputs = row.call(row.x)
+    outputs = on_meta(row.call, row.x)
     return outputs, row.grads(outputs)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import reference
@@ -23,14 +24,6 @@ def assert_same(got, expected, **tolerance):
         assert_close(got[name], each, msg=lambda message, name=name: f"{name}: {message}", **(tolerance or TIGHT))
 
 
-def by(case, run):
-    return lambda **given: case.call(run, **given)
-
-
-def truth(module):
-    return lambda **given: reference.module(module, **given)
-
-
 def without(given, *names):
     return {name: each for name, each in given.items() if name not in names}
 
@@ -44,9 +37,9 @@ def test_equals_the_reference(case, backend):
     module = case.varied(**DOUBLE)
     everything = case.given(**DOUBLE)
     for given in (everything, {"x": everything["x"]}) if backend == "auto" else (everything,):
-        expected = graded(module, truth(module), given)
+        expected = graded(module, partial(reference.module, module), given)
         with mingru.use_backend(backend):
-            got = graded(module, by(case, module), given)
+            got = graded(module, partial(case.call, module), given)
             assert_same(got, expected)
             # Other code runs without gradients.
             with torch.no_grad():
@@ -57,12 +50,12 @@ def test_equals_the_reference(case, backend):
 @parametrized(some(ROWS, 12))
 def test_the_comparison_can_fail(case):
     module, given = case.varied(**DOUBLE), case.given(**DOUBLE)
-    expected = graded(module, truth(module), given)
+    expected = graded(module, partial(reference.module, module), given)
     name, weight = next(iter(module.named_parameters()))
     with torch.no_grad():
         # A corner of a kernel may see only padding.
         weight.view(-1)[expected[f"gradient of {name}"].abs().argmax()] += 1e-6
-    refuses(AssertionError, r"^out: ", assert_same, graded(module, by(case, module), given), expected)
+    refuses(AssertionError, r"^out: ", assert_same, graded(module, partial(case.call, module), given), expected)
 
 
 # Calls that follow each other
@@ -87,7 +80,7 @@ def in_pieces(case, module, sizes):
 @parametrized([case for case in [*ROWS, *MODELS] if not case.is_cell and not is_of_both_directions(case.module)])
 def test_pieces_and_steps_are_the_whole(case):
     module, given = case.varied(**DOUBLE), case.given(**DOUBLE)
-    expected = graded(module, by(case, module), given)
+    expected = graded(module, partial(case.call, module), given)
     for sizes in ([1] * case.steps, [case.steps - 4, 0, 3, 1]):
         run = in_pieces(case, module, sizes)
         assert_same(graded(module, run, given), expected)
@@ -155,6 +148,7 @@ ENDS = [*(((9, 1, 0, 21), backend) for backend in BACKENDS), ((0, 0), "auto"), (
 def test_each_sequence_is_as_alone(case, lengths, backend):
     module, (everything, padding) = case.varied(**DOUBLE), padded(case, lengths, **DOUBLE)
     clean = {**everything, "x": everything["x"].nan_to_num(7.0)}
+    alone = each_alone(case, partial(reference.module, module), lengths)
 
     def together(**given):
         out, states = case.call(module, lengths=torch.tensor(lengths), **given)
@@ -164,7 +158,7 @@ def test_each_sequence_is_as_alone(case, lengths, backend):
     with mingru.use_backend(backend):
         for names in (("h", "reset", "dt"), ())[backend == "auto" :]:
             given = without(everything, *names)
-            expected = graded(module, each_alone(case, truth(module), lengths), without(clean, *names))
+            expected = graded(module, alone, without(clean, *names))
             got = graded(module, together, given)
             assert_same(got, expected)
             assert not any(got[name][padding].any() for name in ("out", "gradient of x") if name in got)
@@ -228,7 +222,7 @@ def test_packed_is_padded(case):
 
 def ways(case, run, lengths=(4, 0, 3)):
     """The call, and the call with lengths if there are any."""
-    yield by(case, run)
+    yield partial(case.call, run)
     if "lengths" in case.takes:
         yield lambda **given: case.call(run, lengths=torch.tensor(lengths, dtype=torch.int64), **given)
 
@@ -310,7 +304,7 @@ def check_dtype(case, dtype):
         norm.eps = torch.finfo(torch.float32).eps
     exact = {name: each if name in ("reset", "h") else each.double() for name, each in given.items()}
     exact["h"] = [each.double() for each in given["h"]]
-    got, expected = graded(module, by(case, module), given), by(case, wide)(**exact)
+    got, expected = graded(module, partial(case.call, module), given), partial(case.call, wide)(**exact)
     assert {each.dtype for each in got.values()} == {dtype} and all(each.isfinite().all() for each in got.values())
     eps = torch.finfo(dtype).eps
     # A norm of a few pixels or features enlarges rounding errors: those of torch's operations are up to 10 eps here.
@@ -324,7 +318,7 @@ def check_dtype(case, dtype):
     # features enlarges that.
     most = 32 if dtype == torch.float32 else 8
     got = graded(module, lambda **given: case.call(module, lengths=torch.tensor([9, 1, 21]), **given), given)
-    for name, other in graded(module, each_alone(case, by(case, module), (9, 1, 21)), given).items():
+    for name, other in graded(module, each_alone(case, partial(case.call, module), (9, 1, 21)), given).items():
         assert got[name].dtype == dtype
         assert (got[name].double() - other.double()).abs().max() <= most * eps * other.double().abs().max(), name
 
