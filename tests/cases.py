@@ -541,9 +541,8 @@ def block(**options: Any) -> Case:
 ONE_OR_TWO = [{"num_layers": 1, "output_gate": None}, {"num_layers": 2, "output_gate": "silu"}]
 PLAIN = [{"cell": cell, "min_decay": 0.0, **given} for cell in CELLS for given in ONE_OR_TWO]
 FEATURES = [of_features(mingru, "", row) for row in [*PLAIN, *cover(LAYER, is_possible)]]
-MIXED_IMAGES = conv(
-    "MinConv2dGRU with mixed gates", 2, 16, gate=["mixed", "sigmoid"], bidirectional=True, num_layers=2, norm="group"
-)
+TWO = {"gate": ["mixed", "sigmoid"], "bidirectional": True, "num_layers": 2, "norm": "group"}
+MIXED_IMAGES = conv("MinConv2dGRU with mixed gates", 2, 16, **TWO)
 IMAGES = [*(of_images(row) for row in cover(CONV, is_possible_of_images)), MIXED_IMAGES]
 PROJECTED, MINLSTM = (INPUT, 5, 2), {"proj_size": 2, "cell": "minlstm"}
 LIKE_TORCH = [

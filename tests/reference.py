@@ -213,9 +213,8 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None, start=None):
                 recurrent = weights[f"{own}.weight"], weights.get(f"{own}.bias", 0.0)
                 out = gru(*inputs, *recurrent, h[state], resets, initial[state], direction == 1)
             else:
-                out = CELLS[layer.cell](
-                    *inputs, h[state], resets, layer.candidate, initial[state], reverse=direction == 1, **options
-                )
+                start = h[state], resets, layer.candidate, initial[state]
+                out = CELLS[layer.cell](*inputs, *start, reverse=direction == 1, **options)
             last.append(h[state] if out.shape[1] == 0 else out[:, :1] if direction else out[:, -1:])
             out = out if gate is None else out * gate * torch.sigmoid(gate)
             projection = weights.get(f"{prefix}projections.{direction}.weight")

@@ -28,12 +28,11 @@ PROCESSES = 4
 STEPS = 13
 
 
+GATES = ["rotation", "quaternion", "signed"]
 WIDE = {"residual": True, "learn_initial_state": True, "norm": "rms"}
 FEATURES_OF_EACH = [
     case("MinGRU", mingru.MinGRU, 3, 8, 2, bidirectional=True, **WIDE),
-    case(
-        "highway", mingru.MinGRU, 16, 16, 3, residual="highway", gate=["rotation", "quaternion", "signed"], bias=False
-    ),
+    case("highway", mingru.MinGRU, 16, 16, 3, residual="highway", gate=GATES, bias=False),
     case("MinLSTM", mingru.MinLSTM, 3, 4, 2, batch_first=False, normalize=False, output_gate="silu"),
     case("MinGRUCell", mingru.MinGRUCell, 3, 4, norm="layer"),
     case("drop_in.LSTMLike", mingru.drop_in.LSTMLike, 3, 8, 2, bidirectional=True, cell="minlstm"),

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from cases import refuses
 
 from benchmarks import measure
 from benchmarks.reproduce import chomsky, common, copying, page, words
@@ -37,8 +38,7 @@ def test_a_short_run_is_recorded_and_not_repeated(name, tmp_path, monkeypatch, c
     assert capsys.readouterr().out == "" and json.loads(path.read_text()) == found
     for processor, device in ((found["where"]["processor"], "other"), ("other", "cpu")):
         monkeypatch.setattr(common, "where", lambda each=processor: {**found["where"], "processor": each})
-        with pytest.raises(SystemExit, match="name a new file by --json"):
-            program.main([*arguments, "--device", device])
+        refuses(SystemExit, "name a new file by --json", program.main, [*arguments, "--device", device])
 
 
 # The output of a task for a list of symbols.
@@ -97,8 +97,7 @@ def test_accuracy_and_training():
 
 
 def test_the_package_of_a_folder_must_be_there(tmp_path):
-    with pytest.raises(SystemExit, match="pip install --no-deps --target"):
-        words.layers("mingru-scans log", str(tmp_path))
+    refuses(SystemExit, "pip install --no-deps --target", words.layers, "mingru-scans log", str(tmp_path))
     (tmp_path / "mingru").mkdir()
     (tmp_path / "mingru" / "__init__.py").write_text("MinGRUStack = lambda *args, **options: (args, options)\n")
     assert words.layers("mingru-scans log", str(tmp_path)) == ((64, 64), {"n_layers": 1, "mixer": "log"})

@@ -65,9 +65,10 @@ def assert_trains(policy, logits, values):
     assert all(x.grad is not None and x.grad.any() for x in policy.parameters())
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"num_layers": 2}, {"cell": "mingru", "norm": "rms", "candidate": "linear", "residual": False}]
-)
+OF_MINGRU = {"cell": "mingru", "norm": "rms", "candidate": "linear", "residual": False}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, OF_MINGRU])
 def test_the_wrapper(options):
     policy, observations, whole = make(**options), torch.randn(B, S, 2, 2), fresh()
     logits, values = policy(observations, whole)

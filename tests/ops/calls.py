@@ -185,9 +185,8 @@ def make(cell, batch, steps, *rest, dtype=torch.double, reset=False):
 def drawn(row, seed=0, in_padding=None):
     """Return random tensors of a row, and weights of its states and last states. `in_padding` replaces the padding."""
     torch.manual_seed(seed)
-    inputs, h, initial, reset, dt = make(
-        row.cell, row.batch, row.steps, *row.features, dtype=row.dtype, reset=row.reset
-    )
+    of_row = {"dtype": row.dtype, "reset": row.reset}
+    inputs, h, initial, reset, dt = make(row.cell, row.batch, row.steps, *row.features, **of_row)
     lengths = batch_sizes = None
     dt[:, 4:5] = 0
     if reset is not None:

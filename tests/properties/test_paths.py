@@ -115,9 +115,8 @@ def second(row: Row) -> Any:
 def batched(row: Row) -> Any:
     outputs = [each for each in row.call(row.x) if each.requires_grad]
     given = [torch.stack([each.cos(), each.detach(), each.exp()]).detach() for each in outputs]
-    return torch.autograd.grad(
-        outputs, row.leaves, given, is_grads_batched=True, allow_unused=True, materialize_grads=True
-    )
+    options = {"is_grads_batched": True, "allow_unused": True, "materialize_grads": True}
+    return torch.autograd.grad(outputs, row.leaves, given, **options)
 
 
 def forward_mode(row: Row) -> Any:
