@@ -69,16 +69,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
-  library.def(
-      "causal_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int bits, bool adds_x) -> "
-      "(Tensor, Tensor)");
-  library.def(
-      "causal_conv_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int bits, bool adds_x, "
-      "Tensor grad_out, Tensor grad_last) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {
-  library.impl("causal_conv_forward", TORCH_BOX(&causal_conv_forward));
-  library.impl("causal_conv_backward", TORCH_BOX(&causal_conv_backward));
-}
+MINGRU_OPERATOR(
+    causal_conv_forward, CPU,
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int bits, bool adds_x) -> (Tensor, Tensor)")
+MINGRU_OPERATOR(
+    causal_conv_backward, CPU,
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int bits, bool adds_x, Tensor grad_out, Tensor grad_last) -> "
+    "(Tensor, Tensor, Tensor, Tensor)")

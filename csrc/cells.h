@@ -182,11 +182,10 @@ MINGRU_INLINE Direction<A> turn_of(A u, const Untimed<A>&) {
   return direction(A(0.25) * remainder(u, A(1024)));
 }
 
-// The product is not rounded before whole turns are subtracted.
+// The product is not rounded before whole turns are subtracted: `lost` is what its rounding leaves out.
 template <class Time, class A = typename Time::Accumulation>
 MINGRU_INLINE Direction<A> turn_of(A u, const Time& time) {
-  const A product = time.dt * u;
-  const A lost = error_of_product(time.dt, u, product);
+  const A product = time.dt * u, lost = std::fma(time.dt, u, -product);
   const A turned = remainder(remainder(product, A(1024)), A(8)) + remainder(remainder(lost, A(1024)), A(8));
   return direction(A(0.25) * turned);
 }

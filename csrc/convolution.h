@@ -43,9 +43,7 @@ static void convolve(const Convolution& of, int64_t task, bool is_backward) {
       if (step >= 0) return static_cast<A*>(x.data) + x.index(batch, step);
       return static_cast<A*>(const_cast<void*>(state)) + ((batch + 1) * num_past + step) * count;
     };
-    const auto is_reset = [&](int64_t step) {
-      return step >= 0 && scan.reset.data && static_cast<uint8_t*>(scan.reset.data)[scan.reset.index(batch, step)];
-    };
+    const auto is_reset = [&](int64_t step) { return step >= 0 && scan.is_reset(batch, step); };
     const A *x = at(scan.inputs[0], scan.h, step), *first = static_cast<const A*>(of.bias), *second = zeros;
     A* out = is_backward ? at(scan.grad_inputs[0], scan.grad_h, step) : at(scan.out, scan.last, step);
     if (step < 0 && !is_backward) {

@@ -339,17 +339,9 @@ std::tuple<Tensor, Tensors> inference(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
-  library.def("instruction_sets() -> str");
-  library.def("names() -> str");
-  library.def(
-      "inference(Tensor x, Tensor[] weights, Tensor[] states, Tensor[] initial_states, Tensor[] resets, "
-      "Tensor[] times, Tensor code, Tensor numbers, bool time_first) -> (Tensor, Tensor[])");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) { library.impl("inference", TORCH_BOX(&inference)); }
-
-STABLE_TORCH_LIBRARY_IMPL(mingru, CompositeExplicitAutograd, library) {
-  library.impl("instruction_sets", TORCH_BOX(&instruction_sets));
-  library.impl("names", TORCH_BOX(&names));
-}
+MINGRU_OPERATOR(instruction_sets, CompositeExplicitAutograd, "() -> str")
+MINGRU_OPERATOR(names, CompositeExplicitAutograd, "() -> str")
+MINGRU_OPERATOR(
+    inference, CPU,
+    "(Tensor x, Tensor[] weights, Tensor[] states, Tensor[] initial_states, Tensor[] resets, Tensor[] times, "
+    "Tensor code, Tensor numbers, bool time_first) -> (Tensor, Tensor[])")

@@ -84,7 +84,7 @@ class Steps {
       for (int64_t feature = 0, count; feature < span_.num_features; feature += count) {
         count = span_.num_features - feature;
         if (count >= group) count = count / group * group;
-        run_features(run, done, feature, count);
+        run_features(run, done, span_.feature + feature, count);
       }
       if (is_reset && is_backward_) reset();
       done += run.steps;
@@ -102,9 +102,7 @@ class Steps {
     return scan_.step_offsets ? scan_.step_offsets[step] : step;
   }
 
-  bool is_reset_at(int64_t position) const {
-    return scan_.reset.data && static_cast<const uint8_t*>(scan_.reset.data)[scan_.reset.index(span_.batch, position)];
-  }
+  bool is_reset_at(int64_t position) const { return scan_.is_reset(span_.batch, position); }
 
   // Whether the step of a backward pass is the first of the sequence.
   bool is_first(int64_t done) const {
@@ -132,10 +130,10 @@ class Steps {
     return run;
   }
 
-  // The values of a run, from `feature` after `span.feature` on.
+  // The values of a run, from `feature` on.
   template <class Value>
   Rows<Value> rows_of(const Sequence& sequence, const Run& run, int64_t feature) const {
-    const int64_t first = sequence.index(span_.batch, run.position) + span_.feature + feature;
+    const int64_t first = sequence.index(span_.batch, run.position) + feature;
     return {static_cast<Value*>(sequence.data) + first, run.stride * sequence.step_stride};
   }
 
@@ -151,25 +149,17 @@ class Steps {
     static constexpr A one = 1;
     lanes_.steps = run.steps;
     lanes_.groups = padded_size(count) / group;
-    lanes_.feature = span_.feature + feature;
-    lanes_.state = state_ + feature;
+    lanes_.feature = feature;
+    lanes_.state = state_ + feature - span_.feature;
     lanes_.dt = {&one, 0};
-    if (scan_.dt.data) {
-      const A* dt = static_cast<const A*>(scan_.dt.data) + scan_.dt.index(span_.batch, run.position);
-      lanes_.dt = {dt, run.stride * scan_.dt.step_stride};
-    }
-    for (int k = 0; k < num_inputs; ++k) {
-      lanes_.read[k] = read_input(k, tiles_[k], run, feature, count);
-    }
+    if (scan_.dt.data) lanes_.dt = rows_of<const A>(scan_.dt, run, 0);
+    for (int k = 0; k < num_inputs; ++k) lanes_.read[k] = read_input(k, tiles_[k], run, feature, count);
     if (is_backward_) {
       const auto grad_out = rows_of<const T>(scan_.grad_out, run, feature);
       lanes_.read[num_inputs] = tiles_[num_inputs].read(grad_out, run.steps, count);
       if (scan_.has_output_gate) lanes_.read[num_inputs] = gate_backward(lanes_.read[num_inputs], run, feature, count);
       lanes_.read[num_inputs + 1] = previous_states(run, done, feature, count);
-      if (scan_.grads_of_dt.data) {
-        A* grads = static_cast<A*>(scan_.grads_of_dt.data) + scan_.grads_of_dt.index(span_.batch, run.position);
-        lanes_.grads_of_dt = {grads, run.stride * scan_.grads_of_dt.step_stride};
-      }
+      if (scan_.grads_of_dt.data) lanes_.grads_of_dt = rows_of<A>(scan_.grads_of_dt, run, 0);
     }
     for (int k = 0; k < num_written; ++k) {
       lanes_.written[k] = written_tiles_[k].template place<A>(rows_of<T>(written[k], run, feature), count);
@@ -183,7 +173,7 @@ class Steps {
 
   Rows<const A> read_input(int k, Tile<A>& tile, const Run& run, int64_t feature, int64_t count) {
     const A* bias = static_cast<const A*>(scan_.biases[k]);
-    if (bias) bias += span_.feature + feature;
+    if (bias) bias += feature;
     return tile.read(rows_of<const T>(scan_.inputs[k], run, feature), run.steps, count, bias);
   }
 
@@ -234,7 +224,7 @@ class Steps {
       return tile.read(rows_of<const T>(scan_.out, before, feature), run.steps, count);
     }
     const A* previous = state_of(is_reset ? scan_.initial_state : scan_.h);
-    return tile.read(Rows<const A>{previous + feature, 0}, run.steps, count);
+    return tile.read(Rows<const A>{previous + feature - span_.feature, 0}, run.steps, count);
   }
 
   // The state becomes the initial state. Backward, its gradient is a part of that of the initial state.

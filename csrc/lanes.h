@@ -56,16 +56,14 @@ struct Memo {
 
   // Slopes are only used backward.
   MINGRU_INLINE_MEMBER Value<A> operator()(int computed_in, const Value<A>& f) {
-    const A value = (*this)(computed_in, f.value);
-    return {value, with_slopes ? (*this)(computed_in, f.slope) : f.slope};
+    return {(*this)(computed_in, f.value), with_slopes ? (*this)(computed_in, f.slope) : f.slope};
   }
 
   // A pair of values.
   template <template <class> class Two>
   MINGRU_INLINE_MEMBER Two<A> operator()(int computed_in, const Two<A>& pair) {
     const auto [first, second] = pair;
-    const A first_value = (*this)(computed_in, first);
-    return {first_value, (*this)(computed_in, second)};
+    return {(*this)(computed_in, first), (*this)(computed_in, second)};
   }
 };
 

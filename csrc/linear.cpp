@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_recurrence_forward(
 }
 
 // left right + added, for tests and measurements.
-Tensor multiply_matrices(const Tensor& left, const Tensor& right, const MaybeTensor& added) {
+Tensor multiply(const Tensor& left, const Tensor& right, const MaybeTensor& added) {
   const auto is_matrix = [&](const Tensor& x) {
     return x.is_cpu() && x.dim() == 2 && x.numel() > 0 && x.scalar_type() == left.scalar_type() &&
            (x.stride(0) == 1 || x.stride(1) == 1);
@@ -200,19 +200,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
-  library.def("multiply(Tensor left, Tensor right, Tensor? added) -> Tensor");
-  library.def(
-      "linear_recurrence_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor[] call, int bits, float min_decay, "
-      "float eps=0) -> (Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "linear_recurrence_backward(Tensor x, Tensor? weight, Tensor? bias, Tensor[] call, Tensor states, "
-      "Tensor pre_activations, Tensor grad_out, Tensor grad_last, int bits, float min_decay, float eps=0) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {
-  library.impl("multiply", TORCH_BOX(&multiply_matrices));
-  library.impl("linear_recurrence_forward", TORCH_BOX(&linear_recurrence_forward));
-  library.impl("linear_recurrence_backward", TORCH_BOX(&linear_recurrence_backward));
-}
+MINGRU_OPERATOR(multiply, CPU, "(Tensor left, Tensor right, Tensor? added) -> Tensor")
+MINGRU_OPERATOR(
+    linear_recurrence_forward, CPU,
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor[] call, int bits, float min_decay, float eps=0) -> "
+    "(Tensor, Tensor, Tensor, Tensor)")
+MINGRU_OPERATOR(
+    linear_recurrence_backward, CPU,
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor[] call, Tensor states, Tensor pre_activations, Tensor grad_out, "
+    "Tensor grad_last, int bits, float min_decay, float eps=0) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")

@@ -230,12 +230,6 @@ MINGRU_INLINE A remainder(A x, A unit) {
 
 MINGRU_INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// x y - product, where `product` is x y, rounded.
-template <class A>
-MINGRU_INLINE A error_of_product(A x, A y, A product) {
-  return std::fma(x, y, -product);
-}
-
 // cos(pi x) and sin(pi x). An angle in half turns is reduced to a quarter of a turn without rounding, for |x| < 2^21
 // (float32) or 2^50 (float64).
 template <class A>

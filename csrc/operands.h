@@ -14,6 +14,11 @@
 
 #include "call.h"
 
+// Registers a function as the operator of its name, for this key of the dispatcher.
+#define MINGRU_OPERATOR(function, key, schema)                                       \
+  STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) { library.def(#function schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(mingru, key, library) { library.impl(#function, TORCH_BOX(&function)); }
+
 namespace mingru {
 namespace {
 

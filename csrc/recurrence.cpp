@@ -54,15 +54,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
-  library.def(
-      "recurrence_forward(Tensor[] inputs, Tensor[] call, int bits, float min_decay) -> (Tensor, Tensor)");
-  library.def(
-      "recurrence_backward(Tensor[] inputs, Tensor[] call, Tensor out, Tensor grad_out, Tensor grad_last, int bits, "
-      "float min_decay) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {
-  library.impl("recurrence_forward", TORCH_BOX(&recurrence_forward));
-  library.impl("recurrence_backward", TORCH_BOX(&recurrence_backward));
-}
+MINGRU_OPERATOR(
+    recurrence_forward, CPU, "(Tensor[] inputs, Tensor[] call, int bits, float min_decay) -> (Tensor, Tensor)")
+MINGRU_OPERATOR(
+    recurrence_backward, CPU,
+    "(Tensor[] inputs, Tensor[] call, Tensor out, Tensor grad_out, Tensor grad_last, int bits, float min_decay) -> "
+    "(Tensor, Tensor, Tensor, Tensor)")

@@ -170,8 +170,7 @@ class RecurrentSteps {
   int64_t position_of(int64_t n, int64_t done) const { return place_of(step_of(n, done)); }
 
   bool is_reset(int64_t n, int64_t done) const {
-    if (!scan_.reset.data || !exists(n, done)) return false;
-    return static_cast<const uint8_t*>(scan_.reset.data)[scan_.reset.index(batch_ + n, position_of(n, done))];
+    return scan_.reset.data && exists(n, done) && scan_.is_reset(batch_ + n, position_of(n, done));
   }
 
   int64_t index(const Sequence& sequence, int64_t n, int64_t position) const {

@@ -106,6 +106,10 @@ struct Scan {
   void* grad_initial_state;  // may be null
   // A number for each step and group of features, in the accumulation dtype, initially 0. May be null.
   Sequence grads_of_dt;
+
+  bool is_reset(int64_t batch, int64_t position) const {
+    return reset.data && static_cast<const uint8_t*>(reset.data)[reset.index(batch, position)];
+  }
 };
 
 // A range of batch elements and a range of steps, both in the order of memory.
