@@ -52,7 +52,6 @@ class LinearOperands : public Operands {
         has_norm(call.has(Flag::rms_norm) || call.has(Flag::layer_norm)),
         is_transposed_(!has_lengths() && !is_packed() && !x.is_contiguous() && x.stride(0) < x.stride(1)),
         time_major_(is_packed() || (!has_lengths() && call.has(Flag::time_first) != is_transposed_)),
-        is_centered_(call.has(Flag::layer_norm)),
         eps_(eps),
         x_(in_memory_order(x)) {
     if (call.cell() >= Cell::gru) recurrent_.emplace(call, h, scan.num_features);
@@ -218,7 +217,7 @@ class LinearOperands : public Operands {
 
   Normalization normalization(const Slice& slice, const void* x, void* out) const {
     void* scales = scales_scratch_.at_least(slice.num_rows * h.element_size());
-    return {scan.storage, is_centered_, eps_, x, out, scales, slice.num_rows, num_features};
+    return {scan.storage, call_.has(Flag::layer_norm), eps_, x, out, scales, slice.num_rows, num_features};
   }
 
   Tensor in_memory_order(const Tensor& x) const {
@@ -283,7 +282,7 @@ class LinearOperands : public Operands {
     torch::stable::parallel_for(begin, end, std::max(bytes_per_thread / bytes, int64_t(1)), f);
   }
 
-  const bool is_transposed_, time_major_, is_centered_;
+  const bool is_transposed_, time_major_;
   const double eps_;
   const Tensor x_;
   MaybeTensor bias_;

@@ -41,25 +41,20 @@ MINGRU_INLINE Number number_at(const A* parts) {
   }
 }
 
-template <int64_t stride, class A>
-MINGRU_INLINE void set_number(A* parts, A x) {
-  *parts = x;
+template <int64_t stride, class A, class Number>
+MINGRU_INLINE void set_number(A* parts, Number x) {
+  if constexpr (std::is_same_v<Number, A>) {
+    *parts = x;
+  } else {
+    set_number<stride>(parts, x.re);
+    set_number<stride>(parts + static_cast<int64_t>(sizeof(x.re) / sizeof(A)) * stride, x.im);
+  }
 }
 
-template <int64_t stride, class A, class Half>
-MINGRU_INLINE void set_number(A* parts, Pair<Half> x) {
-  set_number<stride>(parts, x.re);
-  set_number<stride>(parts + static_cast<int64_t>(sizeof(Half) / sizeof(A)) * stride, x.im);
-}
-
-template <class A>
-MINGRU_INLINE A conjugate(A x) {
-  return x;
-}
-
-template <class Half>
-MINGRU_INLINE Pair<Half> conjugate(Pair<Half> x) {
-  return {conjugate(x.re), -x.im};
+template <class Number>
+MINGRU_INLINE Number conjugate(Number x) {
+  if constexpr (std::is_floating_point_v<Number>) return x;
+  else return {conjugate(x.re), -x.im};
 }
 
 template <class Half>
@@ -91,14 +86,10 @@ MINGRU_INLINE Pair<Half> operator*(A x, Pair<Half> y) {
 // Chooses what was computed with `rest` if the decay is near 1, otherwise what was computed with `value`. Infinity minus
 // infinity would be NaN, so an infinite h, whose product with 0 is NaN, is the second case. With two conditions, GCC
 // would not vectorize the loop.
-template <class A>
-MINGRU_INLINE A better(const Fraction<A>& a, A h, A with_rest, A with_value) {
-  return h * A(0) + a.value > A(0.5) ? with_rest : with_value;
-}
-
-template <class A, class Half>
-MINGRU_INLINE Pair<Half> better(const Fraction<A>& a, Pair<Half> h, Pair<Half> with_rest, Pair<Half> with_value) {
-  return {better(a, h.re, with_rest.re, with_value.re), better(a, h.im, with_rest.im, with_value.im)};
+template <class A, class Number>
+MINGRU_INLINE Number better(const Fraction<A>& a, Number h, Number with_rest, Number with_value) {
+  if constexpr (std::is_same_v<Number, A>) return h * A(0) + a.value > A(0.5) ? with_rest : with_value;
+  else return {better(a, h.re, with_rest.re, with_value.re), better(a, h.im, with_rest.im, with_value.im)};
 }
 
 // a h + b
@@ -143,14 +134,10 @@ MINGRU_INLINE Quaternion<A> previous_gradient(
 }
 
 // The scalar product of two numbers as vectors, which is the real part of conjugate(x) y.
-template <class A>
-MINGRU_INLINE A dot(A x, A y) {
-  return x * y;
-}
-
-template <class Half>
-MINGRU_INLINE auto dot(Pair<Half> x, Pair<Half> y) {
-  return dot(x.re, y.re) + dot(x.im, y.im);
+template <class Number>
+MINGRU_INLINE auto dot(Number x, Number y) {
+  if constexpr (std::is_floating_point_v<Number>) return x * y;
+  else return dot(x.re, y.re) + dot(x.im, y.im);
 }
 
 }  // namespace mingru::MINGRU_ISA

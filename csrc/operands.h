@@ -98,10 +98,10 @@ class Operands {
   // `like` has the leading dimensions and the dtype of all sequences. A state has `state_steps` steps.
   Operands(const Call& call, const Tensor& like, int64_t num_features, int64_t state_steps = 1)
       : h(as_contiguous(*call[Argument::h])),
+        call_(call),
         batch_dim_(call.has(Flag::time_first) ? 1 : 0),
         step_dim_(1 - batch_dim_),
-        state_steps_(state_steps),
-        call_(call) {
+        state_steps_(state_steps) {
     STD_TORCH_CHECK(like.is_cpu(), call.name, ": sequences must be on the CPU");
     scan.cell = call.cell();
     scan.activation = call.activation();
@@ -248,6 +248,7 @@ class Operands {
   }
 
  protected:
+  const Call& call_;
   int64_t batch_dim_, step_dim_;  // of sequences; both 0 if packed
   // Where the steps of each batch element, or if packed the batch elements of each step, begin in a matrix of all valid
   // steps; at the end, the number of all. Empty without lengths.
@@ -309,7 +310,6 @@ class Operands {
   }
 
   const int64_t state_steps_;
-  const Call& call_;
   std::vector<int64_t> leading_, lengths_;
   Tensors kept_;
 };

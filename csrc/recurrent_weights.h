@@ -13,16 +13,14 @@ class RecurrentWeights {
  public:
   // Weight and bias are in the accumulation dtype, as `h` is.
   RecurrentWeights(const Call& call, const Tensor& h, int64_t num_features)
-      : num_gates_(call.traits().num_inputs),
-        num_features_(num_features),
-        needs_gradients_(call.has(Flag::needs_recurrent)),
-        h_(h) {
+      : num_features_(num_features), needs_gradients_(call.has(Flag::needs_recurrent)), h_(h) {
+    blocks_.num_gates = call.traits().num_inputs;
     const Tensor *given = call[Argument::recurrent], *bias = call[Argument::recurrent_bias];
     const auto fits = [&](const Tensor& x) {
       return x.is_cpu() && x.is_contiguous() && x.scalar_type() == h.scalar_type() && x.numel() > 0;
     };
     STD_TORCH_CHECK(
-        given && fits(*given) && given->dim() == 2 && given->size(0) == num_gates_ * num_features &&
+        given && fits(*given) && given->dim() == 2 && given->size(0) == blocks_.num_gates * num_features &&
             num_features % given->size(1) == 0 && (!bias || (fits(*bias) && bias->numel() == num_features)) &&
             !call.has(Flag::output_gate),
         call.name, ": recurrent weights must be (num_gates N, K) and their bias (N), contiguous, in the accumulation dtype");
@@ -30,7 +28,6 @@ class RecurrentWeights {
     const int64_t size = given->size(1), count = num_features / size;
     merged_ = std::max<int64_t>(1, group / size);
     while (count % merged_ != 0) --merged_;
-    blocks_.num_gates = num_gates_;
     blocks_.size = merged_ * size;
     blocks_.count = count / merged_;
     blocks_.padded = ceil_div(blocks_.size, group) * group;
@@ -53,7 +50,7 @@ class RecurrentWeights {
     if (!blocks_.weights && !is_kept && !is_few) blocks_.weights = packed(packed_, scan, false);
     if (is_backward && !is_step && !blocks_.transposed) blocks_.transposed = packed(transposed_, scan, true);
     if (is_backward && needs_gradients_ && !totals_) {
-      const int64_t rows = num_gates_ * blocks_.padded + 1;
+      const int64_t rows = blocks_.num_gates * blocks_.padded + 1;
       totals_ = torch::stable::new_zeros(h_, {blocks_.num_totals(scan.num_batch), blocks_.count, rows, blocks_.padded});
       blocks_.totals = totals_->data_ptr();
     }
@@ -63,18 +60,18 @@ class RecurrentWeights {
   // The gradients of weight and bias, empty if not needed.
   std::tuple<Tensor, Tensor> gradients() const {
     if (!totals_) return {empty({0}, h_), empty({0}, h_)};
-    const int64_t size = blocks_.size, own = size / merged_, padded = blocks_.padded, rows = num_gates_ * padded + 1;
+    const int64_t size = blocks_.size, own = size / merged_, padded = blocks_.padded, rows = blocks_.num_gates * padded + 1;
     const std::vector<int64_t> groups = {0};
     const Tensor sum = totals_->size(0) > 1 ? torch::stable::sum(*totals_, groups) : torch::stable::select(*totals_, 0, 0);
     Tensor first = torch::stable::select(sum, 0, 0), of_weight = torch::stable::narrow(first, 0, 0, rows - 1);
     const Tensor of_bias = empty({num_features_}, h_);
-    if (num_features_ > own || padded > size) of_weight = empty({num_gates_ * num_features_, own}, h_);
+    if (num_features_ > own || padded > size) of_weight = empty({blocks_.num_gates * num_features_, own}, h_);
     const auto copy = [&](const Tensor& to, int64_t index, int64_t from, int64_t count) {
       const int64_t bytes = h_.element_size();
       std::memcpy(data_of<char>(to) + index * bytes, data_of<char>(sum) + from * bytes, count * bytes);
     };
-    for (int64_t i = 0; i < blocks_.count * num_gates_ * size; ++i) {
-      const int64_t block = i / (num_gates_ * size), gate = i / size % num_gates_, row = i % size;
+    for (int64_t i = 0; i < blocks_.count * blocks_.num_gates * size; ++i) {
+      const int64_t block = i / (blocks_.num_gates * size), gate = i / size % blocks_.num_gates, row = i % size;
       const int64_t first = block * rows * padded, of_gate = first + (gate * padded + row) * padded;
       if (row == 0) copy(of_bias, block * size, first + (rows - 1) * padded, size);
       if (of_weight.data_ptr() == sum.data_ptr()) continue;
@@ -96,12 +93,12 @@ class RecurrentWeights {
   }
 
   const void* packed(Scratch& scratch, const Scan& scan, bool is_transposed) const {
-    void* to = scratch.at_least(num_gates_ * num_features_ * blocks_.padded * h_.element_size());
+    void* to = scratch.at_least(blocks_.num_gates * num_features_ * blocks_.padded * h_.element_size());
     pack_diagonal_blocks(blocks_, scan.storage, to, is_transposed);
     return to;
   }
 
-  const int64_t num_gates_, num_features_;
+  const int64_t num_features_;
   const bool needs_gradients_;
   const Tensor h_;
   DiagonalBlocks blocks_{};
