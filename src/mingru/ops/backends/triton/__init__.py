@@ -97,8 +97,7 @@ def _run(eager: Run, name: str, call: Call, *of_pass: object) -> tuple[Any, ...]
 
 
 def _forward(eager: Run, spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[MaybeTensor, ...]:
-    out, last = _run(eager, "forward", from_flat(spec, given, time_first))
-    return out, last, None
+    return *_run(eager, "forward", from_flat(spec, given, time_first)), None
 
 
 def _backward(eager: Run, spec: Spec, given: Given, time_first: bool, saved: Given, needs: Flags) -> Gradients:
@@ -129,8 +128,7 @@ def _linear_forward(
     eager: Run, spec: Spec, given: Given, time_first: bool, keep: bool | None
 ) -> tuple[MaybeTensor, ...]:
     pre, mapped = _mapped(spec, given, time_first, _in_memory_order(given[FIRST_INPUT]), None)
-    out, last = _run(eager, "forward", mapped)
-    return out, last, pre if keep else None
+    return *_run(eager, "forward", mapped), pre if keep else None
 
 
 def _linear_backward(eager: Run, spec: Spec, given: Given, time_first: bool, saved: Given, needs: Flags) -> Gradients:

@@ -59,7 +59,6 @@ def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Re
         needs[2:4] = False, needs_dt and dt is not None
         grads_of = kernel.backward(call.spec, given, call.layout.time_first, (out, None, *of_out), needs)
         found = [x for x in (*grads_of[FIRST_INPUT:], *grads_of[:2], grads_of[3]) if x is not None]
-        wanted = [result for result in wanted if result is not None]
     elif call.spec.cell in NUM_INPUTS:
         with torch.enable_grad():
             all_of = *inputs, h, after_reset, dt
@@ -67,14 +66,13 @@ def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Re
             own = call.context._replace(h=leaves[-3], initial_state=leaves[-2], dt=leaves[-1])
             states = torch_in_graphs.recurrence(call.spec, leaves[:-3], own, call.layout)
         needed = [x for x, result in zip(leaves, wanted, strict=True) if result is not None]
-        wanted = [result for result in wanted if result is not None]
         found = torch.autograd.grad(states, needed, list(saved[1:]), materialize_grads=True)
     else:
         scan, (out, grad_out, grad_last) = _scan(call), saved
         delta = adjoint(torch_in_place.scan, scan, (grad_out, grad_last))
         before = conjugate(previous_states(scan, out.to(delta.dtype)), scan.parts)
         found = times(delta, before, scan.parts), delta, grad_of_h(scan, delta)
-    _copied(wanted[: len(found)], found)
+    _copied([result for result in wanted if result is not None], found)
     if of_bias is not None:
         of_bias.copy_(grads.flatten(0, -2).sum(0, dtype=of_bias.dtype))
     return results

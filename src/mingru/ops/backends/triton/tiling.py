@@ -58,11 +58,10 @@ def tiling_of(work: Work) -> Tiling:
     if is_large and itemsize == 2:
         # More steps would need more registers than there are.
         steps = 2
-    if num_steps == 1:
-        return Tiling(1, 1, min(warp, _power_of_2(num_features)), 1, 1, None)
-    walk = Tiling(1, steps, min(warp, _power_of_2(num_features)), 1, 1, None)
     if num_steps <= 2 * steps or (work.num_sequences * num_features >= 1 << 17 and num_features > warp // 2):
-        return walk
+        # The smallest power of 2 that is not less.
+        features = 1 << (num_features - 1).bit_length()
+        return Tiling(1, 1 if num_steps == 1 else steps, min(warp, features), 1, 1, None)
     # 128 bytes of a step if that gives enough programs for all processors of a GPU, otherwise fewer; 32 is a sector.
     sizes = [size // itemsize for size in (128, 64, 32)]
     enough = 1.8 * work.processors
@@ -99,8 +98,3 @@ def tiling_of(work: Work) -> Tiling:
     chunks = next((size for size in (8, 32) if size < chunks and size * steps >= num_steps), chunks)
     warps = max(1, chunks * features // warp)
     return Tiling(chunks, steps, features, 1, warps, stages)
-
-
-def _power_of_2(number: int) -> int:
-    """Return the smallest power of 2 that is not less."""
-    return 1 << (number - 1).bit_length()
