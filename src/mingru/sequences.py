@@ -184,8 +184,7 @@ def check_resets(rnn: Callable[..., Any], x: Tensor, h: object, reset: Tensor, o
         early; pass reset[t] = flags[t - 1]
     """
     name, time = "check_resets", 1 if getattr(rnn, "batch_first", True) else 0
-    table = CHECK_RESETS.table(time == 1)
-    table["reset"].check(CHECK_RESETS, reset, x, x.shape)
+    CHECK_RESETS.table(time == 1)["reset"].check(CHECK_RESETS, reset, x, x.shape)
     expected, remedy = "True somewhere after the first step", "pass a rollout in which episodes begin"
     has_starts = bool(reset.narrow(time, 1, reset.shape[time] - 1).any())
     require(name, "reset", has_starts, expected, "no such flag", remedy)

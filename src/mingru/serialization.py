@@ -47,8 +47,7 @@ def safe_globals() -> list[Any]:
     public = [getattr(home, name) for home in homes for name in home.__all__]
     layers = [each for each in public if isinstance(each, type) and issubclass(each, nn.Module)]
     of_torch = [nn.Embedding, nn.ModuleList, nn.Sequential, *OF_TORCH, *CONVOLUTIONS.values(), *NORMS.values()]
-    inner = [CausalConv, Geometry, GroupNorm, ConvLevel, PerStep, LinearLevel]
-    inner += [RecurrentMap, WeightAndBias]
+    inner = [CausalConv, Geometry, GroupNorm, ConvLevel, PerStep, LinearLevel, RecurrentMap, WeightAndBias]
     # With their names, because torch has a set of these, and a class of torch equals that of `drop_in`.
     named = [(each, f"{each.__module__}.{each.__name__}") if isinstance(each, OfTorch) else each for each in layers]
     return [*named, *inner, *of_torch]

@@ -92,19 +92,10 @@ def language_model_from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str
         state[f"{block}rnn.layers.0.linear.bias"] = weight.new_zeros(len(weight))
         state[f"{block}out.weight"] = out
         state[f"{block}out.bias"] = weight.new_zeros(dims)
+    expansion, mlp = rnn.hidden_dims / dims, found["layers.0.4.0.bias"].numel() / dims
     # "meta" skips the initialization, which would also change the state of the caller's random generator.
-    lm = LanguageModel(
-        vocab_size,
-        dims,
-        num_layers,
-        tied=False,
-        cell=rnn.cell,
-        expansion=rnn.hidden_dims / dims,
-        mlp=found["layers.0.4.0.bias"].numel() / dims,
-        learn_initial_state=True,
-        device="meta",
-        dtype=found[first].dtype,
-    )
+    options: dict[str, Any] = {"learn_initial_state": True, "device": "meta", "dtype": found[first].dtype}
+    lm = LanguageModel(vocab_size, dims, num_layers, tied=False, cell=rnn.cell, expansion=expansion, mlp=mlp, **options)
     found.into(lm, {name: key for key, name in names.items()}, more=state)
     for name, parameter in lm.named_parameters():
         parameter.requires_grad_(not name.endswith("initial_state"))

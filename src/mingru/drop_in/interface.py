@@ -50,8 +50,7 @@ class DropIn(Recurrent):
         if size is not None:
             check_int(name, "block_size", size)
             # `patch` has one option for layers of all sizes.
-            divisors = [count for count in range(1, hidden_size + 1) if hidden_size % count == 0]
-            options["block_size"] = max(count for count in divisors if count <= size)
+            options["block_size"] = max(n for n in range(1, min(size, hidden_size) + 1) if hidden_size % n == 0)
         check_int(name, "proj_size", proj_size, least=0)
         require(name, "proj_size", proj_size < hidden_size, "smaller than hidden_size", str(proj_size))
         is_possible = proj_size == 0 or options["residual"] != "highway"

@@ -173,8 +173,7 @@ def check_ids(name: str, argument: str, ids: Tensor, num_dims: int, device: torc
 
 
 def check_vocabulary(name: str, argument: str, ids: Tensor, vocab_size: int) -> None:
-    most = vocab_size - 1
-    check_range(name, argument, ids, most, f"from 0 to {most} because vocab_size is {vocab_size}")
+    check_range(name, argument, ids, vocab_size - 1, f"from 0 to {vocab_size - 1} because vocab_size is {vocab_size}")
 
 
 def joined(prompts: Prompts, new: list[Tensor]) -> Tensor | list[Tensor]:

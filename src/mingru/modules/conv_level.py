@@ -127,9 +127,7 @@ class ConvLevel(Level):
         the default initial state.
         """
         steps = x.flatten(0, 1)
-        y = x
-        if self.norm is not None:
-            y = unflattened(self.norm(steps), x)
+        y = x if self.norm is None else unflattened(self.norm(steps), x)
         initial: MaybeTensor = self.initial_state
         if initial is None:
             initial = torch.full([1], self._zero_state, dtype=dtype, device=x.device)
@@ -159,9 +157,8 @@ class ConvLevel(Level):
         """Compute the map and the recurrence, by one kernel if possible. `mingru.distributed` replaces this."""
         if is_autocast(y):
             context = context._replace(h=context.h.to(accumulate_dtype(y.dtype)))
-        conv: Any = self.conv_reverse if spec.reverse else self.conv
         shape = (self.hidden_dims, *self.geometry.space(tuple(y.shape[3:])))
-        mapped = Map(conv, lambda part: self._inputs(part, spec.reverse), shape)
+        mapped = Map(self.maps()[spec.reverse], lambda part: self._inputs(part, spec.reverse), shape)
         return ops.mapped_recurrence(spec, y, mapped, context, layout)
 
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:

@@ -94,8 +94,7 @@ class Convolutional(Stacked, role="sequence"):
     ) -> Outputs:
         """Call the layer; `lengths` and `dt` must be None."""
         assert lengths is None and dt is None
-        out, last = self(x, h, reset)
-        return out, last
+        return self(x, h, reset)
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         order = "B, S" if self.batch_first else "S, B"
