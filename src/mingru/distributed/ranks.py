@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,9 @@ from ..modules.level import Level
 from ..ops.call import Context, Layout, Spec
 from ..ops.shape import MaybeList, States
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def eager(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function that communicates, which `torch.compile` leaves out of its graphs."""
-    disabled: Callable[P, T] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return disabled
+F = TypeVar("F", bound=Callable[..., Any])
+# Decorates a function that communicates, which `torch.compile` leaves out of its graphs.
+eager: Callable[[F], F] = torch.compiler.disable
 
 
 def outermost(name: str, module: nn.Module, mesh: DeviceMesh) -> list[Layer]:

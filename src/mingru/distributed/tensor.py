@@ -101,18 +101,16 @@ class TensorParallel(ParallelStyle):
 
 def _check_divisible(layer: Level, size: int) -> None:
     numbers = layer.hidden_dims // parts_of(layer.cell)
-    why = None
-    if hasattr(layer, "mesh"):
-        why = "is already parallel"
-    elif getattr(layer, "projections", None) is not None:
-        why = "has proj_size, whose map needs the states of all ranks; apply a RowwiseParallel Linear to its output"
-    elif layer.cell in MIXTURES:
-        why = "has features of two kinds, in other places than those of a rank"
-    elif layer.cell == "gru":
-        why = "has recurrent weights, which would be divided too"
-    elif numbers % size:
-        why = f"has {numbers} numbers as its state (hidden_dims {layer.hidden_dims}), no multiple of {size} ranks"
-    if why is not None:
+    sizes = f"{numbers} numbers as its state (hidden_dims {layer.hidden_dims}), no multiple of {size} ranks"
+    remedy = "apply a RowwiseParallel Linear to its output"
+    reasons = {
+        "is already parallel": hasattr(layer, "mesh"),
+        f"has proj_size, whose map needs the states of all ranks; {remedy}": getattr(layer, "projections", None),
+        "has features of two kinds, in other places than those of a rank": layer.cell in MIXTURES,
+        "has recurrent weights, which would be divided too": layer.cell == "gru",
+        f"has {sizes}": numbers % size,
+    }
+    for why in (why for why, holds in reasons.items() if holds):
         raise ValueError(f"{_NAME}: module cannot be divided: a layer with the cell {layer.cell!r} {why}")
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import GRU, MinGRU, MinLSTM
 from ..check import values
+from ..models.block import LAYERS
 
-CELLS: dict[str, Any] = {"gru": GRU, "mingru": MinGRU, "minlstm": MinLSTM}
 # Of a minGRU or minLSTM in a policy, by default: a state of both signs, which begins at 0, and beside it the input.
 # Their difference is a change over time.
 OPTIONS: dict[str, object] = {"candidate": "tanh", "residual": True}
@@ -25,9 +24,9 @@ class WithStatesOfTorch(nn.Module):
         self, name: str, input_size: int, hidden_size: int, num_layers: int = 1, cell: str = "gru", **options: object
     ) -> None:
         super().__init__()
-        values.check_choice(name, "cell", cell, tuple(CELLS))
+        values.check_choice(name, "cell", cell, LAYERS)
         options = options if cell == "gru" else {**OPTIONS, **options}
-        self.layer = CELLS[cell](input_size, hidden_size, num_layers, **options)
+        self.layer = LAYERS[cell](input_size, hidden_size, num_layers, **options)
         starts_at_0 = not self.layer.learn_initial_state and not self.layer.initial(1).any()
         expected = "such that states begin at 0, as in the library, without learn_initial_state and positive candidates"
         values.require(name, "options", starts_at_0, expected, repr(options))

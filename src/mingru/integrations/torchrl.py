@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..check import values
+from ..models.block import LAYERS
 from ..modules.stacked import Recurrent
-from . import CELLS, WithPairs, WithStatesOfTorch, require
+from . import WithPairs, WithStatesOfTorch, require
 
 with require("torchrl", "torchrl 0.14", __name__):
     from torchrl.modules import GRUModule, LSTMModule
@@ -22,7 +23,7 @@ class _OnePass:
     layers: type[WithStatesOfTorch] = WithStatesOfTorch
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
-        of_layer = {"cell", "num_layers", *signature(CELLS[options.get("cell", "gru")]).parameters}
+        of_layer = {"cell", "num_layers", *signature(LAYERS[options.get("cell", "gru")]).parameters}
         names = options.keys() & (signature(super().__init__).parameters.keys() - of_layer)
         of_module = {name: options.pop(name) for name in names}
         name = type(self).__name__
