@@ -252,7 +252,8 @@ def refusals(four, pairs):
     stack = parallelize_module(mingru.Stack([mingru.Stack([mingru.MinGRU(3, 4)])]), four, SequenceParallel())
     assert_refused(stack, [({"x": one_wrong}, error, of_one)])
     lm = parallelize_module(LanguageModel(5, 4, 1), four, SequenceParallel())
-    refuses(ValueError, "generate and stream need a model without", lm.generate, torch.zeros(1, 2, dtype=torch.long), 1)
+    problem, ids = "generate and stream need a model without SequenceParallel", torch.zeros(1, 2, dtype=torch.long)
+    refuses(ValueError, problem, lm.generate, ids, 1)
 
 
 def values(four, pairs):

@@ -136,8 +136,8 @@ LAYERS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size", "ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size other than 1")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @grid(steps=[1, 5], make=LAYERS)
 def test_the_old_exporter_of_torch(make, steps, path):
     """A length of 1 is fixed, as other exporters fix it."""

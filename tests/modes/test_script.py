@@ -144,6 +144,9 @@ def test_functions():
         a, b, h = torch.randn(3, 2, 40, 3, dtype=dtype)
         options = {"h": h[:, :1], "reset": torch.rand(2, 40) < 0.2, "reverse": True}
         assert_equal(scripted(a.tanh(), b, **options), functional.linear_scan(a.tanh(), b, **options))
+    t = torch.rand(3, 9, **DOUBLE).cumsum(1)
+    traced = torch.jit.trace(lambda t: functional.elapsed_times(t, 1.5), t[:2, :5])
+    assert_equal(traced(t), functional.elapsed_times(t, 1.5), rtol=0, atol=0)
     for name in {*dir(functional)} - {"g", "log_g", "linear_scan"}:
         refuses((RuntimeError, torch.jit.frontend.FrontendError), "", torch.jit.script, getattr(functional, name))
 

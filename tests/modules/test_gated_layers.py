@@ -65,8 +65,8 @@ def test_marks_of_gates_that_are_missing_or_have_no_value(gate):
         empty = make(gate=gate)
     assert str(empty.load_state_dict(empty.state_dict(), assign=True)) == MATCHED
     rnn = make(gate=gate)
-    state = {**rnn.state_dict(), "layers.0.gate": torch.tensor(9)}
-    refuses(RuntimeError, "weights trained with gate=9 cannot be used in a layer with", rnn.load_state_dict, state)
+    state, message = rnn.state_dict(), "weights trained with gate=9 cannot be used in a layer with gate="
+    refuses(RuntimeError, message, rnn.load_state_dict, {**state, "layers.0.gate": torch.tensor(9)})
     # A mark is no parameter, no number of a dtype, and is there after `to_empty`.
     assert [name for name, _ in rnn.named_parameters()] == ["layers.0.linear.weight", "layers.0.linear.bias"]
     empty.to_empty(device="cpu")

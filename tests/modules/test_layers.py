@@ -295,9 +295,10 @@ def made(name, role=None, **attributes):
     return type(name, (Layer,), {"forward": Plain.forward, **attributes}, role=role)
 
 
+NO_SIZES = r"layers\[0\] must be a layer that sets input_dims and output_dims, got NoSizes wit"
 BAD = {
     made("NoRole"): r'layers\[0\] must be a MinGRU, .*, got NoRole; if .*, pass role="sequence" to the class',
-    made("NoSizes", role="sequence"): r"layers\[0\] must be a .* sets input_dims and output_dims, got NoSizes wit",
+    made("NoSizes", role="sequence"): NO_SIZES,
     made("NoOutput", role="sequence", input_dims=4): r"layers\[0\] must be .*, got NoOutput without output_dims$",
 }
 
@@ -305,7 +306,8 @@ BAD = {
 @pytest.mark.parametrize("cls", BAD)
 def test_what_is_missing_is_named(cls):
     refuses(TypeError, BAD[cls], mingru.Stack, [cls()])
-    refuses(ValueError, r"layers\[1\] must be a layer with input_dims=8, the", mingru.Stack, [Doubled(4), Plain()])
+    message = r"layers\[1\] must be a layer with input_dims=8, the output features of"
+    refuses(ValueError, message, mingru.Stack, [Doubled(4), Plain()])
     refuses(ValueError, r"Wrong: role must be one of \('sequence', 'step', .*, got 'seq'", made, "Wrong", role="seq")
 
 

@@ -264,6 +264,15 @@ def test_an_initial_state_without_resets_has_no_gradient(backend):
     assert grads[0] is not None and grads[1] is None
 
 
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_batched_gradients_keep_no_graph(backend):
+    rnn = mingru.MinGRU(3, 4)
+    with mingru.use_backend(backend):
+        out, _ = rnn(torch.randn(2, 5, 3))
+    grads = torch.autograd.grad(out, list(rnn.parameters()), torch.randn(3, *out.shape), is_grads_batched=True)
+    assert not any(grad.requires_grad for grad in grads)
+
+
 # Sequences of different lengths
 
 LENGTHS = torch.tensor([9, 1, S])

@@ -132,8 +132,8 @@ def test_operators_refuse_what_would_read_past_the_end():
     wrong = [torch.tensor(each) for each in ([20, -1, 7], [21, 1, 7], [20, 7], [[20, 1, 7]])]
     wrong += [torch.tensor([20, 1, 7]).int(), torch.tensor([20, 0, 1, 0, 7, 0])[::2]]
     for lengths in wrong:
-        call = x, weight, None, *call_of("mingru", h, h, lengths=lengths)
-        refuses(RuntimeError, "forward: lengths must be", torch.ops.mingru.linear_recurrence_forward, *call)
+        call, operator = call_of("mingru", h, h, lengths=lengths), torch.ops.mingru.linear_recurrence_forward
+        refuses(RuntimeError, "linear_recurrence_forward: lengths must be", operator, x, weight, None, *call)
 
     # Pre-activations, which have no bias.
     for x, bias in ((torch.randn(3, 20, 9), None), (gate, torch.randn(10)), (torch.randn(3, 20, 10), torch.randn(10))):

@@ -160,6 +160,9 @@ FILES = [
     *(case.make for case in [*cases.CASES[:-1], *some(ROWS, 4), *MODELS]),
     partial(mingru.MinLSTM, 3, 4, 2, norm="rms", forget_bias=1.0, dtype=torch.bfloat16),
     lambda: mingru.Stack([mingru.MinGRU(3, 4), *(each() for each in OF_TORCH[:-3])]),
+    lambda: mingru.MinConv2dGRU(3, [4, 5], [3, 1], num_layers=2, padding=["same", 0], residual=True),
+    lambda: drop_in.LSTMLike(3, 4, 2, proj_size=2, dropout=0.5, cell="minlstm"),
+    lambda: models.LanguageModel(5, 4, 1, tied=False),
     *(partial(each, 3, 4) for each in (mingru.GRUCell, drop_in.GRU, drop_in.LSTM, drop_in.GRUCell, drop_in.LSTMCell)),
 ]
 

@@ -260,8 +260,9 @@ def _on_meta(x: Tensor) -> Tensor:
 
 def _state(h: Tensor) -> Tensor:
     """Return a state (B, *) whose elements are dense in each batch element, or which is expanded from one."""
-    is_expanded = h.stride(0) == 0 and not h.is_contiguous()
-    return h[:1].contiguous().expand_as(h) if is_expanded else h.contiguous()
+    if h.is_contiguous():
+        return h
+    return h[:1].contiguous().expand_as(h) if h.stride(0) == 0 else h.contiguous()
 
 
 def has_initial_state(call: Call) -> bool:
