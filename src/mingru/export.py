@@ -227,16 +227,16 @@ def _numbered(name: str, value: object) -> list[str]:
 @contextmanager
 def _exporting(max_steps: int | None) -> Iterator[None]:
     """Set the longest sequence, and silence messages about PyTorch's internals."""
-    logger, before = logging.getLogger(ONNX_REGISTRATION_LOG), vars(torch_in_graphs).copy()
+    logger, in_export = logging.getLogger(ONNX_REGISTRATION_LOG), torch_in_graphs.in_export
     logger.addFilter(_is_relevant)
-    scan = partial(in_onnx.scan, most_steps=max_steps or torch_in_graphs.most_steps())
-    vars(torch_in_graphs).update(scan=scan, mixed_step=in_onnx.mixed_step)
+    in_export.scan = partial(in_onnx.scan, most_steps=max_steps or torch_in_graphs.most_steps())
+    in_export.mixed_step = in_onnx.mixed_step
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield
     finally:
-        vars(torch_in_graphs).update(before)
+        in_export.scan = in_export.mixed_step = None
         logger.removeFilter(_is_relevant)
 
 

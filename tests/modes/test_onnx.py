@@ -1,13 +1,15 @@
 """Every class as an ONNX file, run by ONNX Runtime, beside the module itself."""
 
 import io
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from cases import assert_equal, grid, refuses, small_chunks, tensors
+from cases import CASES, assert_equal, graded, grid, refuses, small_chunks, tensors
 from mode import given, mode
 from torch.export import Dim
 
@@ -207,6 +209,62 @@ def test_steps_that_follow_each_other_are_one_pass(case, path):
         assert_equal(outputs, expected, **TOLERANCE)
         state = expected if case.time_dim is None else expected[1]
         h = case.of_states(outputs[-len(tensors(state)) :])
+
+
+class Meanwhile(torch.nn.Module):
+    """A model during whose capture another thread calls something."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call, self.of_torch, self.own = call, torch.nn.GRU(3, 4), mingru.GRU(4, 3)
+
+    def forward(self, x):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(self.call).result()
+        return self.layers(x)
+
+    def layers(self, x):
+        return self.own(self.of_torch(x)[0])[0] + 1
+
+    def compile(self, x):
+        """Compile only the layers, while the compiler for their graph calls all."""
+        torch.compile(self.layers, backend=lambda graph, _: [self(x), graph.forward][1])(x)
+
+
+CAPTURES = {
+    "ONNX of torch": lambda model, x: torch.onnx.export(model, (x,), dynamo=True, verbose=False),
+    "ONNX": lambda model, x: mingru.export.onnx(model, x, os.devnull),
+    "old ONNX": lambda model, x: torch.onnx.export(model, (x,), io.BytesIO(), dynamo=False),
+    "export": lambda model, x: torch.export.export(model, (x,)),
+    "trace": lambda model, x: torch.jit.trace(model, (x,), check_trace=False),
+    "compile": Meanwhile.compile,
+}
+
+
+@pytest.fixture(scope="module")
+def calls():
+    """All modules and what they are called with."""
+    torch.manual_seed(0)
+    rnn = mingru.GRU(3, 4)
+    compiled = rnn, torch.compile(rnn, backend="eager"), (torch.randn(2, 3, 3),)
+    return [*((module, module, given(case)) for case in CASES for module in [case.make()]), compiled]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_calls_of_another_thread(capture, calls):
+    """Flags of torch say to all threads that one of them captures. The calls of the others are as eager as before."""
+
+    def outputs():
+        with torch.no_grad():
+            alone = [run(*args) for _, run, args in calls]
+        return alone, [graded(*call) for call in calls]
+
+    expected, found = outputs(), []
+    CAPTURES[capture](Meanwhile(lambda: found.append(outputs())), torch.randn(2, 5, 3))
+    assert found
+    for each in found:
+        assert_equal(each, expected, rtol=1e-4, atol=1e-4)
 
 
 # `mingru.export.onnx` as one calls it: names, examples, models of one's own, and bad input

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from . import names_of_torch
 
 is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
-# True for `torch.compile` and `torch.export`.
-is_compiling = torch.compiler.is_compiling
 
 _ORDINARY = {Tensor, nn.Parameter, type(None)}
 P = ParamSpec("P")
@@ -46,6 +44,9 @@ def _yes() -> bool:
 
 def _itself(condition: bool) -> bool:
     return condition
+
+
+is_compiling = scripted_as(_no)(names_of_torch.is_compiling)
 
 
 class Mode(NamedTuple):
@@ -107,7 +108,7 @@ def without_autocast(x: Tensor, mode: Mode | None = None) -> AbstractContextMana
 @scripted_as(_no)
 def is_onnx() -> bool:
     """Return what `Mode` says, in functions that TorchScript compiles."""
-    return torch.onnx.is_in_onnx_export() and (bool(names_of_torch.is_tracing()) or names_of_torch.is_exporting())
+    return (bool(names_of_torch.is_tracing()) or names_of_torch.is_exporting()) and torch.onnx.is_in_onnx_export()
 
 
 @scripted_as(_no)

@@ -62,14 +62,17 @@ unsafe_view = _of_torch("ops.aten._unsafe_view", _copied)
 loop = _of_torch("ops.higher_order.scan", None)
 # `mingru.export.onnx` raises an error.
 pytree = _of_torch("utils._pytree", _Missing())
-# Layers cannot be captured by `make_fx` if a check depends on values.
+# Layers cannot be captured by `torch.export`, and by `make_fx` only if no check depends on values.
 _get_dispatch_mode = _of_torch("_C._get_dispatch_mode", lambda key: None)
+_FAKE = _of_torch("_C._TorchDispatchModeKey.FAKE", None)
 _is_included = _of_torch("_C._dispatch_tls_is_dispatch_key_included", lambda key: None)
 _PROXY = _of_torch("_C._TorchDispatchModeKey.PROXY", None)
 _PRE_DISPATCH = _of_torch("_C.DispatchKey.PreDispatch", None)
 # No level is -1. Without the name, forward mode runs in fused kernels, which have no rule for it. A function of Python
 # would take longer.
 forward_level = partial(getattr, forward_ad, "_current_level", -1)
+# An exported program has the kernels of this package where it was exported with them.
+_tracing_context = _of_torch("_guards.TracingContext.try_get", lambda: None)
 _eager_transforms = _of_torch("_functorch.eager_transforms", None)
 
 # Scripting compiles the eager code of a function in place of its twin, and fails if TorchScript does not support it.
@@ -106,17 +109,33 @@ def is_untransformed() -> bool:
     return not (is_tracing() or are_functorch_transforms_active() or forward_level() >= 0)
 
 
-def is_exporting() -> bool:
-    """Return whether `torch.export` captures a graph. In torch 2.11, the public function also says so of `compile`.
+def is_compiling() -> bool:
+    """Return whether `torch.compile` or `torch.export` captures this call.
 
-    Without the name, an exported program has the kernels of this package where it was exported with them.
+    The flag of torch belongs to the process: it is also set while another thread captures its calls. What Dynamo says,
+    and modes of fake tensors, belong to the thread.
     """
-    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+    is_own = torch.compiler.is_dynamo_compiling
+    return torch.compiler.is_compiling() and (is_own() or _get_dispatch_mode(_FAKE) is not None)
+
+
+def is_exporting() -> bool:
+    """Return whether `torch.export` captures this call. In torch 2.11, the public function also says so of `compile`.
+
+    The flag belongs to the process, and the mode of fake tensors to the thread; that of an export takes others too.
+    Without the flag's name, an exported program has the kernels of this package where it was exported with them.
+    """
+    fake = getattr(torch.compiler, "_is_exporting_flag", False) and getattr(_tracing_context(), "fake_mode", None)
+    return bool(getattr(fake, "allow_non_fake_inputs", False))
+
+
+# `torch.compile` asks once. Otherwise a compiled program would be compiled anew while another thread exports.
+vars(is_exporting)[MARKED_CONSTANT] = True
 
 
 def is_symbolic() -> bool:
     """Return whether tensors may have no values: in `torch.compile`, `torch.export` and `make_fx`, not in a trace."""
-    return torch.compiler.is_compiling() or _get_dispatch_mode(_PROXY) is not None or bool(_is_included(_PRE_DISPATCH))
+    return is_compiling() or _get_dispatch_mode(_PROXY) is not None or bool(_is_included(_PRE_DISPATCH))
 
 
 def jvp_nesting() -> int:

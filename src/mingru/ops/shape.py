@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from .modes import is_captured
+from .modes import is_captured, is_compiling
 from .names_of_torch import unsafe_view
 
 # The states of all steps, and the state after the last step, (B, 1, *).

@@ -41,7 +41,7 @@ def scan(call: LinearScan, most_steps: int) -> States:
 def _operator(
     a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, parts: int, most_steps: int
 ) -> tuple[Tensor, Tensor]:
-    return torch_in_graphs.scan(LinearScan(a, b, h, reset, reverse, parts))
+    return torch_in_graphs._scan(a, b, h, reset, reverse, parts)
 
 
 @_operator.register_fake
