@@ -222,6 +222,10 @@ def test_every_function_is_the_reference(name, steps):
         options = {"backend": backend} if is_chosen else {}
         if backend != "log" or name in ("mingru", "minlstm"):
             assert_close(graded(nn.Module(), functools.partial(function, **options), given), expected, **TIGHT)
+            # Each alone has a gradient, and it is no error to ask for it.
+            for index in range(len(given)):
+                leaves = [each.detach().requires_grad_(at == index) for at, each in enumerate(given)]
+                assert tensors(function(*leaves, **options))[0].requires_grad
 
 
 class Called(nn.Module):

@@ -11,6 +11,7 @@ from cases import BACKENDS, FEATURES, MODELS, ONE_MAP, ROWS, graded, padded, par
 from options import DOUBLE, TIGHT
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
+from torch.utils import _pytree as pytree
 
 import mingru
 from mingru.ops.linear_map import LINEAR_MAPS
@@ -282,6 +283,11 @@ def test_nothing_in_nothing_out(case):
             given = case.given(batch, steps, **DOUBLE)
             got = graded(module, run, given)
             assert got["out"].shape == (batch, steps, *shape)
+            module.requires_grad_(False)
+            for name, each in given.items():
+                leaf = pytree.tree_map(lambda each: each.clone().requires_grad_(each.is_floating_point()), each)
+                assert name == "reset" or run(**{**given, name: leaf})[0].requires_grad, name
+            module.requires_grad_(True)
             assert not any(got[f"gradient of {name}"].any() for name, _ in module.named_parameters())
             if steps == 0:
                 # Not even a reset changes the state.

@@ -110,11 +110,14 @@ def one_like(a: Tensor, parts: int) -> Tensor:
     return one if parts == 1 else torch.cat([one[..., :1], torch.zeros_like(a[..., 1:])], -1)
 
 
-def empty_states(out: Tensor, h: Tensor) -> States:
+def empty_states(out: Tensor, h: Tensor, others: list[MaybeTensor]) -> States:
     """Return the result for an empty sequence or batch: the last state is h.
 
-    The empty sum connects the last state to the inputs, so that their gradients are empty tensors instead of None.
+    Empty sums connect both to all tensors, so that gradients are 0, as torch.nn.GRU's are, and not None.
     """
+    for each in [h] + others:  # noqa: RUF005 (not in TorchScript)
+        if each is not None:
+            out = out + each.flatten()[:0].sum().to(out.dtype)
     return out, h + out.sum().to(h.dtype)
 
 

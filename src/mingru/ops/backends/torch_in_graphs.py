@@ -36,12 +36,8 @@ def recurrence(spec: Spec, inputs: list[Tensor], context: Context, layout: Layou
 
 def _of_cell(call: Call) -> States:
     if call.tensors[0].numel() == 0:
-        out = torch.stack(call.tensors).sum(0)
-        # So that their gradients are 0, as torch.nn.GRU's are, and not None.
-        for weight in [call.context.recurrent, call.context.recurrent_bias]:
-            if weight is not None:
-                out = out + weight[:0].sum().to(out.dtype)
-        return empty_states(out, call.context.h)
+        h, initial_state, _, dt, weight, bias = call.context
+        return empty_states(torch.stack(call.tensors).sum(0), h, [initial_state, dt, weight, bias])
     if call.spec.cell == "gru":
         return in_layout(block_recurrence.composed(padded_call(call)), call)
     return in_layout(scan(as_linear_scan(padded_call(call))), call)
@@ -58,7 +54,7 @@ def traced_recurrence(spec: SpecTuple, inputs: list[Tensor], context: ContextTup
 def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
     """Compute h_t = a_t h_{t-1} + b_t. a, b and h have the same dtype."""
     if b.numel() == 0:
-        return empty_states(a * b, h)
+        return empty_states(a * b, h, [])
     return scan(LinearScan(a, b, h, reset, reverse, 1))
 
 
