@@ -410,6 +410,32 @@ def test_every_option_in_one(case):
             assert all(map(torch.equal, copies, tensors(given)))
 
 
+def with_gradients(call, module, leaf, **given):
+    """Return the tensors of a call that need no gradient, those that do, and the gradient of a leaf, if there is one."""
+    found = tensors(call(module, **given))
+    trained = [each for each in found if each.requires_grad]
+    loss = sum(each.square().sum() for each in trained)
+    grads = torch.autograd.grad(loss, leaf, allow_unused=True) if trained else []
+    return [each for each in found if not each.requires_grad], trained, grads
+
+
+@parametrized(some(PLANNED, 2))
+def test_frozen_layers_are_in_one_until_anything_needs_a_gradient(case):
+    module, given = case.varied().requires_grad_(False), case.given(2, 2)
+    leaves = [each for each in (*module.parameters(), *tensors(given)) if each.is_floating_point()]
+    for names, leaf in itertools.product(((), ("h",)), (None, *leaves)):
+        some_given = {name: each for name, each in given.items() if name not in names}
+        if leaf is not None:
+            leaf.requires_grad_()
+        elif module._weight_of_x() is not None:
+            assert is_in_one(torch.enable_grad()(case.call), module, **some_given)
+        found = with_gradients(case.call, module, leaf, **some_given)
+        with mock.patch.object(plan, "run", return_value=None):
+            assert_close(found, with_gradients(case.call, module, leaf, **some_given), rtol=1e-3, atol=1e-3)
+        if leaf is not None:
+            leaf.requires_grad_(False)
+
+
 @pytest.mark.parametrize("name", ["MinGRU", "Block"])
 def test_contexts_in_which_modules_are_called_one_by_one(name):
     module = made(name)

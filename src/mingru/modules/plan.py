@@ -4,8 +4,9 @@ A `LayerPlan` records what the `forward` of a layer does; see `ops.recorded`. Al
 whose `forward` has no other effect. After any change of a module or its submodules, the plan is made again. One
 operator computes all instructions, and checks the sizes.
 
-`run` returns None whenever the modules must be called one by one: with gradients, hooks, autocast, transforms, graph
-capture, a refused module or unusual arguments. If an argument is wrong, that ordinary call raises the error.
+`run` returns None whenever the modules must be called one by one: if an argument or a weight needs a gradient, with
+hooks, autocast, transforms or graph capture, a refused module or unusual arguments. If an argument is wrong, that
+ordinary call raises the error.
 """
 
 import functools
@@ -32,7 +33,9 @@ from ..ops.shape import MaybeList, MaybeTensor, Outputs
 
 _DTYPES = (torch.float32, torch.float64)
 _CALL = nn.Module.__call__
-_forward_of, _shape_of, _dtype_of, _is_cpu = map(operator.attrgetter, ("forward", "shape", "dtype", "is_cpu"))
+_forward_of, _shape_of, _dtype_of, _is_cpu, _requires_grad = map(
+    operator.attrgetter, ("forward", "shape", "dtype", "is_cpu", "requires_grad")
+)
 FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, RecurrentMap)})
 
 
@@ -49,6 +52,7 @@ class Planned(Protocol):
     def _record(self, x: Recorded, h: list[State]) -> tuple[Recorded, list[State]]: ...
     def _state_shapes(self, batch: int) -> list[tuple[int, ...]]: ...
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]: ...
+    def _weight_of_x(self) -> Tensor | None: ...
     def _check_all(
         self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
     ) -> None: ...
@@ -280,14 +284,13 @@ def run(
     if is_compiling():
         return None
     if not names_of_torch.is_torch_function_mode_enabled():
-        return None if torch.is_grad_enabled() else _run(module, x, states, reset, time_first, dt)
+        return _run(module, x, states, reset, time_first, dt)
     if not is_device_context():
         return None
     # Otherwise the context would be called for every attribute of a tensor.
     with names_of_torch.DisableTorchFunction():
-        if not torch.is_grad_enabled():
-            return _run(module, x, states, reset, time_first, dt)
-        return _run_known(module, x, states, reset, dt)
+        done = _run(module, x, states, reset, time_first, dt)
+        return _run_known(module, x, states, reset, dt) if done is None and torch.is_grad_enabled() else done
 
 
 def _run_known(module: Planned, x: Tensor, states: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> Outputs | None:
@@ -303,6 +306,11 @@ def _run_known(module: Planned, x: Tensor, states: MaybeList, reset: MaybeTensor
 def _run(
     module: Planned, x: Tensor, states: MaybeList, reset: MaybeTensor, time_first: bool, dt: MaybeTensor
 ) -> Outputs | None:
+    if has_gradients := torch.is_grad_enabled():
+        # First what is usual, of which nothing else must be found out.
+        weight = module._weight_of_x()
+        if weight is None or weight.requires_grad or getattr(x, "requires_grad", True):
+            return None
     if not _is_for_native(x) or x.dtype not in _DTYPES:
         return None
     found, shape = current_plan(module), x.shape
@@ -331,6 +339,8 @@ def _run(
         # As both directions see them.
         pairs = zip(start[2:4], others[2:4], strict=True)
         resets, times = ([] if pair[0] is None else [*pair] for pair in pairs)
+    if has_gradients and any(map(_requires_grad, (*weights, *states, *initial_states, *times))):
+        return None
     try:
         out, last = _operator(x, weights, states, initial_states, resets, times, plan.code, plan.numbers, time_first)
     except NotImplementedError:  # a tensor on another device
