@@ -411,7 +411,7 @@ def test_every_option_in_one(case):
 
 
 def with_gradients(call, module, leaf, **given):
-    """Return the tensors of a call that need no gradient, those that do, and the gradient of a leaf, if there is one."""
+    """Return the tensors of a call that need no gradient, those that do, and the gradient of a leaf, if it has one."""
     found = tensors(call(module, **given))
     trained = [each for each in found if each.requires_grad]
     loss = sum(each.square().sum() for each in trained)
@@ -422,18 +422,15 @@ def with_gradients(call, module, leaf, **given):
 @parametrized(some(PLANNED, 2))
 def test_frozen_layers_are_in_one_until_anything_needs_a_gradient(case):
     module, given = case.varied().requires_grad_(False), case.given(2, 2)
-    leaves = [each for each in (*module.parameters(), *tensors(given)) if each.is_floating_point()]
-    for names, leaf in itertools.product(((), ("h",)), (None, *leaves)):
+    assert module._weight_of_x() is None or is_in_one(torch.enable_grad()(case.call), module, **given)
+    leaves = [each for each in (torch.zeros(()), *module.parameters(), *tensors(given)) if each.is_floating_point()]
+    for names, leaf in itertools.product(((), ("h",)), leaves):
         some_given = {name: each for name, each in given.items() if name not in names}
-        if leaf is not None:
-            leaf.requires_grad_()
-        elif module._weight_of_x() is not None:
-            assert is_in_one(torch.enable_grad()(case.call), module, **some_given)
+        leaf.requires_grad_()
         found = with_gradients(case.call, module, leaf, **some_given)
         with mock.patch.object(plan, "run", return_value=None):
             assert_close(found, with_gradients(case.call, module, leaf, **some_given), rtol=1e-3, atol=1e-3)
-        if leaf is not None:
-            leaf.requires_grad_(False)
+        leaf.requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", ["MinGRU", "Block"])

@@ -44,7 +44,7 @@ class RecurrentCell(Recurrent, role="step"):
         sequence, before, reset, dt = as_sequence(x, None if h is None else h[0], reset, dt, 2)
         batch = sequence.size(0)
         if before is None:
-            state = self._state(sequence, None, batch).squeeze(0)
+            state = self._states(sequence, None, batch)[0]
         else:
             state = self._as_state(sequence, before, [batch, 1, self.hidden_dims])
         # The state, not the output, because the state stays float32 under autocast.

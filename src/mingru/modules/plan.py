@@ -33,9 +33,8 @@ from ..ops.shape import MaybeList, MaybeTensor, Outputs
 
 _DTYPES = (torch.float32, torch.float64)
 _CALL = nn.Module.__call__
-_forward_of, _shape_of, _dtype_of, _is_cpu, _requires_grad = map(
-    operator.attrgetter, ("forward", "shape", "dtype", "is_cpu", "requires_grad")
-)
+_forward_of, _shape_of, _dtype_of, _is_cpu = map(operator.attrgetter, ("forward", "shape", "dtype", "is_cpu"))
+_requires_grad = operator.attrgetter("requires_grad")
 FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, RecurrentMap)})
 
 
@@ -270,6 +269,12 @@ def skips_padding(module: Planned, x: Tensor, *others: MaybeTensor) -> bool:
     return found is not None and found[0].skips_padding(x, found[1])
 
 
+def _is_trained(module: Planned, x: Any) -> bool:
+    """Return whether x or the first weight needs a gradient, which is asked first, because training is usual."""
+    weight = module._weight_of_x()
+    return weight is None or weight.requires_grad or getattr(x, "requires_grad", True)
+
+
 # None without the kernels.
 _operator: Any = getattr(getattr(torch.ops.mingru, "inference", None), "default", None)
 
@@ -306,12 +311,8 @@ def _run_known(module: Planned, x: Tensor, states: MaybeList, reset: MaybeTensor
 def _run(
     module: Planned, x: Tensor, states: MaybeList, reset: MaybeTensor, time_first: bool, dt: MaybeTensor
 ) -> Outputs | None:
-    if has_gradients := torch.is_grad_enabled():
-        # First what is usual, of which nothing else must be found out.
-        weight = module._weight_of_x()
-        if weight is None or weight.requires_grad or getattr(x, "requires_grad", True):
-            return None
-    if not _is_for_native(x) or x.dtype not in _DTYPES:
+    has_gradients = torch.is_grad_enabled()
+    if (has_gradients and _is_trained(module, x)) or not _is_for_native(x) or x.dtype not in _DTYPES:
         return None
     found, shape = current_plan(module), x.shape
     if found is None:

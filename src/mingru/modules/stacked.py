@@ -182,12 +182,12 @@ class Recurrent(Stacked, role="sequence"):
             return super().all_states(x)
         states = None if h is None else [h]
         self._check_all(x, states, reset, lengths, dt)
-        state, layout = self._state(x, states, x.size(0 if self.batch_first else 1)), Layout(not self.batch_first)
+        before, layout = self._states(x, states, x.size(0 if self.batch_first else 1)), Layout(not self.batch_first)
         if lengths is not None:
             # Layers without a kernel compute the padding too. A NaN there would reach the gradients of the weights.
             x, layout = with_lengths(without_padding(x, lengths, not self.batch_first), lengths, not self.batch_first)
         found: list[Tensor] = []
-        self._run_layers(x, list(state.unbind(0)), reset, dt, layout, found)
+        self._run_layers(x, before, reset, dt, layout, found)
         return torch.stack(found)
 
     def _with_states(
@@ -239,14 +239,14 @@ class Recurrent(Stacked, role="sequence"):
         """Run all layers on sequences of any layout; h has one state (L * D, B, 1, H)."""
         if isinstance(x, PackedSequence):
             return self._packed(x, h, reset, dt)
-        state = self._state(x, h, x.size(0 if self.batch_first else 1))
+        batch = x.size(0 if self.batch_first else 1)
         if lengths is None:
-            return self._run(x, state, reset, dt, Layout(not self.batch_first))
+            return self._run(x, self._states(x, h, batch), reset, dt, Layout(not self.batch_first))
         if not is_scripting():
             if self._takes_lengths(x, reset, dt):
                 x, layout = with_lengths(x, lengths, not self.batch_first)
-                return self._run(x, state, reset, dt, layout)
-        return self._run_packed(x, state, reset, dt, lengths)
+                return self._run(x, self._states(x, h, batch), reset, dt, layout)
+        return self._run_packed(x, self._state(x, h, batch), reset, dt, lengths)
 
     def _takes_lengths(self, x: Tensor, reset: MaybeTensor, dt: MaybeTensor) -> bool:
         """Return whether all layers take padded sequences with lengths. Otherwise the sequences are packed."""
@@ -260,8 +260,8 @@ class Recurrent(Stacked, role="sequence"):
         index, order = index.to(x.device), order.to(x.device)
         reset = None if reset is None else pack(reset, index)
         dt = None if dt is None else pack(dt, index)
-        packed = pack(x, index)
-        out, states = self._run(packed, state.index_select(1, order), reset, dt, Layout(False, batch_sizes))
+        before, layout = state.index_select(1, order).unbind(0), Layout(False, batch_sizes)
+        out, states = self._run(pack(x, index), list(before), reset, dt, layout)
         padded = unpack(out, index, x.size(0) * x.size(1))
         # The state of an empty sequence stays.
         last = state.index_copy(1, order, states[0])
@@ -273,7 +273,7 @@ class Recurrent(Stacked, role="sequence"):
         reset, dt = (None if each is None else each.data for each in (reset, dt))
         state = self._state(data, h, int(batch_sizes[0]))
         state = state if order is None else state.index_select(1, order)
-        out, (last,) = self._run(data, state, reset, dt, Layout(False, batch_sizes))
+        out, (last,) = self._run(data, list(state.unbind(0)), reset, dt, Layout(False, batch_sizes))
         if original_order is not None:
             last = last.index_select(1, original_order)
         return PackedSequence(out, batch_sizes, order, original_order), [last]
@@ -282,10 +282,18 @@ class Recurrent(Stacked, role="sequence"):
         """Return the state in h expanded to (L * D, B, 1, H), or the initial state if h is None."""
         shape = [self.num_layers * self.num_directions, batch, 1, self.hidden_dims]
         state = self.initial_state if h is None else h[0]
-        if state is None:
-            dtype = accumulate_dtype(x.dtype) if is_autocast(x) else x.dtype
-            return torch.full(shape, self._zero_state, dtype=dtype, device=x.device)
-        return self._as_state(x, state, shape)
+        return self._default_state(x, shape) if state is None else self._as_state(x, state, shape)
+
+    def _states(self, x: Tensor, h: MaybeList, batch: int) -> list[Tensor]:
+        """Return the state of each layer and direction, (B, 1, H)."""
+        if h is None and self.initial_state is None:
+            # One for all, because nothing writes into it.
+            return [self._default_state(x, [batch, 1, self.hidden_dims])] * (self.num_layers * self.num_directions)
+        return list(self._state(x, h, batch).unbind(0))
+
+    def _default_state(self, x: Tensor, shape: list[int]) -> Tensor:
+        dtype = accumulate_dtype(x.dtype) if is_autocast(x) else x.dtype
+        return torch.full(shape, self._zero_state, dtype=dtype, device=x.device)
 
     def _as_state(self, x: Tensor, h: Tensor, shape: list[int]) -> Tensor:
         """Return h in this shape, and in the dtype of the states of x."""
@@ -294,9 +302,9 @@ class Recurrent(Stacked, role="sequence"):
             h = h.expand(shape)
         return h.to(accumulate_dtype(x.dtype)) if is_autocast(x) else h
 
-    def _run(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, layout: Layout) -> Outputs:
+    def _run(self, x: Tensor, h: list[Tensor], reset: MaybeTensor, dt: MaybeTensor, layout: Layout) -> Outputs:
         """Run all layers, and return their states as one new tensor, which is never a view."""
-        out, states = self._run_layers(x, list(state.unbind(0)), reset, dt, layout)
+        out, states = self._run_layers(x, h, reset, dt, layout)
         return out, [torch.stack(states)]
 
     def _run_layers(
@@ -310,7 +318,7 @@ class Recurrent(Stacked, role="sequence"):
             if not self._is_timed:  # also in scripted modules and traces, which leave out other checks
                 raise ValueError(f"{self.name}: dt must be None because this cell takes no elapsed times")
             dt = as_dtype(dt, accumulate_dtype(x.dtype))
-        initial = h if reset is None else list(self._state(x, None, 1).unbind(0))
+        initial = h if reset is None else self._states(x, None, 1)
         contexts: list[Context] = []
         for index, first in enumerate(h):
             contexts.append(Context(first, initial[index], reset, dt))

@@ -10,7 +10,7 @@ pre-activations unless backward recomputes them. For all other derivatives it ca
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,24 +161,14 @@ def run_kernel(name: str, way: Way, call: Call, keep: bool) -> States:
             given[1] = None  # the initial state, which nothing reads
         # A flat list, because autograd ignores tensors inside tuples.
         run: Callable[..., States] = Recurrence.apply if mode.is_compiled else apply
-        return run(KernelCall(name, backend, spec, layout.time_first, keep, mode.is_compiled), *given)
+        return run((name, backend, spec, layout.time_first, keep, mode.is_compiled), *given)
     out, last, *_ = kernel.forward(spec, given, layout.time_first, None)
     return out, last
 
 
-class KernelCall(NamedTuple):
-    """What a kernel is called with beside its tensors."""
-
-    kernel: str
-    """The field of the backend that has the kernel: "kernel" or "linear_kernel"."""
-    backend: str
-    spec: Spec
-    time_first: bool
-    keep: bool
-    """Whether the pre-activations are kept for the backward pass."""
-    is_compiled: bool = False
-
-
+# What a kernel is called with beside its tensors: the field of the backend that has the kernel, the backend, the spec,
+# `time_first`, whether the pre-activations are kept for the backward pass, and whether the call is compiled.
+KernelCall = tuple[str, str, Spec, bool, bool, bool]
 # With fewer values, a copy of the output takes less time than to count its changes.
 COPIED = 1 << 14
 

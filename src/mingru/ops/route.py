@@ -17,7 +17,7 @@ from .backend import Backend, Kernel, warn_once
 from .backends import in_log_space, native, sequential, torch_in_graphs, torch_in_place, triton
 from .call import Call, Spec
 from .cells import CELLS, cells_of, parts_of
-from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, map_with_norm, parameter_of, weights_of_norm, with_norm
+from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, map_with_norm, weights_of, with_norm
 from .modes import EAGER, Mode, are_ordinary, is_compiling, mode_of
 from .names_of_torch import has_any_global_hook
 from .shape import as_dtype
@@ -41,7 +41,7 @@ _environment, _KEY = vars(os.environ)["_data"], os.environ.encodekey(VARIABLE)
 # Elements of a weight whose cast takes as long as what the kernel saves with a row.
 _CASTS = 256
 # The last cell of a mixture, which fewer backends compute than the first.
-_RAREST = {cell: cells_of(cell)[-1] for cell in CELLS}
+_RAREST = {cell: cells_of(cell)[-1] for cell in CELLS if len(cells_of(cell)) > 1}
 _BY_VARIABLE = f"the environment variable {VARIABLE}"
 
 
@@ -171,7 +171,7 @@ def way_of(backend: str, mode: Mode) -> Way:
 
 def backend_of(name: str) -> Backend:
     """Return the backend that was chosen."""
-    return _CHOSEN.get(name) or BACKENDS[name]
+    return BACKENDS.get(name) or _CHOSEN[name]
 
 
 def kernel_of(way: Way, call: Call) -> Kernel | None:
@@ -202,20 +202,19 @@ def fused_with(linear: Any, way: Way, call: Call, norm: nn.Module | None = None,
     # The kernel's sizes depend on the values of lengths, which a captured graph does not know.
     if layout.lengths is not None and (not kernel.lengths or way.mode.is_symbolic):
         return None
-    of_map: list[Any] = [None, None]
+    weight, bias = None, None
     if linear is not None:
         if type(linear) not in LINEAR_MAPS or is_hooked(linear):
             return None
-        of_map = [parameter_of(linear, "weight"), parameter_of(linear, "bias")]
-        if of_map[0] is None:
+        weight, bias = weights_of(linear)
+        if weight is None:
             return None
-    if not are_ordinary(x, *of_map, *context[2:]) or not x.is_floating_point() or x.numel() == 0:
+    if not are_ordinary(x, weight, bias, *context[2:]) or not x.is_floating_point() or x.numel() == 0:
         return None
-    if linear is None:
-        return Call(spec, [x, *of_map], context, layout)
-    weight, bias = of_map
+    if weight is None:
+        return Call(spec, [x, None, None], context, layout)
     # The product with the weight of a norm would broadcast.
-    if weight.shape != (*(weight.shape[:1] if bias is None else bias.shape), x.shape[-1]):
+    if weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     if way.mode.is_autocast:
         # For few rows, as in a step, `linear` is faster, because autocast casts its weights once for all calls.
@@ -233,11 +232,11 @@ def _with_norm(call: Call, norm: Any) -> Call | None:
     kind, (x, weight, bias) = NORMS.get(type(norm)), call.tensors
     if kind is None or is_hooked(norm):
         return None
-    of_norm = weights_of_norm(norm)
+    of_norm, shape = weights_of(norm), x.shape[-1:]
     own = [each for each in of_norm if each is not None]
-    if not are_ordinary(*own) or any(each.dtype != x.dtype or each.shape != x.shape[-1:] for each in own):
+    if not are_ordinary(*own) or any(each.dtype != x.dtype or each.shape != shape for each in own):
         return None
-    if norm.normalized_shape != (x.shape[-1],) or (norm.eps is None and kind == "layer"):
+    if norm.normalized_shape != shape or (norm.eps is None and kind == "layer"):
         return None
     spec = with_norm(call.spec, kind, norm.eps, x.dtype)
     return Call(spec, [x, *map_with_norm(weight, bias, *of_norm)], call.context, call.layout)
@@ -254,10 +253,9 @@ def _autocast(*tensors: Tensor | None) -> Any:
 
 def is_hooked(module: nn.Module) -> bool:
     """Return whether calling the module does more than its class did when this package was imported."""
-    cls = type(module)
+    cls, own = type(module), module.__dict__
     is_patched = cls.forward is not FORWARDS.get(cls, cls.forward) and not is_compiling()
-    has_more = "forward" in module.__dict__ or any(map(module.__dict__.get, HOOKS))
-    return bool(has_any_global_hook()) or is_patched or has_more
+    return is_patched or "forward" in own or any(map(own.get, HOOKS)) or bool(has_any_global_hook())
 
 
 def _warn_if_kernels_are_missing(sequence: Tensor, spec: Spec) -> None:
@@ -276,8 +274,9 @@ def _warn_if_kernels_are_missing(sequence: Tensor, spec: Spec) -> None:
 
 
 def _why_not(name: str, sequence: Tensor, spec: Spec) -> str | None:
-    backend, cell = BACKENDS[name], _RAREST.get(spec.cell, spec.cell)
-    spec = spec if cell == spec.cell else spec._replace(cell=cell)
+    backend = BACKENDS[name]
+    if spec.cell in _RAREST:
+        spec = Spec(_RAREST[spec.cell], *spec[1:])
     # In this order, because a backend may have to be loaded to tell whether it is available.
     return backend.unsupported(sequence, spec) or backend.unavailable()
 
