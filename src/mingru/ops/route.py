@@ -202,7 +202,8 @@ def fused_with(linear: Any, way: Way, call: Call, norm: nn.Module | None = None,
     # The kernel's sizes depend on the values of lengths, which a captured graph does not know.
     if layout.lengths is not None and (not kernel.lengths or way.mode.is_symbolic):
         return None
-    weight, bias = None, None
+    weight: Any = None
+    bias: Any = None
     if linear is not None:
         if type(linear) not in LINEAR_MAPS or is_hooked(linear):
             return None
@@ -211,8 +212,8 @@ def fused_with(linear: Any, way: Way, call: Call, norm: nn.Module | None = None,
             return None
     if not are_ordinary(x, weight, bias, *context[2:]) or not x.is_floating_point() or x.numel() == 0:
         return None
-    if weight is None:
-        return Call(spec, [x, None, None], context, layout)
+    if linear is None:
+        return Call(spec, [x, weight, bias], context, layout)
     # The product with the weight of a norm would broadcast.
     if weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
         return None
