@@ -68,7 +68,7 @@ void mingru::map_rows(
   const int64_t columns = weight.size(0), features = weight.size(1);
   if (rows <= most_few_rows && like.element_size() >= 4) {
     const void* added = bias ? bias->data_ptr() : nullptr;
-    return multiply_few_rows({storage_of(like), x, weight.data_ptr(), added, out, rows, columns, features});
+    return multiply_few_rows({storage_of(like), x, weight.data_ptr(), added, out, rows, columns, features, features});
   }
   const Tensor right = view_of(weight.data_ptr(), {features, columns}, {1, features}, like);
   set_product(matrix(out, rows, columns, like), matrix(x, rows, features, like), right, bias);

@@ -15,7 +15,7 @@ template <class T, int rows>
 static void multiply_columns(const Product& product, int64_t row, int64_t column, int64_t count) {
   const int64_t features = product.features;
   const T *weight = static_cast<const T*>(product.weight) + column * features, *bias = static_cast<const T*>(product.bias);
-  const T *x = static_cast<const T*>(product.x) + row * features, *y = x + (rows - 1) * features;
+  const T *x = static_cast<const T*>(product.x) + row * product.x_stride, *y = x + (rows - 1) * product.x_stride;
   const T *w0 = weight, *w1 = w0 + (count > 1) * features, *w2 = w0 + (count > 2 ? 2 : 0) * features;
   const T* w3 = w0 + (count > 3 ? 3 : 0) * features;
   T s0 = 0, s1 = 0, s2 = 0, s3 = 0, t0 = 0, t1 = 0, t2 = 0, t3 = 0;

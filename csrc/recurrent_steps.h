@@ -237,12 +237,16 @@ class RecurrentSteps {
   void multiply_states(const A* from, int64_t rows, int64_t begin, int64_t end, bool is_reversed) const {
     if (!blocks_.weights) {
       const int64_t gate_stride = blocks_.count * size_ * size_;
+      const int64_t last = least_of(end, size_);
       const A* weights = static_cast<const A*>(blocks_.given) + block_ * size_ * size_;
       for (int64_t gate = 0; gate < num_gates; ++gate) {
         const Product product{
             scan_.storage, from, weights + gate * gate_stride, nullptr, products_ + gate * padded_, rows,
-            num_gates * padded_, size_};
-        multiply_few_rows<A>(product, begin, end);
+            num_gates * padded_, size_, padded_};
+        multiply_few_rows<A>(product, begin, last);
+        for (int64_t row = 0; row < rows; ++row) {
+          std::memset(products_of(row) + gate * padded_ + last, 0, (end - last) * sizeof(A));
+        }
       }
       return;
     }

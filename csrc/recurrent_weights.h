@@ -43,10 +43,11 @@ class RecurrentWeights {
   }
 
   void run_blocks(const Scan& scan, const Part& part, bool is_backward) {
-    // To copy the weights takes longer than a product of one step.
+    // To copy the weights takes longer than products of few rows with weights that are not copied, at any width.
+    const bool is_few = scan.num_steps * scan.num_batch <= blocks_.padded / group;
     const bool is_step = scan.num_steps == 1 && blocks_.padded == blocks_.size;
     // Backward, kept values are in place of the products.
-    const bool is_kept = is_backward && scan.sums.data, is_few = is_step && scan.num_batch <= most_few_rows;
+    const bool is_kept = is_backward && scan.sums.data;
     if (!blocks_.weights && !is_kept && !is_few) blocks_.weights = packed(packed_, scan, false);
     if (is_backward && !is_step && !blocks_.transposed) blocks_.transposed = packed(transposed_, scan, true);
     if (is_backward && needs_gradients_ && !totals_) {

@@ -125,13 +125,13 @@ struct Span {
   bool stop_at_match;
 };
 
-// out = x weight^T + bias: x is (rows, features), weight (columns, features) and out (rows, columns), all contiguous, in
-// float32 or float64. The bias may be null.
+// out = x weight^T + bias: x is (rows, features), whose rows are `x_stride` apart, weight (columns, features) and out
+// (rows, columns), both contiguous, in float32 or float64. The bias may be null.
 struct Product {
   Storage storage;
   const void *x, *weight, *bias;
   void* out;
-  int64_t rows, columns, features;
+  int64_t rows, columns, features, x_stride;
 };
 
 // Strides count elements.
@@ -199,7 +199,7 @@ struct DiagonalBlocks {
   static constexpr int64_t most_totals = 8, per_group = 4;
   static constexpr int64_t most_together = 64;
   int64_t num_gates, size, count, padded;
-  // As the caller has them, and packed. A call of one step may have those of the caller only.
+  // As the caller has them, and packed. A call of few steps may have those of the caller only.
   const void *given, *weights, *transposed, *biases;
   // Backward only: the gradients of weights and biases, (totals, count, num_gates padded + 1, padded). Null if not needed.
   void* totals;

@@ -21,7 +21,7 @@ FACTORS = {
     **{name: [True, False] for name in ("bias", "bidirectional", "recompute", "norm", "hook")},
 }
 # From 192 features on, threads share a step of all sequences, and 128 rows are summed.
-WIDE = FACTORS | {"block_size": [192, 200], "num_blocks": [1, 2], "batch": [1, 33], "steps": [1, 2, 19]}
+WIDE = FACTORS | {"block_size": [192, 200], "num_blocks": [1, 2], "batch": [1, 3, 33], "steps": [1, 2, 19]}
 # Of values and gradients near 1.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.bfloat16: 0.06, torch.float16: 0.01}
 
