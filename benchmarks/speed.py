@@ -4,6 +4,7 @@
     python benchmarks/speed.py                             # one layer and its recurrence, by shape
     python benchmarks/speed.py steps family                # other groups of tables, which --help lists
     python benchmarks/speed.py --gru 64 128 256 512        # nn.GRU and nn.LSTM as they are, and accelerated, by shape
+    python benchmarks/speed.py --rules 600                 # the rules by which drop_in uses kernels, on random sizes
     python benchmarks/speed.py --sweep --plot speed.png    # time by sequence length, and the README's picture
     python benchmarks/speed.py --page                      # time relative to MinGRU by shape and threads, in 8
                                                            # minutes; writes docs/speed.md and docs/speed.json
@@ -23,6 +24,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import random
 import tempfile
 import time
 import warnings
@@ -31,7 +33,9 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
+from unittest import mock
 
 import measure
 import torch
@@ -384,6 +388,50 @@ def against_torch(args, timer):
     return {f"{dims}, {shape}": each for (dims, shape), each in found.items()}
 
 
+def against_rules(args, timer):
+    """Print the calls, of random kinds and sizes, that the rules of drop_in give to slower kernels; return all ratios."""
+    found, end = {}, time.monotonic() + args.rules
+    while time.monotonic() < end:
+        batch, steps, inputs, features = (round(2 ** random.uniform(0, most)) for most in (8, 8, 9.5, 9.5))
+        features = random.choice([features, -(-features // 16) * 16])
+        if batch * steps * features * (inputs + features) < 2**30:
+            kinds = ["GRU", "LSTM"], [torch.float32, torch.float64], ["padded", "packed"], ["x", "x with gradient"]
+            call = *map(random.choice, [*kinds, [1, args.threads]]), batch, steps, inputs, features
+            gains = gain(timer, *call)
+            if any(ratio < 0.95 and is_used for ratio, is_used in gains):
+                # What was slow by chance is not slow again.
+                gains = map(max, zip(gains, gain(timer, *call), strict=True))
+            for name, (ratio, is_used) in zip(("training", "without gradients"), gains, strict=True):
+                found[f"{name}, {', '.join(map(str, call))}"] = ratio, is_used
+                if ratio < 0.95 and is_used:
+                    print(f"{ratio:.2f}", [*found][-1], flush=True)
+    for name, chosen in {"kernels": True, "torch": False}.items():
+        each = [ratio for ratio, is_used in found.values() if is_used == chosen]
+        slow, fast = sum(ratio < 0.95 for ratio in each), sum(ratio > 1.05 for ratio in each)
+        print(f"{len(each)} calls by {name}: kernels slower {slow}, faster {fast}, median {median(each):.2f}")
+    return found
+
+
+def gain(timer, kind, dtype, layout, given, threads, batch, steps, inputs, features):
+    """Return the time of torch / that of the kernel in training and without gradients, and if a rule chooses the kernel."""
+    torch.set_num_threads(threads)
+    modules, asked = {"torch": getattr(nn, kind)(inputs, features, dtype=dtype)}, []
+    modules["mingru"] = deepcopy(modules["torch"])
+    drop_in.accelerate(modules["mingru"])
+    x = torch.randn(steps, batch, inputs, dtype=dtype)
+    if layout == "packed":
+        lengths = torch.randint(1, steps + 1, (batch,)).index_fill(0, torch.tensor(0), steps)
+        x, *sizes = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    x.requires_grad_(given == "x with gradient")
+    calls = {name: partial(each, PackedSequence(x, *sizes) if layout == "packed" else x) for name, each in modules.items()}
+    leaves = {name: [*[x] * x.requires_grad, *module.parameters()] for name, module in modules.items()}
+    rules = {"is_slower": drop_in.operators.is_slower, "is_slower_lstm": drop_in.operators.is_slower_lstm}
+    always = {name: lambda *args, rule=rule: asked.append(not rule(*args)) for name, rule in rules.items()}
+    with mock.patch.multiple(drop_in.operators, **always):
+        (forward, both), own = time_both(timer, Table("", calls, leaves)).values()
+    return [(both / own[1], asked[0]), (forward / own[0], asked[-1])]
+
+
 def ratios(found, base, name):
     return " ; ".join(f"{of_torch / own:.2f}" for of_torch, own in zip(found[base], found[name], strict=True))
 
@@ -514,6 +562,7 @@ def main():
     add("--longest", type=int, nargs="*", default=[40, 400], help="sentences of the tagger (default: 40 400)")
     add("--seconds", type=float, default=4.0, help="time for each set of calls (default: %(default)s)")
     add("--rounds", type=int, default=5, help="minimum rounds of these calls (default: %(default)s)")
+    add("--rules", type=float, metavar="SECONDS", help="print calls of random sizes whose kernels are slower than torch")
     add("--gru", type=int, nargs="+", metavar="H", help="compare torch's layers with themselves accelerated")
     add("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
@@ -525,6 +574,8 @@ def main():
     timer = partial(medians_ms, seconds=args.seconds, least=args.rounds)
     if args.page:
         page(args, timer)
+    elif args.rules:
+        results = against_rules(args, timer)
     elif args.gru:
         results = against_torch(args, timer)
     elif args.sweep or args.plot:

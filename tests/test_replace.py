@@ -414,42 +414,55 @@ def test_torch_computes_few_steps(dtype, features, with_gradients, kernel_calls)
         assert len(kernel_calls) == 1 + (features == 256 and not with_gradients)
 
 
-# Inputs, features, sequences and steps of an LSTM, and whether the kernels compute it with gradients, and without.
+# Inputs, features, sequences and steps of an LSTM, and whether the kernels compute it if x and weights are trained, only
+# weights, and nothing.
 RULE = {
-    (8, 48, 9, 40): (True, False),
-    (8, 48, 9, 39): (False, False),
-    (7, 48, 9, 40): (False, False),
-    (8, 47, 5, 40): (False, False),
-    (8, 47, 4, 40): (True, True),
-    (8, 80, 31, 40): (False, False),
-    (8, 80, 32, 40): (True, False),
-    (8, 192, 4, 40): (True, False),
-    (128, 64, 9, 40): (True, True),
-    (127, 63, 9, 40): (False, False),
-    (128, 65, 9, 40): (False, False),
+    (8, 128, 4, 40): (True, True, False),
+    (8, 128, 4, 39): (False, False, False),
+    (8, 128, 5, 40): (False, False, False),
+    (7, 48, 1, 40): (False, False, True),
+    (8, 47, 1, 40): (True, True, False),
+    (8, 191, 1, 40): (True, True, True),
+    (8, 192, 1, 40): (True, True, False),
+    (8, 64, 192, 64): (True, True, False),
+    (8, 64, 192, 63): (False, False, False),
+    (128, 64, 9, 40): (False, True, False),
+    (127, 63, 9, 40): (False, False, False),
+    (128, 65, 9, 40): (False, False, False),
+    (512, 64, 4, 40): (True, True, True),
+    (511, 64, 3, 40): (True, True, False),
+    (1024, 64, 8, 40): (False, True, True),
+    (1024, 64, 9, 40): (False, True, False),
+    (1024, 256, 17, 40): (False, True, False),
 }
 
 
-@grid(with_gradients=[True, False], isa=["avx512", "avx2"])
+@grid(trained=["all", "weights", ""], isa=["avx512", "avx2"])
 @pytest.mark.parametrize("sizes", RULE)
-def test_torch_computes_lstms_where_it_is_faster(sizes, isa, with_gradients, kernel_calls, monkeypatch):
+def test_torch_computes_lstms_where_it_is_faster(sizes, isa, trained, kernel_calls, monkeypatch):
     monkeypatch.setattr(native, "_ISA", isa)
     inputs, features, batch, steps = sizes
-    lstm, x = nn.LSTM(inputs, features), torch.ones(steps, batch, inputs)
+    lstm, x = nn.LSTM(inputs, features), torch.ones(steps, batch, inputs, requires_grad=trained == "all")
     drop_in.accelerate(lstm)
-    with torch.set_grad_enabled(with_gradients):
+    with torch.set_grad_enabled(trained != ""):
         # All have the same length, which torch computes as padded sequences.
         lstm(x), lstm(pack_padded_sequence(x, [steps] * batch))
-        assert len(kernel_calls) == (isa == "avx512") * 2 * RULE[sizes][not with_gradients]
+    assert len(kernel_calls) == (isa == "avx512") * 2 * RULE[sizes][["all", "weights", ""].index(trained)]
+
+
+@grid(with_gradients=[True, False])
+def test_torch_computes_packed_lstms_where_it_is_faster(with_gradients, kernel_calls):
+    rule = {(torch.float32, 8, 2, 10): True, (torch.float32, 8, 2, 9): False, (torch.float32, 7, 2, 10): with_gradients}
+    rule |= {(torch.double, *sizes): True for sizes in ((32, 20, 10), (64, 64, 64))}
+    rule |= {(torch.double, *sizes): with_gradients for sizes in ((32, 21, 10), (32, 40, 10), (64, 65, 70))}
+    for (dtype, features, batch, steps), is_used in (rule | {(torch.double, 32, 41, 10): False}).items():
+        lstm, x = nn.LSTM(2, features, dtype=dtype), torch.ones(steps, batch, 2, dtype=dtype)
+        drop_in.accelerate(lstm)
+        with torch.set_grad_enabled(with_gradients):
+            lstm(pack_padded_sequence(x, [steps] + [1] * (batch - 1)))
+            lstm(x if dtype == torch.double else x[:1])
+        assert len(kernel_calls) == is_used * (1 + (dtype == torch.double)), (dtype, features, batch, steps)
         kernel_calls.clear()
-        for least in (9, 10):
-            lstm(pack_padded_sequence(x, [least] + [1] * (batch - 1)))
-            copy.deepcopy(lstm).double()(x[:least].double())
-            assert len(kernel_calls) == 2 * (least == 10)
-        small = nn.LSTM(2, 3).double()
-        drop_in.accelerate(small)
-        small(x[:10, :, :2].double())
-        assert len(kernel_calls) == 2 + with_gradients
 
 
 def test_accelerate_reports_each_layer():

@@ -151,21 +151,28 @@ def is_slower(features: int, batch: int, steps: int, dtype: torch.dtype, with_gr
     return steps < least * (4 if batch == 1 and features >= 256 and not with_gradients else 2 if features >= 128 else 1)
 
 
-def is_slower_lstm(inputs: int, features: int, batch: int, steps: int, is_fused: bool, with_gradients: bool) -> bool:
+def is_slower_lstm(
+    inputs: int, features: int, batch: int, steps: int, is_wide: bool, is_fused: bool, trained: str
+) -> bool:
     """Return whether an LSTM takes longer than `torch.lstm`, which `is_fused` if oneDNN computes it.
 
-    oneDNN is about as fast without AVX-512; without gradients, unless there are few sequences or more inputs than
-    features; and with gradients between few and many sequences, or if a part of the features that are computed together
-    is missing. From 3,000 random sizes, as of a GRU.
+    In float64, which `is_wide`, torch's products of many rows are faster. oneDNN is about as fast without AVX-512; in
+    training, it is faster until the memory that it asks for is so large that the system gives new pages in each call.
+    Its backward always computes the gradient of x, so the kernel gains more where `trained` is "weights", not "all".
+    Without gradients, `trained` is "", and oneDNN is slower if it copies large weights for few sequences. From random
+    sizes with AVX-512 on an Intel (`python benchmarks/speed.py --rules 600`), and on an AMD, as of a GRU.
     """
     if not is_fused:
-        return steps < 10 or (features < 4 and not with_gradients)
-    if with_gradients:
-        is_many = features % _GROUP == 0 and (batch >= 32 or features <= 64)
-        is_faster = inputs >= 8 and (batch <= 4 or is_many)
+        is_many = is_wide and batch * features > (128 if trained else 64) * min(steps, 64)
+        return steps < 10 or is_many or (features < 8 and not trained)
+    is_wide_map = inputs >= max(128, 2 * features)
+    if trained:
+        is_faster = batch * steps * features >= 3 * 2**18 or (batch <= 4 and inputs >= 8)
+        is_faster = is_faster or (is_wide_map and trained == "weights")
     else:
-        is_faster = batch <= 4 and features < 192
-    return _ISA != "avx512" or steps < 40 or not (is_faster or inputs >= max(128, 2 * features))
+        of_map = is_wide_map and batch <= 16 and inputs * features >= 2**13 * max(batch, 4)
+        is_faster = of_map or (batch == 1 and 48 <= features < 192)
+    return _ISA != "avx512" or steps < 40 or not is_faster
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
