@@ -33,7 +33,6 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 from unittest import mock
 
@@ -43,7 +42,7 @@ from measure import GRU, LINEAR, SCANS, markdown, plain_layers, where, write_jso
 from minGRU_pytorch import minGRU
 from torch import nn
 from torch.export import Dim
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import mingru
 from mingru import drop_in
@@ -176,16 +175,13 @@ def family(args):
 
 def steps(args):
     """one step of layers and cells, with linear maps and nn.GRU"""
-    dims = 256
-    x, h, deep_h = torch.randn(1, 1, dims), torch.rand(1, 1, 1, dims), torch.rand(3, 1, 1, dims)
-    modules, linears = plain_layers(dims, dims), [nn.Linear(dims, 2 * dims) for _ in range(3)]
-    calls = {LINEAR: partial(linears[0], x), "mingru": partial(modules["mingru"], x, h)}
-    yield Table("one step of a layer", calls | {GRU: partial(modules[GRU], x, torch.zeros(1, 1, dims))})
-    deep = partial(mingru.MinGRU(dims, dims, 3, norm="rms", residual=True), x, deep_h)
-    calls = {"three nn.Linear(I, 2H)": lambda: [linear(x) for linear in linears][-1], "mingru": deep}
-    yield Table("one step of three layers, norm='rms', residual=True", calls)
-    cells = {"nn.GRUCell": nn.GRUCell(dims, dims), "MinGRUCell": mingru.MinGRUCell(dims, dims)}
-    yield Table("one step of a cell", {name: partial(cell, x[0], h[0, 0]) for name, cell in cells.items()})
+    for dims in (250, 256):
+        x, modules = torch.randn(1, dims), plain_layers(dims, dims) | {START: mingru.GRU(dims, dims)}
+        calls = {name: partial(modules[name], x[None]) for name in (GRU, LINEAR, "mingru", START)}
+        yield Table(f"one step of a layer, {dims} features", calls)
+        cells = {f"{home.__name__}.GRUCell": home.GRUCell(dims, dims) for home in (nn, mingru)}
+        cells["MinGRUCell"] = mingru.MinGRUCell(dims, dims)
+        yield Table(f"one step of a cell, {dims} features", {name: partial(cell, x) for name, cell in cells.items()})
 
 
 def half(args):
@@ -233,50 +229,7 @@ def model(args):
         calls = {"linear maps": lambda pairs=pairs: [each(x) for each, x in pairs][-1]}
         title = f"One step, {LAYERS} layers, {DIMS} features, {name}"
         yield Table(title, calls | {"step": partial(lm, ids[:, :1], state)})
-
-        def stepping(lm=lm, ids=ids):
-            state = None
-            for token in ids.split(1, 1):
-                out, state = lm(token, state)
-            return out
-
-        yield Table(f"{args.prompt} tokens, {name}", {"one pass": partial(lm, ids), "stepping": stepping})
-
-
-class Tagger(nn.Module):
-    """An embedding, a bidirectional layer of this class, or none, and a linear map."""
-
-    def __init__(self, kind, is_packed):
-        super().__init__()
-        self.embedding, self.head, self.is_packed = nn.Embedding(1000, 128), nn.Linear(128, 20), is_packed
-        self.rnn = kind and kind(128, 64, batch_first=True, bidirectional=True)
-
-    def forward(self, words, lengths):
-        x = self.embedding(words)
-        if not self.is_packed:
-            return self.head(self.rnn(x, lengths=lengths)[0])
-        x = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        x = x if self.rnn is None else self.rnn(x)[0]
-        return self.head(pad_packed_sequence(x, batch_first=True, total_length=words.shape[1])[0])
-
-
-def tagger(args):
-    """a training step of a tagger of 32 sentences of random lengths, packed and with `lengths=`"""
-    homes, kinds = (("nn", nn), ("drop_in", drop_in)), ("GRU", "LSTM")
-    taggers = {f"{name}.{kind}, packed": (getattr(home, kind), True) for name, home in homes for kind in kinds}
-    taggers |= {f"{kind.__name__}, lengths=": (kind, False) for kind in (mingru.GRU, mingru.MinLSTM)}
-    for longest in args.longest:
-        torch.manual_seed(0)
-        words, given = torch.randint(1000, (32, longest)), torch.randint(1, longest + 1, (32,))
-        given[0] = longest
-
-        def step(module, words=words, given=given):
-            module.zero_grad()
-            module(words, given).square().mean().backward()
-
-        calls = {name: partial(step, Tagger(*kind)) for name, kind in taggers.items()}
-        calls["packed without a layer"] = partial(step, Tagger(None, True))
-        yield Table(f"A training step, up to {longest} words", calls, plain=True)
+        yield Table(f"{args.prompt} tokens, {name}", {"one pass": partial(lm, ids)})
 
 
 def deploy(args):
@@ -389,7 +342,7 @@ def against_torch(args, timer):
 
 
 def against_rules(args, timer):
-    """Print the calls, of random kinds and sizes, that the rules of drop_in give to slower kernels; return all ratios."""
+    """Print random calls that the rules of drop_in give to slower kernels; return all ratios."""
     found, end = {}, time.monotonic() + args.rules
     while time.monotonic() < end:
         batch, steps, inputs, features = (round(2 ** random.uniform(0, most)) for most in (8, 8, 9.5, 9.5))
@@ -405,25 +358,25 @@ def against_rules(args, timer):
                 found[f"{name}, {', '.join(map(str, call))}"] = ratio, is_used
                 if ratio < 0.95 and is_used:
                     print(f"{ratio:.2f}", [*found][-1], flush=True)
-    for name, chosen in {"kernels": True, "torch": False}.items():
-        each = [ratio for ratio, is_used in found.values() if is_used == chosen]
-        slow, fast = sum(ratio < 0.95 for ratio in each), sum(ratio > 1.05 for ratio in each)
-        print(f"{len(each)} calls by {name}: kernels slower {slow}, faster {fast}, median {median(each):.2f}")
+    by_rule = [[ratio for ratio, is_used in found.values() if is_used == each] for each in (True, False)]
+    slow, fast = sum(ratio < 0.95 for ratio in by_rule[0]), sum(ratio > 1.05 for ratio in by_rule[1])
+    print(f"kernels compute {len(by_rule[0])} calls, {slow} slower; torch computes {len(by_rule[1])}, {fast} slower")
     return found
 
 
 def gain(timer, kind, dtype, layout, given, threads, batch, steps, inputs, features):
-    """Return the time of torch / that of the kernel in training and without gradients, and if a rule chooses the kernel."""
+    """Return torch's time / the kernel's in training and without gradients, and whether a rule chooses the kernel."""
     torch.set_num_threads(threads)
     modules, asked = {"torch": getattr(nn, kind)(inputs, features, dtype=dtype)}, []
     modules["mingru"] = deepcopy(modules["torch"])
     drop_in.accelerate(modules["mingru"])
     x = torch.randn(steps, batch, inputs, dtype=dtype)
     if layout == "packed":
-        lengths = torch.randint(1, steps + 1, (batch,)).index_fill(0, torch.tensor(0), steps)
+        lengths = [steps, *random.choices(range(1, steps + 1), k=batch - 1)]
         x, *sizes = pack_padded_sequence(x, lengths, enforce_sorted=False)
     x.requires_grad_(given == "x with gradient")
-    calls = {name: partial(each, PackedSequence(x, *sizes) if layout == "packed" else x) for name, each in modules.items()}
+    sequences = PackedSequence(x, *sizes) if layout == "packed" else x
+    calls = {name: partial(module, sequences) for name, module in modules.items()}
     leaves = {name: [*[x] * x.requires_grad, *module.parameters()] for name, module in modules.items()}
     rules = {"is_slower": drop_in.operators.is_slower, "is_slower_lstm": drop_in.operators.is_slower_lstm}
     always = {name: lambda *args, rule=rule: asked.append(not rule(*args)) for name, rule in rules.items()}
@@ -436,7 +389,7 @@ def ratios(found, base, name):
     return " ; ".join(f"{of_torch / own:.2f}" for of_torch, own in zip(found[base], found[name], strict=True))
 
 
-GROUPS = {each.__name__: each for each in (one_layer, family, steps, half, products, model, tagger, deploy)}
+GROUPS = {each.__name__: each for each in (one_layer, family, steps, half, products, model, deploy)}
 
 
 def starts(*sizes):
@@ -559,10 +512,9 @@ def main():
     add("--plot", type=Path, help="plot the sweep to this file; implies --sweep")
     measure.add_shape_option(parser, "those of the group")
     add("--prompt", type=int, default=4096, help="tokens that a model reads (default: %(default)s)")
-    add("--longest", type=int, nargs="*", default=[40, 400], help="sentences of the tagger (default: 40 400)")
     add("--seconds", type=float, default=4.0, help="time for each set of calls (default: %(default)s)")
     add("--rounds", type=int, default=5, help="minimum rounds of these calls (default: %(default)s)")
-    add("--rules", type=float, metavar="SECONDS", help="print calls of random sizes whose kernels are slower than torch")
+    add("--rules", type=float, metavar="SECONDS", help="print random calls whose kernels are slower than torch")
     add("--gru", type=int, nargs="+", metavar="H", help="compare torch's layers with themselves accelerated")
     add("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()

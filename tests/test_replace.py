@@ -414,8 +414,8 @@ def test_torch_computes_few_steps(dtype, features, with_gradients, kernel_calls)
         assert len(kernel_calls) == 1 + (features == 256 and not with_gradients)
 
 
-# Inputs, features, sequences and steps of an LSTM, and whether the kernels compute it if x and weights are trained, only
-# weights, and nothing.
+# Inputs, features, sequences and steps of an LSTM, and whether the kernels compute it if x and weights are trained,
+# only weights, and nothing.
 RULE = {
     (8, 128, 4, 40): (True, True, False),
     (8, 128, 4, 39): (False, False, False),
@@ -452,10 +452,10 @@ def test_torch_computes_lstms_where_it_is_faster(sizes, isa, trained, kernel_cal
 
 @grid(with_gradients=[True, False])
 def test_torch_computes_packed_lstms_where_it_is_faster(with_gradients, kernel_calls):
-    rule = {(torch.float32, 8, 2, 10): True, (torch.float32, 8, 2, 9): False, (torch.float32, 7, 2, 10): with_gradients}
-    rule |= {(torch.double, *sizes): True for sizes in ((32, 20, 10), (64, 64, 64))}
-    rule |= {(torch.double, *sizes): with_gradients for sizes in ((32, 21, 10), (32, 40, 10), (64, 65, 70))}
-    for (dtype, features, batch, steps), is_used in (rule | {(torch.double, 32, 41, 10): False}).items():
+    rule = {(torch.float32, 4, 2, 10): True, (torch.float32, 4, 2, 9): False, (torch.float32, 3, 2, 10): with_gradients}
+    rule |= {(torch.double, *sizes): True for sizes in ((63, 22, 10), (64, 10, 10), (64, 64, 64))}
+    rule |= {(torch.double, *sizes): with_gradients for sizes in ((64, 11, 10), (64, 20, 10), (64, 65, 70))}
+    for (dtype, features, batch, steps), is_used in (rule | {(torch.double, 64, 21, 10): False}).items():
         lstm, x = nn.LSTM(2, features, dtype=dtype), torch.ones(steps, batch, 2, dtype=dtype)
         drop_in.accelerate(lstm)
         with torch.set_grad_enabled(with_gradients):

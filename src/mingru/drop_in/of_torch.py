@@ -105,7 +105,8 @@ class LSTM(nn.modules.LSTM, metaclass=OfTorch):
     """Apply a `torch.nn.LSTM`, and compute it by the kernels of this library on the CPU where these take less time.
 
     It is torch's class, as `mingru.drop_in.GRU` is. Packed sequences of different lengths, and float64, are computed by
-    the kernels from 10 time steps on, other sequences in float32 from 40 on, with AVX-512, unless oneDNN is faster.
+    the kernels from 10 time steps on, unless many sequences of many features are float64; other sequences in float32
+    from 40 on, with AVX-512, unless oneDNN is faster.
 
     Args:
         args: Arguments of `torch.nn.LSTM`.

@@ -66,10 +66,7 @@ def _computed(
     # Torch computes packed sequences of one length as padded ones.
     is_padded = batch_sizes is None or len(x) == batch * steps
     is_fused = bool(cell == "lstm" and is_padded and x.dtype == torch.float32 and torch.backends.mkldnn.enabled)
-    trained = ("all" if x.requires_grad else "weights") if is_trained else ""
-    if cell == "lstm" and is_slower_lstm(
-        x.size(-1), features, batch, steps, x.dtype == torch.float64, is_fused, trained
-    ):
+    if cell == "lstm" and is_slower_lstm(x, features, batch, steps, is_fused, is_trained):
         return None
     if cell == "gru" and is_slower(features, batch, steps, x.dtype, is_trained):
         return None

@@ -151,27 +151,27 @@ def is_slower(features: int, batch: int, steps: int, dtype: torch.dtype, with_gr
     return steps < least * (4 if batch == 1 and features >= 256 and not with_gradients else 2 if features >= 128 else 1)
 
 
-def is_slower_lstm(
-    inputs: int, features: int, batch: int, steps: int, is_wide: bool, is_fused: bool, trained: str
-) -> bool:
+def is_slower_lstm(x: Tensor, features: int, batch: int, steps: int, is_fused: bool, with_gradients: bool) -> bool:
     """Return whether an LSTM takes longer than `torch.lstm`, which `is_fused` if oneDNN computes it.
 
-    In float64, which `is_wide`, torch's products of many rows are faster. oneDNN is about as fast without AVX-512; in
-    training, it is faster until the memory that it asks for is so large that the system gives new pages in each call.
-    Its backward always computes the gradient of x, so the kernel gains more where `trained` is "weights", not "all".
-    Without gradients, `trained` is "", and oneDNN is slower if it copies large weights for few sequences. From random
-    sizes with AVX-512 on an Intel (`python benchmarks/speed.py --rules 600`), and on an AMD, as of a GRU.
+    In float64, torch's products of many rows are faster. oneDNN is about as fast without AVX-512; in training, it is
+    faster until the memory that it asks for is so large that the system gives new pages in each call. Its backward
+    always computes the gradient of x, so the kernel gains less if x needs one. Without gradients, oneDNN is slower if
+    it copies large weights for few sequences. From random sizes with one thread and AVX-512 on an Intel
+    (`python benchmarks/speed.py --rules 600`), and before that on an AMD.
     """
     if not is_fused:
-        is_many = is_wide and batch * features > (128 if trained else 64) * min(steps, 64)
-        return steps < 10 or is_many or (features < 8 and not trained)
-    is_wide_map = inputs >= max(128, 2 * features)
-    if trained:
-        is_faster = batch * steps * features >= 3 * 2**18 or (batch <= 4 and inputs >= 8)
-        is_faster = is_faster or (is_wide_map and trained == "weights")
+        most = (128 if with_gradients else 64) * min(steps, 64)
+        is_many = x.dtype == torch.float64 and features >= 64 and batch * features > most
+        return steps < 10 or is_many or (features < 4 and not with_gradients)
+    inputs = x.size(-1)
+    is_faster = inputs >= max(128, 2 * features)
+    if with_gradients:
+        is_faster = is_faster and not x.requires_grad
+        is_faster = is_faster or (batch <= 4 and inputs >= 8) or batch * steps * features >= 3 * 2**18
     else:
-        of_map = is_wide_map and batch <= 16 and inputs * features >= 2**13 * max(batch, 4)
-        is_faster = of_map or (batch == 1 and 48 <= features < 192)
+        is_faster = is_faster and batch <= 16 and inputs * features >= 2**13 * max(batch, 4)
+        is_faster = is_faster or (batch == 1 and 48 <= features < 192)
     return _ISA != "avx512" or steps < 40 or not is_faster
 
 
