@@ -453,8 +453,8 @@ def test_torch_computes_lstms_where_it_is_faster(sizes, isa, trained, kernel_cal
 @grid(with_gradients=[True, False])
 def test_torch_computes_packed_lstms_where_it_is_faster(with_gradients, kernel_calls):
     rule = {(torch.float32, 4, 2, 10): True, (torch.float32, 4, 2, 9): False, (torch.float32, 3, 2, 10): with_gradients}
-    rule |= {(torch.double, *sizes): True for sizes in ((63, 22, 10), (64, 10, 10), (64, 64, 64))}
-    rule |= {(torch.double, *sizes): with_gradients for sizes in ((64, 11, 10), (64, 20, 10), (64, 65, 70))}
+    rule |= {(torch.double, *sizes): True for sizes in ((63, 99, 20), (64, 20, 20), (64, 64, 64))}
+    rule |= {(torch.double, *sizes): with_gradients for sizes in ((63, 99, 19), (64, 21, 20), (64, 65, 70))}
     for (dtype, features, batch, steps), is_used in (rule | {(torch.double, 64, 21, 10): False}).items():
         lstm, x = nn.LSTM(2, features, dtype=dtype), torch.ones(steps, batch, 2, dtype=dtype)
         drop_in.accelerate(lstm)

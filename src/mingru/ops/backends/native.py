@@ -154,16 +154,18 @@ def is_slower(features: int, batch: int, steps: int, dtype: torch.dtype, with_gr
 def is_slower_lstm(x: Tensor, features: int, batch: int, steps: int, is_fused: bool, with_gradients: bool) -> bool:
     """Return whether an LSTM takes longer than `torch.lstm`, which `is_fused` if oneDNN computes it.
 
-    In float64, torch's products of many rows are faster. oneDNN is about as fast without AVX-512; in training, it is
-    faster until the memory that it asks for is so large that the system gives new pages in each call. Its backward
-    always computes the gradient of x, so the kernel gains less if x needs one. Without gradients, oneDNN is slower if
-    it copies large weights for few sequences. From random sizes with one thread and AVX-512 on an Intel
-    (`python benchmarks/speed.py --rules 600`), and before that on an AMD.
+    In float64, torch's products of many rows are faster, and without gradients few steps, as of a GRU. oneDNN is about
+    as fast without AVX-512; in training, it is faster until the memory that it asks for is so large that the system
+    gives new pages in each call. Its backward always computes the gradient of x, so the kernel gains less if x needs
+    one. Without gradients, oneDNN is slower if it copies large weights for few sequences. From random sizes, with one
+    thread and AVX-512 on an Intel (`python benchmarks/speed.py --rules 600`).
     """
     if not is_fused:
-        most = (128 if with_gradients else 64) * min(steps, 64)
-        is_many = x.dtype == torch.float64 and features >= 64 and batch * features > most
-        return steps < 10 or is_many or (features < 4 and not with_gradients)
+        most, is_few = (128 if with_gradients else 64) * min(steps, 64), steps < 10
+        if x.dtype == torch.float64:
+            is_few = is_few or (features >= 64 and batch * features > most)
+            return is_few or (not with_gradients and is_slower(features, batch, steps, x.dtype, False))
+        return is_few or (features < 4 and not with_gradients)
     inputs = x.size(-1)
     is_faster = inputs >= max(128, 2 * features)
     if with_gradients:
