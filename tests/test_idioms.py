@@ -3,12 +3,14 @@
     python tests/test_idioms.py    # writes the results into the table
 
 Two classes agree on an idiom if both return equal values and leave equal gradients, or raise the same type of error.
+Each idiom runs time first and batch first, of a GRU and of an LSTM, in float32 and in float64, and by the kernels.
 """
 
 import copy
 import pickle
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,15 @@ from torch.nn.utils.rnn import pack_sequence
 
 import mingru
 from mingru import drop_in
+from mingru.ops import autograd
+from mingru.ops.backends import native
 
 # What idioms are written with.
 NAMES = {"copy": copy, "pickle": pickle, "F": F, "prune": prune, "parametrizations": parametrizations, "mingru": mingru}
 PAGE = Path(__file__).with_name("idioms.md")
-# So many steps that the kernels compute them.
-S, B, IN, H = 12, 2, 3, 4
+# So many steps and inputs that the kernels compute them.
+S, B, IN, H = 40, 2, 8, 4
+COLUMNS = [(kind, is_batch_first) for kind in ("GRU", "LSTM") for is_batch_first in (False, True)]
 
 
 class Model(nn.Module):
@@ -69,26 +74,35 @@ def same_weights(rnn, function):
     return all(torch.equal(*pair) for pair in zip(before.parameters(), rnn.parameters(), strict=True))
 
 
-def outcome(kind, options, code, is_lstm=False):
+def outcome(kind, options, code, is_batch_first=False, dtype=torch.float32):
     """Return what a user would see, a value, "runs" or the type of an error; and all numbers."""
     torch.manual_seed(0)
-    h = torch.zeros(1, B, H)
-    names = {**globals(), **NAMES, "GRU": kind, "LSTM": kind, "x": torch.randn(S, B, IN), "y": torch.randn(B, IN)}
-    names |= {"h": (h, h) if is_lstm else h, "packed": pack_sequence([torch.randn(S, IN), torch.randn(3, IN)])}
-    first = "rnn = GRU(IN, H, {}); output, h_n = rnn(x); model = Model(rnn)"
-    first = "rnn = cell = GRU(IN, H, {}); h = cell(y)" if issubclass(kind, nn.RNNCellBase) else first
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.set_default_dtype(dtype)
+        try:
+            return outcome_of(kind, [options] * (options != "") + ["batch_first=True"] * is_batch_first, code)
+        except Exception as error:
+            return type(error).__name__, torch.tensor(0)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def outcome_of(kind, options, code):
+    is_lstm, x, h = issubclass(kind, nn.LSTM), torch.randn(S, B, IN), torch.zeros(1, B, H)
+    names = {**globals(), **NAMES, "GRU": kind, "LSTM": kind, "y": torch.randn(B, IN)}
+    names["x"] = x.transpose(0, 1).contiguous() if "batch_first=True" in options else x
+    names |= {"h": (h, h.clone()) if is_lstm else h, "packed": pack_sequence([torch.randn(S, IN), torch.randn(3, IN)])}
+    first = "rnn = GRU({}); output, h_n = rnn(x); model = Model(rnn)"
+    first = "rnn = cell = GRU({}); h = cell(y)" if issubclass(kind, nn.RNNCellBase) else first
     first = first.replace("h_n", "(h_n, c_n)") if is_lstm else first
     *statements, last = code.split("; ")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exec(first.format(options), names)
-            names["untouched"] = lambda apply, init: same_weights(names["rnn"], lambda: apply(init))
-            exec("; ".join(statements), names)
-            value = exec(last, names) if " = " in last or "+=" in last else eval(last, names)
-    except Exception as error:
-        return type(error).__name__, torch.tensor(0)
-    text = str(value) if type(value) in (bool, int, str, tuple, torch.Size) else "runs"
+    exec(first.format(", ".join(["IN, H", *options])), names)
+    names["untouched"] = lambda apply, init: same_weights(names["rnn"], lambda: apply(init))
+    exec("; ".join(statements), names)
+    value = exec(last, names) if re.search(r" [-+*]?= ", last) else eval(last, names)
+    is_text = type(value) in (bool, int, str, tuple, torch.Size) and not tensors(value)
+    text = str(value) if is_text else "runs"
     found = value if isinstance(value, (torch.Tensor, list, tuple)) else []
     grads = [each.grad for each in names["rnn"].parameters() if each.grad is not None]
     return text, tensors([names["rnn"].state_dict(), grads, found])
@@ -99,32 +113,75 @@ def table():
     found = []
 
     def filled(row):
-        kind, options, code = row.groups()
-        found.append((kind, options, code))
-        text, _ = outcome(getattr(nn, kind), options, code)
-        return f"| {kind} | {options and f'`{options}`'} | `{code}` | {text} |"
+        name, options, code = row.groups()
+        found.append((name, options, code))
+        columns = [(name, False)] if "Cell" in name else COLUMNS
+        texts = [outcome(getattr(nn, kind), options, code.replace(name, kind), first)[0] for kind, first in columns]
+        texts = texts[:1] if len({*texts}) == 1 else texts
+        return f"| {name} | {options and f'`{options}`'} | `{code}` | {', '.join(texts)} |"
 
     page = re.sub(r"(?m)^\| (GRU|GRUCell) \| `?(.*?)`? \| `(.*?)` \| .*$", filled, PAGE.read_text(encoding="utf-8"))
     return page, found
 
 
 PAGE_NOW, IDIOMS = table()
-OF_LSTM = [("LSTM", *row[1:]) for row in IDIOMS if row[0] == "GRU"]
 
 
 def test_the_table():
     assert PAGE.read_text(encoding="utf-8") == PAGE_NOW, "run python tests/test_idioms.py"
 
 
-@pytest.mark.parametrize(("kind", "options", "code"), IDIOMS + OF_LSTM)
-def test_the_classes_agree(kind, options, code):
-    code = code.replace("GRU", kind) if kind == "LSTM" else code
-    expected, got = (outcome(getattr(home, kind), options, code, kind == "LSTM") for home in (nn, drop_in))
-    assert got[0] == expected[0]
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of kernels, on any processor."""
+    found, kernel = [], autograd.run_kernel
+    monkeypatch.setattr(native, "_ISA", "avx512")
+    monkeypatch.setattr(autograd, "run_kernel", lambda *args: found.append(args) or kernel(*args))
+    return found
+
+
+BY_ALL = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@BY_ALL
+@pytest.mark.parametrize(("kind", "is_batch_first"), [*COLUMNS, ("GRUCell", False)])
+def test_the_classes_agree(kind, is_batch_first, dtype, calls):
+    of_cells, differing = "Cell" in kind, []
+    for name, options, code in IDIOMS:
+        if ("Cell" in name) != of_cells:
+            continue
+        calls.clear()
+        code = code.replace(name, kind)  # noqa: PLW2901
+        own, of_torch = (partial(outcome, getattr(home, kind), options, code) for home in (drop_in, nn))
+        got, expected = own(is_batch_first, dtype), of_torch(is_batch_first, dtype)
+        assert of_cells or calls, code
+        if got[0] != expected[0] == "RuntimeError" and kind == "LSTM":
+            # oneDNN refuses what was changed. Ours computes it, and torch without oneDNN.
+            with torch.backends.mkldnn.flags(enabled=False):
+                expected = of_torch(is_batch_first, dtype)
+        try:
+            assert got[0] == expected[0]
+            assert_equal(got, expected, rtol=1e-4, atol=1e-5)
+        except AssertionError as error:
+            differing.append((options, code, got[0], expected[0], str(error).strip()[:200]))
+    assert not differing
+
+
+@BY_ALL
+@pytest.mark.parametrize("is_batch_first", [False, True])
+def test_an_lstm_keeps_what_it_computed_with(is_batch_first, dtype, calls):
+    """Gradients are those of the values as they were, where torch refuses what has been changed in place."""
+    code = "output, (h_n, c_n) = rnn(x, h); total = (output * x[..., :1]).sum() + h_n.sum(); {}total.backward(); {}None"
+    changes = "output.zero_(); h_n.zero_(); c_n.zero_(); [each.fill_(3.0) for each in h]; "
+    biases = "torch.no_grad()(torch._foreach_{}_)([rnn.bias_ih_l0, rnn.bias_hh_l0], 2.0)"
+    changed = code.format(f"{changes}{biases.format('add')}; ", biases.format("sub") + "; ")
+    got, expected = (outcome(drop_in.LSTM, "", each, is_batch_first, dtype) for each in (changed, code.format("", "")))
+    assert got[0] == expected[0] == "runs" and len(calls) == 4
     assert_equal(got, expected, rtol=1e-4, atol=1e-5)
+    assert outcome(nn.LSTM, "", changed, is_batch_first, dtype)[0] == "RuntimeError"
 
 
-@pytest.mark.parametrize(("code", "seen"), [("repr(rnn)", "GRU(3, 4)"), ("output", "runs"), ("nothing", "NameError")])
+@pytest.mark.parametrize(("code", "seen"), [("repr(rnn)", "GRU(8, 4)"), ("output", "runs"), ("nothing", "NameError")])
 def test_outcomes(code, seen):
     assert outcome(nn.GRU, "", code)[0] == seen
 

@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from . import convert, drop_in, models
-from .drop_in.of_torch import OfTorch
 from .models.causal_conv import CausalConv
 from .modules.conv_level import CONVOLUTIONS, ConvLevel, Geometry
 from .modules.group_norm import GroupNorm
@@ -48,6 +47,4 @@ def safe_globals() -> list[Any]:
     layers = [each for each in public if isinstance(each, type) and issubclass(each, nn.Module)]
     of_torch = [nn.Embedding, nn.ModuleList, nn.Sequential, *OF_TORCH, *CONVOLUTIONS.values(), *NORMS.values()]
     inner = [CausalConv, Geometry, GroupNorm, ConvLevel, PerStep, LinearLevel, RecurrentMap, WeightAndBias]
-    # With their names, because torch has a set of these, and a class of torch equals that of `drop_in`.
-    named = [(each, f"{each.__module__}.{each.__name__}") if isinstance(each, OfTorch) else each for each in layers]
-    return [*named, *inner, *of_torch]
+    return [*layers, *inner, *of_torch]

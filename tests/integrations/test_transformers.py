@@ -81,6 +81,6 @@ def test_a_model_of_transformers_with_recurrent_layers():
     with mingru.drop_in.patch(cell="minlstm", norm="rms", residual=True) as report:
         model = transformers.EncodecModel(transformers.EncodecConfig(**sizes))
     assert report.built
-    for rnn in (each for each in model.modules() if isinstance(each, mingru.drop_in.LSTM)):
+    for rnn in (each for each in model.modules() if isinstance(each, mingru.drop_in.LSTMLike)):
         # The forget bias.
         assert all((layer.linear.bias[: rnn.hidden_size] > 0).all() for layer in rnn.layers)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..check.values import check_flag, check_type
-from .of_torch import OWN
+from .of_torch import OWN, TORCHS, as_torchs
 
 SUBCLASS = "a subclass may compute something else"
 
@@ -59,25 +59,21 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
         found = None if why_slow else _other_class(layer, undo)
         if found is not None:
             layer.__class__ = found
+            as_torchs(layer) if not undo else vars(layer).pop("__module__", None)
             report.changed.append((name, text))
         elif is_recurrent(layer):
-            is_own = any(type(layer) is kind for pair in OWN.items() for kind in pair)
-            own = {why_slow: why_slow != "", "it has this class already": is_own}
+            own = {why_slow: why_slow != "", "it has this class already": type(layer) in (*OWN, *TORCHS)}
             report.left.append((name, text, why_left(layer, own, "changed", "accelerate")))
     return report
 
 
 def _other_class(layer: nn.Module, undo: bool) -> type | None:
     """Return the class that replaces that of a layer, or None."""
-    kind = type(layer)
-    for pair in OWN.items():
-        old, new = reversed(pair) if undo else pair
-        if kind is old:
-            return new
-        # A class that torch has made for this layer, for parametrizations or FSDP.
-        if any(base is old for base in kind.__bases__) and kind.__module__.startswith("torch."):
-            return type(kind.__name__, tuple(new if base is old else base for base in kind.__bases__), {**vars(kind)})
-    return None
+    kind, others = type(layer), TORCHS if undo else OWN
+    bases = tuple(others.get(base, base) for base in kind.__bases__)
+    # A class that torch has made for this layer, for parametrizations or FSDP.
+    is_made = bases != kind.__bases__ and kind.__module__.startswith("torch.")
+    return others.get(kind, type(kind.__name__, bases, {**vars(kind)}) if is_made else None)
 
 
 def _why_slow(layer: nn.Module) -> str:

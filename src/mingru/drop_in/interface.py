@@ -112,7 +112,7 @@ def check_pair(name: str, hx: Pair, proj_size: int) -> None:
     """Raise an error if hx is not a pair (h, c) of tensors that belong together."""
     is_pair = isinstance(hx, (tuple, list)) and len(hx) == 2
     if not is_pair or not all(isinstance(each, Tensor) and each.is_floating_point() for each in hx):
-        asks = "a program that asks isinstance(rnn, nn.LSTM) must ask for mingru.drop_in.LSTM"
+        asks = "a program that asks isinstance(rnn, nn.LSTM) must ask for mingru.drop_in.LSTMLike"
         remedy = meant.of_mask(hx) or f"h alone is passed as (h, h); {asks}, or keep its LSTMs by lstm=False"
         raise TypeError(expectation(name, "hx", "a pair (h, c) of floating-point tensors", type(hx).__name__, remedy))
     _check_scripted_pair(name, hx, proj_size)

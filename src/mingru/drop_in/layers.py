@@ -147,8 +147,7 @@ class GRULike(DropInLayer, role="torch", planned=True):
     - The linear maps inside are no `torch.nn.Linear`, so that programs that initialize each of them leave these alone.
     - Under autocast, `output` has autocast's dtype and `h_n` is float32.
     - `flatten_parameters` does nothing. `apply` treats the layer as one module.
-    - `isinstance(rnn, torch.nn.GRU)` is false outside of `mingru.drop_in.patch`, because `torch.compile` rejects
-      every instance of `torch.nn.GRU`. `isinstance(rnn, mingru.drop_in.GRU)` is true, as of a `torch.nn.GRU`.
+    - `isinstance(rnn, torch.nn.GRU)` is false, also in a block of `mingru.drop_in.patch`.
 
     Examples:
         >>> rnn = mingru.drop_in.GRULike(10, 20, num_layers=2, cell="mingru")

@@ -19,6 +19,8 @@ from ..ops.names_of_torch import len_torch_dispatch_stack, outside_of_graphs
 from ..ops.shape import MaybeTensor, States
 
 _DTYPES = (torch.float32, torch.float64)
+# Of bias, num_layers, dropout, training, bidirectional and batch_first.
+_TYPES = [bool, int, float, bool, bool, bool]
 
 
 def _or_torch(cell: str, of_torch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -54,25 +56,27 @@ def gru_cell(x: Tensor, hx: Tensor, *weights: Any) -> Tensor:
 
 
 def _computed(
-    cell: str, x: Tensor, batch_sizes: MaybeTensor, hx: Any, flat: list[Tensor], _: bool, *options: Any
+    cell: str, x: Tensor, batch_sizes: MaybeTensor, hx: Any, flat: list[Tensor], *options: Any
 ) -> tuple[Tensor, ...] | None:
     """Return what torch's operator of the cell returns, or None if that takes less time or may do something else."""
-    num_layers, dropout, training, bidirectional, batch_first = options
+    bias, num_layers, dropout, training, bidirectional, batch_first = options
     directions, states = 2 if bidirectional else 1, (hx,) if cell == "gru" else hx
-    if x.dtype not in _DTYPES or not isinstance(states, (tuple, list)) or states[0].dim() != 3:
+    # Torch refuses other types, which a program may have set, and another number of weights.
+    per, is_known = 4 if bias else 2, x.dtype in _DTYPES and [type(each) for each in options] == _TYPES
+    is_known = is_known and isinstance(states, (tuple, list)) and states[0].dim() == 3
+    if not is_known or len(flat) != num_layers * directions * per:
         return None
     is_trained, steps = torch.is_grad_enabled(), x.size(int(batch_first)) if batch_sizes is None else len(batch_sizes)
     batch, features = states[0].shape[1:]
     # Torch computes packed sequences of one length as padded ones.
     is_padded = batch_sizes is None or len(x) == batch * steps
     is_fused = bool(cell == "lstm" and is_padded and x.dtype == torch.float32 and torch.backends.mkldnn.enabled)
-    if cell == "lstm" and is_slower_lstm(x, features, batch, steps, is_fused, is_trained):
-        return None
-    if cell == "gru" and is_slower(features, batch, steps, x.dtype, is_trained):
+    of_lstm = x, features, batch, steps, is_fused, is_trained
+    if is_slower(features, batch, steps, x.dtype, is_trained) if cell == "gru" else is_slower_lstm(*of_lstm):
         return None
     rows, sizes = (3 if cell == "gru" else 4) * features, [x.size(-1), *[directions * features] * (num_layers - 1)]
     of_weights = [_shapes_of(rows, size, features) for size in sizes for _ in range(directions)]
-    per, of_states = len(flat) // len(of_weights), [(len(of_weights), batch, features)] * (1 if cell == "gru" else 2)
+    of_states = [(len(of_weights), batch, features)] * (1 if cell == "gru" else 2)
     shapes = of_states + [shape for each in of_weights for shape in each[:per]]
     if not _is_usual(x, batch_sizes, batch_first, [*states, *flat], shapes):
         return None
@@ -81,21 +85,27 @@ def _computed(
     is_copied = is_trained and not is_fused
     layout = Layout(batch_sizes is None, batch_sizes)
     x = x.transpose(0, 1) if batch_first else x
+    if is_copied and not any(weight.requires_grad for weight in flat[: directions * per : per]):
+        x = x.clone()
+    elif is_trained and not x.is_contiguous():
+        # What torch keeps: a copy, or x itself, if oneDNN or a product of two matrices can read it.
+        x = x.contiguous() if is_fused else x.flatten(0, 1).view(x.shape)
     is_kept = is_copied and not all(weight.requires_grad for weight in flat[1::per])
     before = (torch.stack([*states], 2) if len(states) > 1 or is_kept else hx.unsqueeze(2)).unbind()
-    lasts = []
+    lasts: list[Tensor] = []
     for first in range(0, num_layers * directions, directions):
-        outs = []
-        for at in range(first, first + directions):
-            weights = flat[at * per : (at + 1) * per]
-            out, last = _one_direction(cell, x, before[at], weights, at > first, layout, is_copied)
-            outs.append(out)
-            lasts.append(last)
-        x = torch.cat(outs, -1) if directions == 2 else outs[0]
-        if first < (num_layers - 1) * directions and dropout * training > 0:
-            x = F.dropout(x, dropout)
-    out = x.transpose(0, 1) if batch_first else x
-    return out, *(torch.stack(each) for each in zip(*(last.unbind(1) for last in lasts), strict=True))
+        found = [
+            _one_direction(cell, x, before[at], flat[at * per : (at + 1) * per], at > first, layout, is_copied)
+            for at in range(first, first + directions)
+        ]
+        lasts += [last for _, last in found]
+        x = torch.cat([out for out, _ in found], -1) if directions == 2 else found[0][0]
+        if training and dropout != 0 and first < (num_layers - 1) * directions:
+            x = torch.dropout(x, dropout, True)
+    if batch_first:
+        # Torch's GRU returns no view.
+        x = autograd.transposed_(x) if cell == "gru" else x.transpose(0, 1)
+    return x, *(torch.stack(each) for each in zip(*(last.unbind(1) for last in lasts), strict=True))
 
 
 def _shapes_of(rows: int, inputs: int, features: int) -> list[tuple[int, ...]]:

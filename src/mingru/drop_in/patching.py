@@ -1,8 +1,7 @@
 """Build a program's recurrent layers from this library, while a block runs.
 
-In the block, each patched name of torch.nn is bound to the class of `mingru.drop_in` of this name, which is torch's
-too, see `of_torch`. If it is called while a patch with `cell` is active in the calling thread, it constructs one of our
-layers.
+In the block, each patched name of torch.nn is bound to the class of `mingru.drop_in` of this name, a subclass of
+torch's. If it is called while a patch with `cell` is active in the calling thread, it constructs a layer of another cell.
 """
 
 import sys
@@ -11,7 +10,9 @@ import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from ..check.calls import arguments_checked
 from .accelerating import SUBCLASS, described
-from .of_torch import OWN, PATCHES, OfTorch
+from .of_torch import OWN, TORCHS, as_torchs
 from .replacing import LIKE, Wanted, converted, wanted
 
 
@@ -44,21 +45,16 @@ class _Patch:
     everywhere: bool
     report: PatchReport
 
-    def builds(self, cls: OfTorch) -> bool:
-        """Return whether the block builds a class. A copy of its context, such as a task's, may outlive it."""
-        return self in _RUNNING and cls.of_torch in self.wanted
-
-    def build(self, cls: OfTorch, *args: Any, **kwargs: Any) -> nn.Module:
-        """Construct what stands for a class of torch, and report it."""
-        options, twin = self.wanted[cls.of_torch], LIKE[cls.of_torch]
-        given = dict(zip(signature(twin).parameters, args, strict=False)) | kwargs
-        layer = twin(**converted(given) | options) if options else type.__call__(cls, *args, **kwargs)
+    def reported(self, layer: nn.Module) -> nn.Module:
+        """Return a layer, and report it with the place that called the constructor, which calls this."""
         frame = sys._getframe(2)
         place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
         self.report.built.append((described(layer), place))
         return layer
 
 
+# The blocks of this context, innermost last. A copy of it, such as a task's, may outlive them.
+_PATCHES: ContextVar[tuple[_Patch, ...]] = ContextVar("patches", default=())
 # The blocks of all threads, and the names that they have bound: namespace, name and class of torch.
 _RUNNING: list[_Patch] = []
 _BOUND: list[tuple[dict[str, object], str, type[nn.Module]]] = []
@@ -116,9 +112,9 @@ def patch(
     replaces a class decides. `cell` applies to the thread that entered the block; other threads build layers that
     compute what torch's do, and new processes build layers of torch.
 
-    In a block with `cell`, `isinstance(rnn, torch.nn.GRU)` is true of the layers that it has built, so `torch.compile`
-    rejects them as those of torch: compile outside of the block. Their weights have other names and shapes than
-    torch's. A program that builds the model again and then loads weights must do this in a block with the same options,
+    `isinstance(rnn, torch.nn.GRU)` is false of the layers that a block with `cell` has built, and in any block of those
+    that torch's own class has built. The weights of another cell have other names and shapes than torch's. A program
+    that builds the model again and then loads weights must do this in a block with the same options,
     or call `mingru.drop_in.replace` on the new model before it loads them. Otherwise `load_state_dict` raises an error,
     also with `strict=False`: "size mismatch for rnn.bias_hh_l0: copying a param with shape torch.Size([]) from
     checkpoint". If it is strict, it also names `rnn.load_in_mingru_drop_in_patch`. Whole models, saved by `torch.save`
@@ -137,25 +133,24 @@ def patch(
         ["mingru.drop_in.LSTMLike(3, 4, norm='rms', cell='minlstm')"]
     """
     running = _Patch(wanted("patch", gru, lstm, cells, num_layers, options), everywhere, PatchReport([], []))
-    PATCHES.set((*PATCHES.get(), running))
+    _PATCHES.set((*_PATCHES.get(), running))
     try:
         with _LOCK:
             _RUNNING.append(running)
-            _bind({id(of_torch): of_torch for of_torch in running.wanted}, everywhere)
+            _bind({id(of_torch): of_torch for of_torch in OWN if of_torch in running.wanted}, everywhere)
         yield running.report
     finally:
-        PATCHES.set(tuple(each for each in PATCHES.get() if each is not running))
+        _PATCHES.set(tuple(each for each in _PATCHES.get() if each is not running))
         with _LOCK:
             _RUNNING.remove(running)
             _restore()
-    for subclass in (each for of_torch in running.wanted for each in _subclasses(of_torch) if options):
+    for subclass in (each for kind in running.wanted if options and kind in OWN for each in _subclasses(kind)):
         name = f"{subclass.__module__}.{subclass.__qualname__}"
         running.report.left.append((name, SUBCLASS))
         text = f"patch: {name} is not replaced, because {SUBCLASS}; derive it from a class of mingru.drop_in instead"
         warnings.warn(text, stacklevel=3)
     if not running.report.built:
-        call = "the call that constructs the layers into the block, such as the model's constructor, fit or train"
-        remedy = f"put {call}, or pass everywhere=True"
+        remedy = "put the call that builds it, such as a constructor, fit or train, there, or pass everywhere=True"
         warnings.warn(f"patch: no layer was built in the block; {remedy}", stacklevel=3)
 
 
@@ -183,9 +178,40 @@ def _restore() -> None:
     """Bind names to torch's classes again, except those that a running block replaces."""
     for bound in list(_BOUND):
         names, name, of_torch = bound
-        is_everywhere = names is not vars(nn)
-        if any(of_torch in each.wanted and each.everywhere >= is_everywhere for each in _RUNNING):
+        if any(of_torch in each.wanted and each.everywhere >= (names is not vars(nn)) for each in _RUNNING):
             continue
         _BOUND.remove(bound)
         if names.get(name) is OWN[of_torch]:
             names[name] = of_torch
+
+
+def _patch_of(kind: type) -> _Patch | None:
+    """Return the running block that builds layers in place of those of a class itself, or None."""
+    return next((each for each in reversed(_PATCHES.get()) if each in _RUNNING and kind in each.wanted), None)
+
+
+def _let_patches_build(own: Any) -> None:
+    """Let the constructor of one of our classes return what a block builds, and report it."""
+
+    @wraps(own.__init__)
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # Copies, and layers from files, are made without arguments.
+        patch = _patch_of(cls) if args or kwargs else None
+        if patch is None or not patch.wanted[cls]:
+            return super(own, cls).__new__(cls)
+        given = dict(zip(signature(LIKE[cls]).parameters, args, strict=False)) | kwargs
+        return patch.reported(LIKE[cls](**converted(given) | patch.wanted[cls]))
+
+    @wraps(own.__init__)
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super(own, self).__init__(*args, **kwargs)
+        if type(self) is own:
+            as_torchs(self)
+        if patch := _patch_of(type(self)):
+            patch.reported(self)
+
+    own.__new__, own.__init__ = staticmethod(new), init
+
+
+for _own in TORCHS:
+    _let_patches_build(_own)

@@ -15,12 +15,9 @@ from .interface import DropIn
 from .layers import GRULike, GRULikeCell, LSTMLike, LSTMLikeCell
 from .of_torch import OWN
 
-# Not by the names of torch.nn, which are other classes in a block of `patch`.
-LIKE: dict[type, type[DropIn]] = dict(zip(OWN, (GRULike, LSTMLike, GRULikeCell, LSTMLikeCell), strict=True))
-for _of_torch, _like in LIKE.items():
-    # So that a program in a block of `patch` takes our layers for those that it asked for.
-    OWN[_of_torch].register(_like)
-
+# For torch's classes and ours.
+_LIKE = GRULike, LSTMLike, GRULikeCell, LSTMLikeCell
+LIKE: dict[type, type[DropIn]] = dict(zip((*OWN, *OWN.values()), 2 * _LIKE, strict=True))
 _NO_CELL = "accelerate(model) computes the layers in less time, and cell='gru', 'mingru' or 'minlstm' names others"
 # The options for each class of torch that is replaced.
 Wanted = dict[type, dict[str, Any]]
@@ -50,9 +47,8 @@ def wanted(name: str, gru: bool, lstm: bool, cells: bool, num_layers: int | None
     kinds = [of_torch for of_torch in LIKE if flags[of_torch.__name__]]
     known = {of_torch: inspect.signature(LIKE[of_torch]).parameters for of_torch in kinds}
     names = [each.name for each in known[kinds[0]].values() if each.kind is each.KEYWORD_ONLY]
-    for option in options:
-        if option not in names:
-            raise TypeError(unknown_argument(name, option, ["num_layers", *names]))
+    if unknown := [option for option in options if option not in names]:
+        raise TypeError(unknown_argument(name, unknown[0], ["num_layers", *names]))
     if num_layers is not None:
         check_int(name, "num_layers", num_layers)
         options = {**options, "num_layers": num_layers}

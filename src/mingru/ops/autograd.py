@@ -216,6 +216,15 @@ apply: Callable[..., States] = super(torch.autograd.Function, Recurrence).apply
 apply_scan: Callable[..., States] = super(torch.autograd.Function, Scan).apply
 
 
+def transposed_(out: Tensor) -> Tensor:
+    """Transpose the output of a recurrence in place, which is no change of what its backward pass needs."""
+    node = out.grad_fn
+    out.transpose_(0, 1)
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        node.num_changes = out._version
+    return out
+
+
 def _again(name: str, backend: str, spec: Spec, time_first: bool, *tensors: Any) -> States:
     """Compute the same as a kernel by differentiable operations."""
     call = from_flat(spec, tensors, time_first)
