@@ -1,7 +1,8 @@
 """Build a program's recurrent layers from this library, while a block runs.
 
 In the block, each patched name of torch.nn is bound to the class of `mingru.drop_in` of this name, a subclass of
-torch's. If it is called while a patch with `cell` is active in the calling thread, it constructs a layer of another cell.
+torch's. If it is called while a patch with `cell` is active in the calling thread, it constructs a layer of another
+cell.
 """
 
 import sys
