@@ -36,7 +36,8 @@ constexpr auto num_cells = static_cast<int64_t>(std::size(cells));
   FLAG(has_reset) FLAG(has_dt) FLAG(has_recurrent) FLAG(has_recurrent_bias) FLAG(has_batch_sizes)                  \
   FLAG(has_lengths) FLAG(reverse) FLAG(time_first) FLAG(keep)                                                    \
   FLAG(rms_norm) FLAG(layer_norm) FLAG(output_gate) FLAG(keep_states)                                            \
-  FLAG(needs_dt) FLAG(needs_recurrent) FLAG(needs_x) FLAG(needs_weight) FLAG(needs_bias)
+  FLAG(needs_dt) FLAG(needs_recurrent) FLAG(needs_x) FLAG(needs_weight) FLAG(needs_bias)                          \
+  FLAG(bfloat16_products)
 enum class Flag { MINGRU_FLAGS(MINGRU_NAME) count };
 
 constexpr auto num_arguments = static_cast<size_t>(Argument::count);

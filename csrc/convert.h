@@ -27,7 +27,33 @@ MINGRU_INLINE auto with_type(Storage storage, const F& f) {
   return f(A());
 }
 
-// A bfloat16 is the upper half of a float. Compilers vectorize these loops, but not torch's conversions.
+template <class A>
+MINGRU_INLINE void convert(A* to, const A* from, int64_t count) {
+  std::memcpy(to, from, count * sizeof(A));
+}
+
+// A bfloat16 is the upper half of a float. All counts are multiples of `group`.
+#ifdef MINGRU_AVX512
+// Whole vectors, because a load waits for what two stores wrote.
+MINGRU_INLINE void convert(float* to, const BFloat16* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    _mm512_storeu_si512(to + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+}
+
+MINGRU_INLINE void convert(BFloat16* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 x = _mm512_loadu_ps(from + i);
+    const __m512i bits = _mm512_castps_si512(x), is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), is_odd);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i found = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(found, 16)));
+  }
+}
+#else
+// Compilers vectorize these loops, but not torch's conversions.
 MINGRU_INLINE void convert(float* to, const BFloat16* from, int64_t count) {
   MINGRU_LANES
   for (int64_t i = 0; i < count; ++i) to[i] = bit_cast<float>(uint32_t(from[i].x) << 16);
@@ -41,6 +67,7 @@ MINGRU_INLINE void convert(BFloat16* to, const float* from, int64_t count) {
     to[i].x = static_cast<uint16_t>(from[i] == from[i] ? rounded : 0x7fc0);
   }
 }
+#endif
 
 #if defined(MINGRU_AVX512) || defined(MINGRU_AVX2)
 MINGRU_INLINE void convert(float* to, const Half* from, int64_t count) {

@@ -9,6 +9,10 @@
 #ifdef MINGRU_X86
 #include <cpuid.h>
 #endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace mingru {
 
@@ -21,7 +25,21 @@ namespace {
 struct InstructionSet {
   const char* name;
   Kernels of_float, of_double;
+  const Tiles* tiles;  // null if operands of products are never rounded
 };
+
+// Whether this process may use AMX's products of bfloat16. Linux gives the memory of tiles only to processes that ask.
+[[maybe_unused]] bool has_amx() {
+#if defined(MINGRU_X86) && defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned bfloat16 = 1 << 22, tiles = 1 << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & bfloat16) == 0 || (d & tiles) == 0) return false;
+  constexpr long request = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
 // Those that this library and this processor have, the fastest last.
 std::vector<InstructionSet> sets_here() {
@@ -31,14 +49,19 @@ std::vector<InstructionSet> sets_here() {
   // Not by __builtin_cpu_supports, because clang before 19 and old versions of GCC do not know this name there.
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) return sets;
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return sets;
-  sets.push_back({"avx2", avx2::kernels<float>(), avx2::kernels<double>()});
+  sets.push_back({"avx2", avx2::kernels<float>(), avx2::kernels<double>(), nullptr});
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    sets.push_back({"avx512", avx512::kernels<float>(), avx2::kernels<double>()});
+    sets.push_back({"avx512", avx512::kernels<float>(), avx2::kernels<double>(), nullptr});
+    if (has_amx()) sets.push_back({"amx", sets.back().of_float, sets.back().of_double, sets.back().of_float.amx});
   }
 #else
-  sets.push_back({"baseline", baseline::kernels<float>(), baseline::kernels<double>()});
+  sets.push_back({"baseline", baseline::kernels<float>(), baseline::kernels<double>(), nullptr});
 #endif
+  // Slow, and with the bits of AMX: for tests.
+  InstructionSet emulated = sets.back();
+  emulated.name = "emulated", emulated.tiles = emulated.of_float.emulated;
+  sets.insert(sets.begin(), emulated);
   return sets;
 }
 
@@ -58,9 +81,13 @@ InstructionSet best_here() {
   return best;
 }
 
-const Kernels& kernels_of(Storage storage) {
+const InstructionSet& set_in_use() {
   static const InstructionSet best = best_here();
-  return storage == Storage::float64 ? best.of_double : best.of_float;
+  return best;
+}
+
+const Kernels& kernels_of(Storage storage) {
+  return storage == Storage::float64 ? set_in_use().of_double : set_in_use().of_float;
 }
 
 // With fewer, torch's product is faster.
@@ -211,7 +238,7 @@ void run_diagonal_blocks(const Scan& scan, const DiagonalBlocks& blocks, const P
   const Kernels& kernels = kernels_of(scan.storage);
   const int64_t batch = part.batch_end - part.batch_begin, threads = torch::stable::get_num_threads();
   const int64_t groups = blocks.is_wide() ? 1 : backward ? DiagonalBlocks::most_totals : ceil_div(threads, blocks.count);
-  const int64_t size = ceil_div(ceil_div(batch, groups), DiagonalBlocks::per_group) * DiagonalBlocks::per_group;
+  const int64_t size = ceil_div(ceil_div(batch, groups), blocks.per_group()) * blocks.per_group();
   const int64_t bytes = blocks.values_of_total() * (scan.storage == Storage::float64 ? 8 : 4);
   const int64_t least = ceil_div(values_per_thread, size * (part.end - part.begin) * blocks.padded);
   const auto run = [&](int64_t begin, int64_t end) {
@@ -233,10 +260,19 @@ void share_wide_block(
   });
 }
 
+const Tiles* tiles_in_use() { return set_in_use().tiles; }
+
 void pack_diagonal_blocks(const DiagonalBlocks& blocks, Storage storage, void* packed, bool is_transposed) {
   const Kernels& kernels = kernels_of(storage);
   for_each(blocks.count, blocks.num_gates * blocks.size * blocks.padded, [&](int64_t block) {
     kernels.pack_diagonal_block(blocks, packed, block, is_transposed);
+  });
+}
+
+void pack_input_weights(const InputWeights& weights, const DiagonalBlocks& blocks, void* packed) {
+  const Kernels& kernels = kernels_of(Storage::float32);
+  for_each(blocks.count, blocks.num_gates * blocks.padded * weights.num_x, [&](int64_t block) {
+    kernels.pack_input_weights(weights, blocks, packed, block);
   });
 }
 

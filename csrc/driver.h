@@ -28,8 +28,11 @@ void run_diagonal_blocks(const Scan& scan, const DiagonalBlocks& blocks, const P
 // The `parallel_for` of wide diagonal blocks.
 void share_wide_block(
     int64_t count, int64_t multiplications, void (*f)(const void*, int64_t, int64_t), const void* given);
+// What multiplies bfloat16 here, or null.
+const Tiles* tiles_in_use();
 // Copies the weights of all diagonal blocks as the kernels read them.
 void pack_diagonal_blocks(const DiagonalBlocks& blocks, Storage storage, void* packed, bool is_transposed);
+void pack_input_weights(const InputWeights& weights, const DiagonalBlocks& blocks, void* packed);
 
 // With more rows, torch's product is faster.
 constexpr int64_t most_few_rows = 8;
@@ -51,8 +54,8 @@ void normalize(const Normalization& of, bool is_backward);
 
 void convolve(const Convolution& of, bool is_backward);
 
-// The names of the instruction sets that this library and this processor have, the fastest last: "baseline", or "avx2" and
-// "avx512". The environment variable MINGRU_ISA chooses one.
+// The names of the instruction sets that this library and this processor have, the fastest last: "baseline", or "avx2",
+// "avx512" and "amx", and first "emulated", of AMX. The environment variable MINGRU_ISA chooses one.
 std::string instruction_sets();
 // The text that says from which sources the library was built.
 extern char built_from[];

@@ -39,7 +39,7 @@ struct Arguments {
   const Tensor& x;
   const Tensors&weights, &states, &initial_states, &resets, &times;
   const Tensor &code, &numbers;
-  const bool time_first;
+  const bool time_first, bfloat16_products;
 };
 
 class InferencePass : Arguments {
@@ -293,7 +293,8 @@ class InferencePass : Arguments {
       }
       const int64_t flags = bit(Flag::has_recurrent, is_gru) | bit(Flag::has_recurrent_bias, is_gru && has_bias) |
                             bit(Flag::has_reset, !resets.empty()) | bit(Flag::has_dt, !times.empty()) |
-                            bit(Flag::reverse, direction == 1) | bit(Flag::time_first, time_first);
+                            bit(Flag::reverse, direction == 1) | bit(Flag::time_first, time_first) |
+                            bit(Flag::bfloat16_products, bfloat16_products);
       const Tensor part = both ? torch::stable::narrow(out, 2, direction * features, features) : out;
       const Tensor last = layer_of(last_[state], index);
       const Call call{"inference", tensors, bits | flags, min_decay};
@@ -329,9 +330,11 @@ std::string names() {
 // `times` are empty, or have a tensor for each direction.
 std::tuple<Tensor, Tensors> inference(
     const Tensor& x, const Tensors& weights, const Tensors& states, const Tensors& initial_states,
-    const Tensors& resets, const Tensors& times, const Tensor& code, const Tensor& numbers, bool time_first) {
+    const Tensors& resets, const Tensors& times, const Tensor& code, const Tensor& numbers, bool time_first,
+    bool bfloat16_products) {
   try {
-    return InferencePass({x, weights, states, initial_states, resets, times, code, numbers, time_first})();
+    return InferencePass(
+        {x, weights, states, initial_states, resets, times, code, numbers, time_first, bfloat16_products})();
   } catch (const DoesNotFit&) {
     return {empty({0}, x), {}};
   }
@@ -344,4 +347,4 @@ MINGRU_OPERATOR(names, CompositeExplicitAutograd, "() -> str")
 MINGRU_OPERATOR(
     inference, CPU,
     "(Tensor x, Tensor[] weights, Tensor[] states, Tensor[] initial_states, Tensor[] resets, Tensor[] times, "
-    "Tensor code, Tensor numbers, bool time_first) -> (Tensor, Tensor[])")
+    "Tensor code, Tensor numbers, bool time_first, bool bfloat16_products) -> (Tensor, Tensor[])")

@@ -3,10 +3,10 @@
 
 #include "convert.h"
 #include "convolution.h"
+#include "diagonal_blocks.h"
 #include "lanes.h"
 #include "norm.h"
 #include "product.h"
-#include "recurrent_steps.h"
 #include "tiles.h"
 
 namespace mingru::MINGRU_ISA {
@@ -269,6 +269,7 @@ Kernels kernels() {
 #ifdef MINGRU_AVX512
   all.pack_panel = pack_panel, all.multiply_panel = multiply_panel;
 #endif
+  if constexpr (std::is_same_v<A, float>) all.pack_input_weights = pack_input_weights<A>, all.amx = &tiles_of<Amx>, all.emulated = &tiles_of<Emulated>;
   return all;
 }
 

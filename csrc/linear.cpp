@@ -91,13 +91,15 @@ Outputs mingru::linear_recurrence(
   scan.gated = scan.out = operands.sequence(*outputs.out);
   if (call.has(Flag::keep_states)) scan.out = operands.sequence(*outputs.states);
   scan.last = operands.state(*outputs.last, "the last state");
+  const bool is_in_steps = operands.map_in_steps();
   for (const Slice& slice : operands.slices(false)) {
     operands.enter(slice);
     if (slice.num_rows > 0) {
       const void* rows = operands.rows_of(slice);
-      char* pre_activations = operands.pre_activations_of(slice, kept, rows);
-      if (pre_activations != rows) operands.map(pre_activations, rows, slice);
-      operands.set_sequences(scan.inputs, pre_activations, slice, operands.num_columns);
+      char* pre_activations = is_in_steps && !kept ? nullptr : operands.pre_activations_of(slice, kept, rows);
+      if (is_in_steps) operands.set_sequences(&scan.x, static_cast<char*>(const_cast<void*>(rows)), slice, operands.num_features);
+      if (!is_in_steps && pre_activations != rows) operands.map(pre_activations, rows, slice);
+      operands.set_inputs(scan.inputs, pre_activations, slice);
       operands.set_sums(kept, slice);
     }
     operands.run_part(slice.part, false);
@@ -170,10 +172,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     const void* rows = !kept || needs_weight || operands.has_norm ? operands.rows_of(slice) : nullptr;
     char* pre = operands.pre_activations_of(slice, kept);
     if (!kept) operands.map(pre, rows, slice);
-    operands.set_sequences(scan.inputs, pre, slice, columns);
+    operands.set_inputs(scan.inputs, pre, slice);
     operands.set_sums(kept, slice);
     const auto run = [&](void* grads) {
-      operands.set_sequences(scan.grad_inputs, static_cast<char*>(grads), slice, columns);
+      operands.set_inputs(scan.grad_inputs, static_cast<char*>(grads), slice);
       operands.run_part(slice.part, true);
     };
     if (!weight && needs_x) {

@@ -54,7 +54,7 @@ class LinearOperands : public Operands {
         time_major_(is_packed() || (!has_lengths() && call.has(Flag::time_first) != is_transposed_)),
         eps_(eps),
         x_(in_memory_order(x)) {
-    if (call.cell() >= Cell::gru) recurrent_.emplace(call, h, scan.num_features);
+    if (call.cell() >= Cell::gru) recurrent_.emplace(call, h, scan);
     // The scan adds a bias of float32 or float64, unless the cell is timed or has recurrent weights, or the product adds
     // it at no cost.
     if (bias && (weight.element_size() < 4 || recurrent_ || scan.dt.data || scan.log_bound < 0 || is_in_tiles())) {
@@ -69,6 +69,14 @@ class LinearOperands : public Operands {
 
   void run_part(const Part& part, bool is_backward) {
     recurrent_ ? recurrent_->run_blocks(scan, part, is_backward) : Operands::run_part(part, is_backward);
+  }
+
+  // Lets the steps of a forward pass compute the linear map, if that takes less time. Returns whether they do.
+  bool map_in_steps() {
+    if (!has_map || !recurrent_ || !recurrent_->is_rounded()) return false;
+    scan.num_x = num_features;
+    recurrent_->add_map({scan.storage, weight.data_ptr(), num_features}, bias_);
+    return true;
   }
 
   // The gradients of the recurrent weights and their bias; empty without them.
@@ -135,6 +143,11 @@ class LinearOperands : public Operands {
     return static_cast<char*>(pre_activations_scratch_.at_least(bytes_of_columns(slice.num_rows)));
   }
 
+  // Sets the inputs of the cell, or their gradients.
+  void set_inputs(Sequence* inputs, char* data, const Slice& slice) const {
+    set_sequences(inputs, data, slice, num_columns, num_columns / scan.num_features);
+  }
+
   // The linear map of a slice's rows, or a copy, because backward writes into it.
   void map(void* out, const void* rows, const Slice& slice) const {
     if (!has_map) return static_cast<void>(std::memcpy(out, rows, slice.num_rows * row_bytes()));
@@ -151,12 +164,12 @@ class LinearOperands : public Operands {
     set_sequences(&scan.sums, kept + bytes_of_columns(num_rows()) + slice.row * bytes, slice, scan.num_features);
   }
 
-  // Sets `sequences` to the inputs of the cell, which are side by side in the matrix of a slice, of so many columns.
-  void set_sequences(Sequence* sequences, char* data, const Slice& slice, int64_t stride) const {
+  // Sets so many sequences, which are side by side in the matrix of a slice, of `stride` columns.
+  void set_sequences(Sequence* sequences, char* data, const Slice& slice, int64_t stride, int64_t count = 1) const {
     const int64_t part = scan.num_features * x_.element_size();
     const int64_t step_stride = time_major_ && !is_packed() ? scan.num_batch * stride : stride;
     const int64_t skipped = time_major_ ? slice.row * stride : 0;
-    for (int64_t k = 0; k < stride / scan.num_features; ++k) {
+    for (int64_t k = 0; k < count; ++k) {
       sequences[k] = {data + k * part, stride, step_stride, skipped, time_major_ ? nullptr : row_of_.data()};
     }
   }

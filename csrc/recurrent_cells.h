@@ -3,6 +3,7 @@
 #pragma once
 
 #include "lanes.h"
+#include "product.h"
 
 namespace mingru::MINGRU_ISA {
 
@@ -21,11 +22,73 @@ MINGRU_INLINE Fraction<A> from_signed(A x) {
   return {is_rest ? large : small, is_rest ? small : large};
 }
 
-// A group of values of a step: the inputs of the cell, which `activate` replaces by what backward needs, and one value more.
+#ifdef __GNUC__
+// Functions of vectors for steps whose products are bfloat16, of which they would take most of the time: with absolute
+// errors of 1e-7, and relative ones of the logistic function and its rest. NaN stays NaN.
+using Floats = Vector<float>;
+typedef int32_t Ints __attribute__((vector_size(register_bytes)));
+
+MINGRU_INLINE Floats get(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+MINGRU_INLINE void set(float* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
+
+// The nearest number from -most to most. Larger powers would be subnormal, or their products.
+MINGRU_INLINE Floats bounded(Floats x, float most) {
+#ifdef MINGRU_AVX512
+  return _mm512_max_ps(_mm512_set1_ps(-most), _mm512_min_ps(_mm512_set1_ps(most), x));
+#else
+  const Floats high = Floats{} + most;
+  x = x > high ? high : x;
+  return x < -high ? -high : x;
+#endif
+}
+
+// exp(scale x)
+MINGRU_INLINE Floats fast_power(Floats x, float scale) {
+  using F = Format<float>;
+  x = bounded(x, 60 / (scale < 0 ? -scale : scale));
+  const float factor = 1.44269504f * scale;
+  const Floats shifted = x * factor + F::rounder, f = x * factor - (shifted - F::rounder), f2 = f * f;
+  const Floats low = 6.931472028550421e-1f * f + 1.0f, middle = 5.550332471162809e-2f * f + 2.402264791363012e-1f;
+  const Floats high = (1.339887440266574e-3f * f + 9.618437357674640e-3f) + 1.535336188319500e-4f * f2;
+  const Floats power = low + f2 * (middle + f2 * high);
+  return (Floats)((Ints)power + ((Ints)shifted << F::mantissa_bits));
+}
+
+// 1 / x of a normal number above 0. A division takes as long as 16 other operations.
+MINGRU_INLINE Floats fast_inverse(Floats x) {
+#ifdef MINGRU_AVX512
+  const Floats y = _mm512_rcp14_ps(x);
+#else
+  const Floats guess = (Floats)(0x7ef311c7 - (Ints)x), far = 1.0f - x * guess;  // up to 12 % off
+  const Floats y = guess + guess * (far + far * far);
+#endif
+  return y + y * (1.0f - x * y);
+}
+
+// A logistic function, and its rest.
+struct Gate {
+  Floats value, rest;
+};
+
+MINGRU_INLINE Gate gate(Floats x) {
+  const Floats power = fast_power(x, -1), value = fast_inverse(power + 1.0f);
+  return {value, power * value};
+}
+
+MINGRU_INLINE Floats fast_tanh(Floats x) { return 2.0f * fast_inverse(fast_power(x, -2) + 1.0f) - 1.0f; }
+
+MINGRU_INLINE Floats as_signed(const Gate& gate) { return gate.value > gate.rest ? -gate.rest : gate.value; }
+#endif
+
+// A group of values of a step: the inputs of the cell, and what backward needs in their place, and one value more.
 template <class A, int num_gates>
 struct StepValues {
   alignas(64) A copies[num_gates + 1][group];
-  A* lanes[num_gates + 1];
+  A *lanes[num_gates + 1], *kept[num_gates + 1];
 };
 
 // Inputs: reset gate r, update gate z and candidate c. Kept: the gates and the candidate, and the candidate's sum, which
@@ -34,18 +97,31 @@ struct GRUCell {
   static constexpr int num_gates = 3, num_states = 1;
 
   // Sets a group of the next state. `sums` are the products of the previous state, `padded` values from gate to gate.
-  template <bool is_kept, class A>
+  template <bool is_kept, bool is_rounded, class A>
   MINGRU_INLINE void activate(
       const StepValues<A, num_gates>& values, A* next, const A* state, A*, const A* sums, int64_t padded, const A* biases) {
     const A *r_sum = sums, *z_sum = r_sum + padded, *c_sum = z_sum + padded;
-    A *r = values.lanes[0], *z = values.lanes[1], *c = values.lanes[2], *kept_sum = values.lanes[3];
+    const A *r = values.lanes[0], *z = values.lanes[1], *c = values.lanes[2];
+    A *const* kept = values.kept;
+    if constexpr (is_rounded) {
+      for (int64_t i = 0; i < group; i += per_register<A>) {
+        const Gate open = gate(get(r + i) + get(r_sum + i)), keep = gate(get(z + i) + get(z_sum + i));
+        const Floats sum = get(c_sum + i) + get(biases + i), candidate = fast_tanh(get(c + i) + open.value * sum);
+        set(next + i, keep.value * get(state + i) + keep.rest * candidate);
+        if constexpr (is_kept) {
+          set(kept[0] + i, as_signed(open)), set(kept[1] + i, as_signed(keep));
+          set(kept[2] + i, candidate), set(kept[3] + i, sum);
+        }
+      }
+      return;
+    }
     MINGRU_LANES
     for (int64_t i = 0; i < group; ++i) {
       AtOnce at_once;
       const Fraction<A> open = logistic(r[i] + r_sum[i], at_once), keep = logistic(z[i] + z_sum[i], at_once);
       const A sum = c_sum[i] + biases[i], candidate = Tanh().of(c[i] + open.value * sum, at_once).value;
       next[i] = next_state(keep, state[i], keep.rest * candidate);
-      if constexpr (is_kept) r[i] = as_signed(open), z[i] = as_signed(keep), c[i] = candidate, kept_sum[i] = sum;
+      if constexpr (is_kept) kept[0][i] = as_signed(open), kept[1][i] = as_signed(keep), kept[2][i] = candidate, kept[3][i] = sum;
     }
   }
 
@@ -76,11 +152,27 @@ struct GRUCell {
 struct LSTMCell {
   static constexpr int num_gates = 4, num_states = 2;
 
-  template <bool is_kept, class A>
+  template <bool is_kept, bool is_rounded, class A>
   MINGRU_INLINE void activate(
       const StepValues<A, num_gates>& values, A* next, const A*, A* cell, const A* sums, int64_t padded, const A*) {
     const A *i_sum = sums, *f_sum = i_sum + padded, *g_sum = f_sum + padded, *o_sum = g_sum + padded;
-    A *i = values.lanes[0], *f = values.lanes[1], *g = values.lanes[2], *o = values.lanes[3], *kept = values.lanes[4];
+    const A *i = values.lanes[0], *f = values.lanes[1], *g = values.lanes[2], *o = values.lanes[3];
+    A *const* kept = values.kept;
+    if constexpr (is_rounded) {
+      for (int64_t k = 0; k < group; k += per_register<A>) {
+        const Gate in = gate(get(i + k) + get(i_sum + k)), keep = gate(get(f + k) + get(f_sum + k));
+        const Gate out = gate(get(o + k) + get(o_sum + k));
+        const Floats candidate = fast_tanh(get(g + k) + get(g_sum + k)), before = get(cell + k);
+        const Floats after = keep.value * before + in.value * candidate;
+        set(next + k, out.value * fast_tanh(after));
+        set(cell + k, after);
+        if constexpr (is_kept) {
+          set(kept[0] + k, as_signed(in)), set(kept[1] + k, as_signed(keep)), set(kept[2] + k, candidate);
+          set(kept[3] + k, as_signed(out)), set(kept[4] + k, before);
+        }
+      }
+      return;
+    }
     MINGRU_LANES
     for (int64_t k = 0; k < group; ++k) {
       const A i_x = i[k] + i_sum[k], f_x = f[k] + f_sum[k], g_x = g[k] + g_sum[k], o_x = o[k] + o_sum[k];
@@ -98,7 +190,8 @@ struct LSTMCell {
       next[k] = out.value * Tanh::by(after, c_p, of_c).value;
       cell[k] = after;
       if constexpr (is_kept) {
-        i[k] = as_signed(in), f[k] = as_signed(keep), g[k] = candidate, o[k] = as_signed(out), kept[k] = before;
+        kept[0][k] = as_signed(in), kept[1][k] = as_signed(keep), kept[2][k] = candidate, kept[3][k] = as_signed(out);
+        kept[4][k] = before;
       }
     }
   }

@@ -1,62 +1,21 @@
 // The loops over the steps of a GRU or an LSTM, whose features see each other in blocks, or all: the diagonal blocks of its
-// recurrent weights. A task has one block of features, of some batch elements; the features are lanes, and each weight is
-// loaded once for all batch elements whose sums are in registers.
+// recurrent weights. A task has one block of features, of some batch elements.
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <utility>
 
-#include "product.h"
 #include "recurrent_cells.h"
-#include "tiles.h"
+#include "register_products.h"
+#include "tile_products.h"
 
 namespace mingru::MINGRU_ISA {
 
-// Copies columns as tiles.h does, for other numbers and processors. A line of the cache is read at once.
-template <class A>
-static void pack_lanes(const A* from, int64_t stride, int64_t count, int64_t depth, A* to, int64_t to_stride) {
-  for (int64_t first = 0; first < depth; first += 16) {
-    for (int64_t i = 0; i < per_register<A>; ++i) {
-      for (int64_t k = first; k < least_of(first + 16, depth); ++k) {
-        to[k * to_stride + i] = i < count ? from[i * stride + k] : A(0);
-      }
-    }
-  }
-}
-
-// The gates whose sums are in registers together: all of a GRU, two of an LSTM, because fewer rows of four would be slower.
-constexpr int gates_together(int64_t num_gates) { return num_gates % most_vectors == 0 ? most_vectors : 2; }
-
-// Copies the weights of a block in this order: (padded / lanes, gates / together, size, together, lanes), where a vector has
-// the weights from one feature to some. Transposed, from some features to one, (padded / (lanes vectors), gates, size,
-// vectors, lanes).
-template <class A>
-static void pack_diagonal_block(const DiagonalBlocks& blocks, void* packed, int64_t block, bool is_transposed) {
-  constexpr int64_t lanes = per_register<A>;
-  const int64_t size = blocks.size, padded = blocks.padded, num_gates = blocks.num_gates;
-  A* to = static_cast<A*>(packed) + block * num_gates * size * padded;
-  const A* weights = static_cast<const A*>(blocks.given) + block * size * size;
-  const int64_t gate_stride = blocks.count * size * size;
-  for (int64_t lane = 0; is_transposed && lane < padded; lane += most_vectors * lanes) {
-    const int64_t width = least_of(most_vectors * lanes, padded - lane), count = least_of(width, size - lane);
-    for (int64_t row = 0; row < num_gates * size; ++row, to += width) {
-      const A* from = weights + row / size * gate_stride + row % size * size + lane;
-      for (int64_t i = 0; i < width; ++i) to[i] = i < count ? from[i] : A(0);
-    }
-  }
-  for (int64_t lane = 0; !is_transposed && lane < padded; lane += lanes) {
-    const int64_t count = least_of(lanes, size - lane), together = gates_together(num_gates);
-    for (int64_t gate = 0; gate < num_gates; ++gate) {
-      const A* from = weights + gate * gate_stride + lane * size;
-      pack_lanes(from, size, count, size, to + gate % together * lanes, together * lanes);
-      if (gate % together == together - 1) to += size * together * lanes;
-    }
-  }
-}
-
-template <class T, class Cell>
+template <class T, class Cell, class Products>
 class RecurrentSteps {
   using A = Accumulated<T>;
+  using Operand = typename Products::Operand;
 
  public:
   // Of the batch elements [begin, end).
@@ -72,7 +31,8 @@ class RecurrentSteps {
         together_(end - begin),
         begin_(part.begin),
         is_backward_(is_backward),
-        is_first_(scan.reverse == is_backward ? part.begin == 0 : part.end == scan.num_steps) {
+        is_first_(scan.reverse == is_backward ? part.begin == 0 : part.end == scan.num_steps),
+        multiplier_(scan, blocks, block, end - begin) {
     for (int64_t n = 0; n < together_; ++n) {
       lengths_[n] = scan.lengths ? scan.lengths[batch_ + n] : scan.num_steps;
       ends_[n] = least_of(part.end, lengths_[n]);
@@ -80,28 +40,57 @@ class RecurrentSteps {
     }
     if (is_backward && blocks.rows_together() > 2 * together_) chunk_ = blocks.rows_together() / together_;
     chunk_ = least_of(chunk_, count_);
-    const int64_t rows = chunk_ * together_;
-    const int64_t count = num_states * together_ + rows * (1 + num_gates);
-    memory_.reset(new Line[ceil_div(count * padded_ * sizeof(A), sizeof(Line))]);
+    const int64_t rows = chunk_ * together_, held = multiplier_.rows_in_memory(together_), all = multiplier_.rows_in_memory(rows);
+    const bool has_products = !is_rounded || !is_backward || !scan.sums.data;
+    const int64_t of_products = has_products ? all * product_stride_ : 0;
+    const int64_t of_states = is_rounded && has_products ? all * state_stride_ : 0;
+    const int64_t of_gradients = is_rounded && is_backward ? all * gradient_stride_ : 0;
+    const int64_t values = (num_states * held + all) * padded_ + of_products;
+    const int64_t of_scratch = is_backward ? Products::scratch_size(blocks, rows) : held * input_stride_;
+    const int64_t operands = 2 * of_states + of_gradients + of_scratch;
+    memory_.reset(new Line[ceil_div(values * sizeof(A) + operands * sizeof(Operand), sizeof(Line))]);
     states_ = reinterpret_cast<A*>(memory_.get());
-    cells_ = states_ + (num_states - 1) * together_ * padded_;
-    others_ = cells_ + together_ * padded_;
-    products_ = others_ + rows * padded_;
+    cells_ = states_ + (num_states - 1) * held * padded_;
+    others_ = cells_ + held * padded_;
+    products_ = others_ + all * padded_;
+    if constexpr (is_rounded) {
+      rounded_ = reinterpret_cast<Operand*>(products_ + of_products);
+      next_rounded_ = rounded_ + of_states;
+      gradients_ = next_rounded_ + of_states;
+      // What follows the last number of a row must be 0.
+      std::memset(rounded_, 0, operands * sizeof(Operand));
+    } else {
+      gradients_ = products_;
+    }
+    scratch_ = gradients_ + of_gradients;
     for (int64_t n = 0; n < together_; ++n) set_states(is_first_ ? (is_backward ? scan.grad_last : scan.h) : end_of_pass(), n);
   }
 
   void forward() {
+    [[maybe_unused]] const std::optional<Use> use = use_alone();
+    for (int64_t n = 0; n < together_; ++n) round_state(n);
     for (int64_t done = 0; done < count_; ++done) {
       go_to(done);
       for (int64_t n = 0; n < together_; ++n) {
-        if (is_reset(n, done)) set_states(scan_.initial_state, n);
+        if (is_mapped()) round_x(n);
+        if (!is_reset(n, done)) continue;
+        set_states(scan_.initial_state, n);
+        round_state(n);
       }
-      each(padded_ / group, together_ * num_gates * group * size_, [&](int64_t begin, int64_t end) {
+      each(padded_ / group, multiplier_.rows_to_wait_for(together_) * num_gates * group * size_, [&](int64_t begin, int64_t end) {
+        const int64_t lanes = multiplier_.lanes_at_once(false), first = begin * group, last = end * group;
         // Each step begins with the weights that the one before read last, which are still in the cache.
-        multiply_states(states_, together_, begin * group, end * group, done % 2 != 0);
-        scan_.sums.data ? advance<true>(begin * group, end * group) : advance<false>(begin * group, end * group);
+        const bool is_reversed = done % 2 != 0;
+        for (int64_t own = first; own < last; own += lanes) {
+          const int64_t width = least_of(lanes, last - own), from = is_reversed ? first + last - own - width : own, to = from + width;
+          const Operand* const x = is_mapped() ? scratch_ : nullptr;
+          multiplier_.multiply_states(
+              states_to_multiply(), together_, products_, product_stride_, from, to, is_reversed, x, scan_.num_x);
+          scan_.sums.data ? advance<true>(from, to) : advance<false>(from, to);
+        }
       });
       std::swap(states_, others_);
+      std::swap(rounded_, next_rounded_);
     }
     finish();
   }
@@ -110,18 +99,23 @@ class RecurrentSteps {
   void backward(A* totals) {
     for (int64_t first = 0; first < count_; first += chunk_) {
       const int64_t steps = least_of(chunk_, count_ - first), rows = steps * together_;
+      std::optional<Use> use = use_alone();
       each(rows, padded_, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) read_previous(i % together_, first + i / together_, others_ + i * padded_);
+        for (int64_t i = begin; i < end; ++i) {
+          read_previous(i % together_, first + i / together_, others_ + i * padded_);
+          if (!scan_.sums.data) round_row(rounded_, others_, i, 0, padded_);
+        }
       });
       if (!scan_.sums.data) {
         each(padded_ / group, rows * num_gates * group * size_, [&](int64_t begin, int64_t end) {
-          multiply_states(others_, rows, begin * group, end * group, false);
+          const Operand* previous = is_rounded ? rounded_ : reinterpret_cast<Operand*>(others_);
+          multiplier_.multiply_states(previous, rows, products_, product_stride_, begin * group, end * group, false);
         });
       }
       // The products of a step need all lanes of its gradients, but the gradients of the step before only their own.
-      constexpr int64_t lanes = most_vectors * group;
+      const int64_t lanes = multiplier_.lanes_at_once(true);
       for (int64_t step = 0; step <= steps; ++step) {
-        const int64_t multiplications = step == 0 ? lanes : together_ * num_gates * lanes * size_;
+        const int64_t multiplications = step == 0 ? lanes : multiplier_.rows_to_wait_for(together_) * num_gates * lanes * size_;
         if (step < steps) go_to(first + step);
         each(ceil_div(padded_, lanes), multiplications, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
@@ -133,6 +127,7 @@ class RecurrentSteps {
           }
         });
       }
+      use.reset();
       if (totals) add_to(totals, rows);
     }
     finish();
@@ -140,24 +135,59 @@ class RecurrentSteps {
 
  private:
   static constexpr int num_gates = Cell::num_gates, num_states = Cell::num_states;
+  static constexpr bool is_rounded = Products::is_rounded;
   using Values = StepValues<A, num_gates>;
+  using Use = typename Products::Use;
 
   // Where a sequence has its values of the present step, in numbers after the first of the block. All inputs, and their
   // gradients, have equal places.
   struct Place {
     bool exists, has_next;
-    int64_t input, next_input, out, sum, next_sum, grad_out;
+    int64_t input, next_input, out, sum, next_sum, grad_out, next_grad_out, x;
   };
 
   // Calls f with ranges of [0, count), by several threads if there are enough multiplications.
   template <class F>
   void each(int64_t count, int64_t multiplications, const F& f) const {
     if (!blocks_.parallel_for) return f(0, count);
-    const auto call = [](const void* given, int64_t begin, int64_t end) { (*static_cast<const F*>(given))(begin, end); };
-    blocks_.parallel_for(count, multiplications, call, &f);
+    const auto run = [&](int64_t begin, int64_t end) {
+      const Use use(multiplier_);
+      f(begin, end);
+    };
+    const auto call = [](const void* given, int64_t begin, int64_t end) {
+      (*static_cast<const decltype(run)*>(given))(begin, end);
+    };
+    blocks_.parallel_for(count, ceil_div(multiplications, Products::multiplications_at_once), call, &run);
   }
 
-  A* products_of(int64_t row) const { return products_ + row * num_gates * padded_; }
+  std::optional<Use> use_alone() const {
+    return blocks_.parallel_for ? std::optional<Use>() : std::optional<Use>(std::in_place, multiplier_);
+  }
+
+  A* products_of(int64_t row) const { return products_ + row * product_stride_; }
+  Operand* gradients_of(int64_t row) const { return gradients_ + row * gradient_stride_; }
+  const Operand* states_to_multiply() const {
+    if constexpr (is_rounded) return rounded_;
+    else return states_;
+  }
+
+  // Rounds features of a row to operands, if these are apart.
+  MINGRU_INLINE_MEMBER void round_row(Operand* to, const A* from, int64_t row, int64_t begin, int64_t end) const {
+    if constexpr (is_rounded) convert(to + row * state_stride_ + begin, from + row * padded_ + begin, end - begin);
+  }
+  void round_state(int64_t n) const { round_row(rounded_, states_, n, 0, padded_); }
+
+  // Whether the steps compute the linear map too, of rows of x that are rounded to the memory of operands.
+  bool is_mapped() const { return is_rounded && input_stride_ > 0 && !is_backward_; }
+  void round_x(int64_t n) const {
+    if constexpr (is_rounded) {
+      Operand* const to = scratch_ + n * input_stride_;
+      const T* const from = data(scan_.x) + places_[n].x;
+      for (int64_t i = 0; places_[n].exists && i < scan_.num_x; i += group) round_few<group>(to + i, from + i, scan_.num_x - i);
+    }
+  }
+
+
   const A* biases_at(int64_t lane) const { return static_cast<const A*>(blocks_.biases) + block_ * padded_ + lane; }
 
   bool exists(int64_t n, int64_t done) const { return begin_ + done < ends_[n]; }
@@ -185,10 +215,12 @@ class RecurrentSteps {
       if (!at.exists) continue;
       const int64_t position = position_of(n, done);
       at.input = index(scan_.inputs[0], n, position), at.out = index(scan_.out, n, position);
+      if (is_mapped()) at.x = scan_.x.index(batch_ + n, position);
       if (at.has_next) at.next_input = index(scan_.inputs[0], n, position_of(n, done + 1));
       if (scan_.sums.data) at.sum = index(scan_.sums, n, position);
       if (scan_.sums.data && at.has_next) at.next_sum = index(scan_.sums, n, position_of(n, done + 1));
       if (is_backward_) at.grad_out = index(scan_.grad_out, n, position);
+      if (is_backward_ && at.has_next) at.next_grad_out = index(scan_.grad_out, n, position_of(n, done + 1));
     }
   }
 
@@ -201,6 +233,8 @@ class RecurrentSteps {
   A* carried_of(int64_t n, int index) const { return (index == 0 ? states_ : cells_) + n * padded_; }
   void copy(A* to, const void* states, int64_t n, int index = 0) const {
     std::memcpy(to, state_of(states, n, index), size_ * sizeof(A));
+    // In tiles, what follows is multiplied by 0.
+    if (is_rounded) std::memset(to + size_, 0, (padded_ - size_) * sizeof(A));
   }
   void set_states(const void* states, int64_t n) const {
     for (int k = 0; k < num_states; ++k) copy(carried_of(n, k), states, n, k);
@@ -214,75 +248,29 @@ class RecurrentSteps {
   // A group of lanes of a row: in its place, or if it is shorter or of another type, in `copy`.
   MINGRU_INLINE_MEMBER A* place(A* copy, T* row, int64_t lane) const {
     if constexpr (std::is_same_v<T, A>) {
-      if (lane + group <= size_) return row + lane;
+      if (is_whole(lane)) return row + lane;
     }
     return copy;
   }
+  bool is_whole(int64_t lane) const { return lane + group <= size_; }
 
   // The same with what the row has, and 0 after the last feature of the block.
   MINGRU_INLINE_MEMBER A* get(A* copy, T* row, int64_t lane) const {
     A* const lanes = place(copy, row, lane);
-    if (lanes == copy) load(copy, Rows<const T>{row + lane, 0}, 1, least_of(size_ - lane, group));
-    return lanes;
+    if (lanes != copy) return lanes;
+    is_whole(lane) ? convert(copy, row + lane, group) : load(copy, Rows<const T>{row + lane, 0}, 1, size_ - lane);
+    return copy;
   }
 
   // Writes lanes that may be in their place.
   MINGRU_INLINE_MEMBER void put(T* row, const A* lanes, int64_t lane) const {
-    A* const to = place(nullptr, row, lane);
-    if (!to) return store(Rows<T>{row + lane, 0}, lanes, 1, least_of(size_ - lane, group));
-    if (to != lanes) std::memcpy(to, lanes, group * sizeof(A));
-  }
-
-  // The products of rows of states, (rows, padded), for some features of each gate, the last first if it `is_reversed`.
-  void multiply_states(const A* from, int64_t rows, int64_t begin, int64_t end, bool is_reversed) const {
-    if (!blocks_.weights) {
-      const int64_t gate_stride = blocks_.count * size_ * size_;
-      const int64_t last = least_of(end, size_);
-      const A* weights = static_cast<const A*>(blocks_.given) + block_ * size_ * size_;
-      for (int64_t gate = 0; gate < num_gates; ++gate) {
-        const Product product{
-            scan_.storage, from, weights + gate * gate_stride, nullptr, products_ + gate * padded_, rows,
-            num_gates * padded_, size_, padded_};
-        multiply_few_rows<A>(product, begin, last);
-        for (int64_t row = 0; row < rows; ++row) {
-          std::memset(products_of(row) + gate * padded_ + last, 0, (end - last) * sizeof(A));
-        }
-      }
-      return;
-    }
-    const A* weights = static_cast<const A*>(blocks_.weights) + block_ * num_gates * size_ * padded_;
-    constexpr int64_t lanes = per_register<A>;
-    constexpr int together = gates_together(num_gates);
-    RegisterProduct<A> product{from, padded_, 1, 0, nullptr, together * lanes, 0, size_, nullptr, num_gates * padded_,
-                               padded_, false};
-    for (int64_t own = begin; own < end; own += lanes) {
-      const int64_t lane = is_reversed ? begin + end - lanes - own : own;
-      for (int gate = 0; gate < num_gates; gate += together) {
-        product.right = weights + (lane * num_gates + gate * lanes) * size_;
-        product.out = products_ + gate * padded_ + lane;
-        multiply_in_registers<A, 1, together>(product, rows, together);
-      }
-    }
+    if (!is_whole(lane)) return store(Rows<T>{row + lane, 0}, lanes, 1, size_ - lane);
+    if (place(nullptr, row, lane) != lanes) convert(row + lane, lanes, group);
   }
 
   // Adds the products of a step's gradients with the transposed weights to the gradients that are carried.
   void pass_back(int64_t first, int64_t step, int64_t lane, int64_t last) const {
-    const A* weights = static_cast<const A*>(blocks_.transposed);
-    RegisterProduct<A> product{products_of(step * together_), num_gates * padded_, 1, padded_, nullptr, 0, 0, size_, nullptr,
-                               padded_, per_register<A>, true};
-    for (int64_t own = lane; own < last; own += most_vectors * per_register<A>) {
-      const int64_t width = least_of(most_vectors * per_register<A>, last - own);
-      product.right = weights + (block_ * padded_ + own) * num_gates * size_;
-      product.right_stride = width;
-      product.right_part_stride = size_ * width;
-      if (!weights) {
-        product.right = static_cast<const A*>(blocks_.given) + block_ * size_ * size_ + own;
-        product.right_stride = size_;
-        product.right_part_stride = blocks_.count * size_ * size_;
-      }
-      product.out = states_ + own;
-      multiply_in_registers<A, num_gates>(product, together_, width / per_register<A>);
-    }
+    multiplier_.pass_back(gradients_of(step * together_), together_, states_, lane, last);
     for (int64_t n = 0; n < together_; ++n) {
       if (!is_reset(n, first + step)) continue;
       for (int k = 0; k < num_states; ++k) {
@@ -295,37 +283,62 @@ class RecurrentSteps {
     }
   }
 
-  // In the places of the inputs and the sum, or in copies.
-  MINGRU_INLINE_MEMBER void read(Values& values, const Place& at, int64_t lane) const {
+  // In the places of the inputs and the sum, or in copies. Inputs that the steps compute are in the products, but for the
+  // biases, and apart that of the candidate of a GRU.
+  MINGRU_INLINE_MEMBER void read(
+      Values& values, const Place& at, int64_t lane, const A* biases = nullptr, const A* apart = nullptr) const {
+    if (biases) {
+      for (int k = 0; k < num_gates; ++k) values.lanes[k] = const_cast<A*>(biases) + k * padded_;
+      for (int k = 0; k <= num_gates; ++k) values.kept[k] = values.copies[k];
+      if (num_states > 1) return;
+      A* const sum = values.lanes[num_gates - 1] = values.copies[num_gates];
+      MINGRU_LANES
+      for (int64_t i = 0; i < group; ++i) sum[i] = biases[(num_gates - 1) * padded_ + i] + apart[i];
+      return;
+    }
     for (int k = 0; k < num_gates; ++k) {
-      values.lanes[k] = get(values.copies[k], data(scan_.inputs[k]) + at.input, lane);
+      values.kept[k] = values.lanes[k] = get(values.copies[k], data(scan_.inputs[k]) + at.input, lane);
       // Steps are farther from each other than processors look ahead.
       if (at.has_next) MINGRU_PREFETCH(data(scan_.inputs[k]) + at.next_input + lane);
     }
     A* const copy = values.copies[num_gates];
     if (scan_.sums.data && at.has_next) MINGRU_PREFETCH(data(scan_.sums) + at.next_sum + lane);
-    values.lanes[num_gates] = scan_.sums.data ? get(copy, data(scan_.sums) + at.sum, lane) : copy;
+    A* const sum = scan_.sums.data ? get(copy, data(scan_.sums) + at.sum, lane) : copy;
+    values.kept[num_gates] = values.lanes[num_gates] = sum;
   }
 
   // Computes features of the next states.
   template <bool is_kept>
   void advance(int64_t begin, int64_t end) const {
+    // Not read again from the object after each value that is written.
+    const int64_t padded = padded_, size = size_, of_candidate = num_gates * padded;
+    const auto* const of_x = static_cast<const A*>(blocks_.input_biases) + block_ * num_gates * padded;
+    const bool has_x = is_mapped();
     for (int64_t n = 0; n < together_; ++n) {
       const Place& at = places_[n];
-      const A* state = states_ + n * padded_;
-      A* next = others_ + n * padded_;
+      const A* const state = states_ + n * padded;
+      A *const next = others_ + n * padded, *const cell = cells_ + n * padded;
       if (!at.exists) {
         std::memcpy(next + begin, state + begin, (end - begin) * sizeof(A));
+        round_row(next_rounded_, others_, n, begin, end);
         continue;
       }
+      const A *const products = products_of(n), *const biases = biases_at(0);
+      Operand* const rounded = next_rounded_ + n * state_stride_;
+      T* const out = data(scan_.out) + at.out;
       for (int64_t lane = begin; lane < end; lane += group) {
         Values values;
-        read(values, at, lane);
-        A* const cell = cells_ + n * padded_ + lane;
-        Cell::template activate<is_kept>(values, next + lane, state + lane, cell, products_of(n) + lane, padded_, biases_at(lane));
-        put(data(scan_.out) + at.out, next + lane, lane);
-        for (int k = 0; is_kept && k < num_gates; ++k) put(data(scan_.inputs[k]) + at.input, values.lanes[k], lane);
-        if (is_kept) put(data(scan_.sums) + at.sum, values.lanes[num_gates], lane);
+        read(values, at, lane, has_x ? of_x + lane : nullptr, products + of_candidate + lane);
+        Cell::template activate<is_kept, is_rounded>(
+            values, next + lane, state + lane, cell + lane, products + lane, padded, biases + lane);
+        if constexpr (is_rounded) convert(rounded + lane, next + lane, group);
+        if constexpr (is_rounded && std::is_same_v<T, Operand>) {
+          copy_few(out + lane, rounded + lane, least_of(size - lane, group));
+        } else {
+          put(out, next + lane, lane);
+        }
+        for (int k = 0; is_kept && k < num_gates; ++k) put(data(scan_.inputs[k]) + at.input, values.kept[k], lane);
+        if (is_kept) put(data(scan_.sums) + at.sum, values.kept[num_gates], lane);
       }
     }
   }
@@ -343,46 +356,49 @@ class RecurrentSteps {
     }
   }
 
-  // Replaces a group of a row of products by their gradients, which are 0 without the step, and writes those of the step's
-  // inputs.
+  // Sets the gradients of a group of a row of products, which may be in their place, and are 0 without the step, and those
+  // of the step's inputs.
   void differentiate(int64_t n, int64_t index, int64_t lane) const {
     const Place& at = places_[n];
-    A* const sums = products_of(index) + lane;
+    Operand* const gradients = gradients_of(index) + lane;
     if (!at.exists) {
-      for (int k = 0; k < num_gates; ++k) std::memset(sums + k * padded_, 0, group * sizeof(A));
+      for (int k = 0; k < num_gates; ++k) std::memset(gradients + k * padded_, 0, group * sizeof(Operand));
       return;
     }
+    alignas(64) A copies[is_rounded ? num_gates : 1][group];
+    A* sums = copies[0];
+    if constexpr (!is_rounded) sums = gradients;
+    const int64_t stride = is_rounded ? group : padded_;
     const A* before = others_ + index * padded_ + lane;
     Values values;
     alignas(64) A next[group], grad_copy[group], grad_copies[num_gates][group];
     A *const grad = get(grad_copy, data(scan_.grad_out) + at.grad_out, lane), *grads[num_gates];
+    if (at.has_next) MINGRU_PREFETCH(data(scan_.grad_out) + at.next_grad_out + lane);
     read(values, at, lane);
     if constexpr (num_states == 1) {
-      if (!scan_.sums.data) Cell::template activate<true>(values, next, before, next, sums, padded_, biases_at(lane));
+      const A* products = products_of(index) + lane;
+      if (!scan_.sums.data) Cell::template activate<true, is_rounded>(values, next, before, next, products, padded_, biases_at(lane));
     }
     for (int k = 0; k < num_gates; ++k) grads[k] = place(grad_copies[k], data(scan_.grad_inputs[k]) + at.input, lane);
     A *const carried = carried_of(n, 0) + lane, *const of_cell = cells_ + n * padded_ + lane;
-    Cell::differentiate(values, grads, sums, padded_, before, grad, carried, of_cell);
+    Cell::differentiate(values, grads, sums, stride, before, grad, carried, of_cell);
+    for (int k = 0; is_rounded && k < num_gates; ++k) convert(gradients + k * padded_, sums + k * stride, group);
     for (int k = 0; k < num_gates; ++k) put(data(scan_.grad_inputs[k]) + at.input, grads[k], lane);
   }
 
-  // Adds the products of the rows of gradients and previous states, which are sums of sums, because a long sum is less
-  // accurate.
+  // Adds the products of the rows of gradients and previous states, and of a GRU the biases of the candidates.
   void add_to(A* totals, int64_t rows) const {
-    each(num_gates * padded_ / most_rows, most_rows * padded_ * rows, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * most_rows; i < end * most_rows; i += most_rows) {
-        for (int64_t lane = 0; lane < padded_; lane += most_vectors * per_register<A>) {
-          multiply_in_registers<A, 1>(
-              {products_ + i, 1, num_gates * padded_, 0, others_ + lane, padded_, 0, rows, totals + i * padded_ + lane,
-               padded_, per_register<A>, true},
-              most_rows, (padded_ - lane) / per_register<A>);
-        }
-      }
-    });
+    const auto each_of = [&](int64_t count, int64_t multiplications, const auto& f) { each(count, multiplications, f); };
+    multiplier_.add_to(totals, gradients_, others_, rows, scratch_, each_of);
     if (num_states > 1) return;  // all biases of an LSTM are those of its inputs
     A* of_biases = totals + num_gates * padded_ * padded_;
     for (int64_t k = 0; k < rows; ++k) {
-      for (int64_t i = 0; i < padded_; ++i) of_biases[i] += products_of(k)[2 * padded_ + i];
+      for (int64_t lane = 0; lane < padded_; lane += group) {
+        A values[group];
+        convert(values, gradients_of(k) + 2 * padded_ + lane, group);
+        MINGRU_LANES
+        for (int64_t i = 0; i < group; ++i) of_biases[lane + i] += values[i];
+      }
     }
   }
 
@@ -390,8 +406,13 @@ class RecurrentSteps {
   const DiagonalBlocks& blocks_;
   const int64_t size_, padded_, block_, batch_, together_, begin_;
   const bool is_backward_, is_first_;
+  const Products multiplier_;
   int64_t lengths_[DiagonalBlocks::most_together], ends_[DiagonalBlocks::most_together], count_ = 0, chunk_ = 1;
   Place places_[DiagonalBlocks::most_together];
+  const int64_t state_stride_ = Products::state_stride(blocks_), gradient_stride_ = Products::gradient_stride(blocks_);
+  const int64_t input_stride_ = blocks_.input_weights ? Products::input_stride(scan_.num_x) : 0;
+  // With the products of x and the candidates of a GRU.
+  const int64_t product_stride_ = (num_gates + (is_mapped() && num_states == 1)) * padded_;
   // Of the cache, so that no vector is in two of them.
   struct alignas(64) Line {
     char bytes[64];
@@ -401,25 +422,11 @@ class RecurrentSteps {
   // without them the first.
   A *states_, *cells_;
   // Forward: the next states, and the products, (together, gates, padded). Backward, of so many steps that are computed
-  // together: the previous states, and the products, which the gradients of the products replace.
+  // together: the previous states, and the products.
   A *others_, *products_;
+  // Operands of products: the states and the next states, if rounded, and the gradients of products, (rows, gates,
+  // padded), which otherwise replace the products.
+  Operand *rounded_ = nullptr, *next_rounded_ = nullptr, *gradients_, *scratch_;
 };
-
-// The batch elements [begin, end) of the part.
-template <class A>
-static void run_diagonal_block(
-    const Scan& scan, const DiagonalBlocks& blocks, const Part& part, int64_t block, int64_t begin, int64_t end,
-    bool is_backward, void* totals) {
-  const auto run = [&](auto type, auto cell) {
-    // In equal parts.
-    for (int64_t parts = ceil_div(end - begin, blocks.sequences_together()), last; parts > 0; --parts, begin = last) {
-      last = begin + ceil_div(end - begin, parts);
-      RecurrentSteps<decltype(type), decltype(cell)> steps(scan, blocks, part, block, begin, last, is_backward);
-      is_backward ? steps.backward(static_cast<A*>(totals)) : steps.forward();
-    }
-  };
-  if (scan.cell == mingru::Cell::lstm) return run(A(), LSTMCell());
-  with_type<A>(scan.storage, [&](auto type) { run(type, GRUCell()); });
-}
 
 }  // namespace mingru::MINGRU_ISA

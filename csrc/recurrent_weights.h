@@ -3,34 +3,44 @@
 // gate, update gate, candidate; or of torch.nn.LSTM. The bias, that of a GRU's candidate, is (N).
 #pragma once
 
+#include "linear.h"
 #include "operands.h"
-#include "scratch.h"
 
 namespace mingru {
 namespace {
 
+// Narrower blocks would fill a part of a tile.
+constexpr int64_t least_rounded = 32;
+
 class RecurrentWeights {
  public:
   // Weight and bias are in the accumulation dtype, as `h` is.
-  RecurrentWeights(const Call& call, const Tensor& h, int64_t num_features)
-      : num_features_(num_features), needs_gradients_(call.has(Flag::needs_recurrent)), h_(h) {
+  RecurrentWeights(const Call& call, const Tensor& h, const Scan& scan)
+      : num_features_(scan.num_features), needs_gradients_(call.has(Flag::needs_recurrent)), h_(h) {
     blocks_.num_gates = call.traits().num_inputs;
     const Tensor *given = call[Argument::recurrent], *bias = call[Argument::recurrent_bias];
     const auto fits = [&](const Tensor& x) {
       return x.is_cpu() && x.is_contiguous() && x.scalar_type() == h.scalar_type() && x.numel() > 0;
     };
     STD_TORCH_CHECK(
-        given && fits(*given) && given->dim() == 2 && given->size(0) == blocks_.num_gates * num_features &&
-            num_features % given->size(1) == 0 && (!bias || (fits(*bias) && bias->numel() == num_features)) &&
+        given && fits(*given) && given->dim() == 2 && given->size(0) == blocks_.num_gates * num_features_ &&
+            num_features_ % given->size(1) == 0 && (!bias || (fits(*bias) && bias->numel() == num_features_)) &&
             !call.has(Flag::output_gate),
         call.name, ": recurrent weights must be (num_gates N, K) and their bias (N), contiguous, in the accumulation dtype");
     // Narrow blocks are computed several as one, so that they fill the lanes.
-    const int64_t size = given->size(1), count = num_features / size;
+    const int64_t size = given->size(1), count = num_features_ / size;
     merged_ = std::max<int64_t>(1, group / size);
     while (count % merged_ != 0) --merged_;
     blocks_.size = merged_ * size;
     blocks_.count = count / merged_;
     blocks_.padded = ceil_div(blocks_.size, group) * group;
+    // To copy the weights takes longer than products of few rows with weights that are not copied, at any width.
+    is_few_ = scan.num_steps * scan.num_batch <= blocks_.padded / group;
+    const bool is_lstm = call.cell() == Cell::lstm, is_rounded = call.has(Flag::bfloat16_products) && size >= least_rounded;
+    if (is_rounded && scan.storage != Storage::float64 && (is_lstm || !is_few_)) blocks_.tiles = tiles_in_use();
+    STD_TORCH_CHECK(
+        !is_lstm || scan.storage != Storage::bfloat16 || blocks_.tiles, call.name,
+        ": an LSTM of bfloat16 must have products of bfloat16");
     blocks_.given = merged_ == 1 ? given->data_ptr() : merged(*given);
     if (blocks_.is_wide()) blocks_.parallel_for = share_wide_block;
     const int64_t padded = blocks_.padded * h.element_size(), bytes = blocks_.size * h.element_size();
@@ -42,10 +52,30 @@ class RecurrentWeights {
     blocks_.biases = biases;
   }
 
+  // Whether a forward pass computes the linear map of x in its steps.
+  bool is_rounded() const { return blocks_.tiles; }
+
+  // Lets the steps of a forward pass compute the linear map, whose bias may be absent.
+  void add_map(const InputWeights& weights, const MaybeTensor& bias) {
+    const int64_t rows = blocks_.count * blocks_.num_gates * blocks_.padded;
+    void* const packed = packed_map_.at_least(rows * ceil_div(weights.num_x, 32) * 64);
+    pack_input_weights(weights, blocks_, packed);
+    blocks_.input_weights = packed;
+    auto* const to = static_cast<float*>(map_biases_.at_least(rows * sizeof(float)));
+    std::memset(to, 0, rows * sizeof(float));
+    blocks_.input_biases = to;
+    if (!bias) return;
+    const Tensor wide = bias->element_size() < 4 ? torch::stable::to(*bias, ScalarType::Float) : *bias;
+    for (int64_t i = 0; i < blocks_.count * blocks_.num_gates; ++i) {
+      const int64_t block = i / blocks_.num_gates, gate = i % blocks_.num_gates;
+      const float* from = data_of<const float>(wide) + gate * num_features_ + block * blocks_.size;
+      std::memcpy(to + i * blocks_.padded, from, blocks_.size * sizeof(float));
+    }
+  }
+
   void run_blocks(const Scan& scan, const Part& part, bool is_backward) {
-    // To copy the weights takes longer than products of few rows with weights that are not copied, at any width.
-    const bool is_few = scan.num_steps * scan.num_batch <= blocks_.padded / group;
-    const bool is_step = scan.num_steps == 1 && blocks_.padded == blocks_.size;
+    const bool is_few = is_few_ && !blocks_.tiles;
+    const bool is_step = scan.num_steps == 1 && blocks_.padded == blocks_.size && !blocks_.tiles;
     // Backward, kept values are in place of the products.
     const bool is_kept = is_backward && scan.sums.data;
     if (!blocks_.weights && !is_kept && !is_few) blocks_.weights = packed(packed_, scan, false);
@@ -64,6 +94,12 @@ class RecurrentWeights {
     const int64_t size = blocks_.size, own = size / merged_, padded = blocks_.padded, rows = blocks_.num_gates * padded + 1;
     const std::vector<int64_t> groups = {0};
     const Tensor sum = totals_->size(0) > 1 ? torch::stable::sum(*totals_, groups) : torch::stable::select(*totals_, 0, 0);
+    for (int64_t i = 0; blocks_.tiles && i < blocks_.count; ++i) {
+      // Those of products of bfloat16 are transposed.
+      float* const own = data_of<float>(sum) + i * rows * padded;
+      const Tensor part = as_contiguous(view_of(own, {rows - 1, padded}, {1, rows - 1}, h_));
+      std::memcpy(own, part.data_ptr(), part.numel() * sizeof(float));
+    }
     Tensor first = torch::stable::select(sum, 0, 0), of_weight = torch::stable::narrow(first, 0, 0, rows - 1);
     const Tensor of_bias = empty({num_features_}, h_);
     if (num_features_ > own || padded > size) of_weight = empty({blocks_.num_gates * num_features_, own}, h_);
@@ -104,8 +140,9 @@ class RecurrentWeights {
   const Tensor h_;
   DiagonalBlocks blocks_{};
   MaybeTensor totals_;
+  bool is_few_;  // few rows of all steps
   int64_t merged_;  // how many blocks are computed as one
-  Scratch merged_weights_, biases_, packed_, transposed_;
+  Scratch merged_weights_, biases_, packed_, transposed_, packed_map_, map_biases_;
 };
 
 }  // namespace

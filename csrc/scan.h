@@ -82,6 +82,9 @@ struct Scan {
   const int64_t* step_offsets;
   const int64_t* lengths;
   Sequence inputs[most_parts];
+  // The rows of the linear map, of so many numbers, if the steps compute it.
+  Sequence x;
+  int64_t num_x;
   // (N), in the accumulation dtype. All are null if there is no bias.
   const void* biases[most_parts];
   Sequence out;  // the states
@@ -188,6 +191,26 @@ struct Convolution {
   int64_t num_tasks() const { return ceil_div(num_rows(), task_rows); }
 };
 
+// out = rows weights, or added to it, or the sum of two such products. Of `num_blocks` blocks of `num_rows` rows of bfloat16,
+// and of `num_vectors` vectors of 16 columns in tiles. `row_stride` counts bytes, and `depth` tiles of 32.
+struct TileProduct {
+  struct Factors {
+    const void *rows, *weights;
+    int64_t row_stride, depth;
+  };
+  Factors first, second;  // the second may have no depth
+  float* out;
+  int64_t out_stride, num_rows, num_blocks, num_vectors;
+  bool is_added;
+};
+
+// What multiplies in tiles: AMX, or its emulation. A thread configures tiles of so many rows first.
+struct Tiles {
+  void (*configure)(int64_t rows);
+  void (*release)();
+  void (*multiply)(const TileProduct&);
+};
+
 // The recurrent weights U of an LSTM or a GRU: `count` diagonal blocks of `size`, or in whole groups of `padded`, as
 // recurrent_weights.h packs them: r = sigma(x_r + U_r h), z = sigma(x_z + U_z h) and
 // h_t = (1 - z) tanh(x_c + r (U_c h + bias)) + z h, with h = h_{t-1}. All are in the accumulation dtype.
@@ -196,11 +219,16 @@ struct DiagonalBlocks {
   static constexpr int64_t least_wide = 192;
   // For threads, the batch elements of a part are divided into at most so many groups, each with totals of its own. It is
   // constant, so that sums do not depend on the number of threads.
-  static constexpr int64_t most_totals = 8, per_group = 4;
+  static constexpr int64_t most_totals = 8;
   static constexpr int64_t most_together = 64;
   int64_t num_gates, size, count, padded;
+  // Null if operands of products are not rounded to bfloat16.
+  const Tiles* tiles;
   // As the caller has them, and packed. A call of few steps may have those of the caller only.
   const void *given, *weights, *transposed, *biases;
+  // Of a forward pass in tiles that computes the linear map of x too: its weights, packed, and its biases, (gates, padded)
+  // of each block. Null if the inputs of the cell are given.
+  const void *input_weights, *input_biases;
   // Backward only: the gradients of weights and biases, (totals, count, num_gates padded + 1, padded). Null if not needed.
   void* totals;
   // Calls f with ranges of [0, count). Null: the caller calls it with all.
@@ -208,14 +236,22 @@ struct DiagonalBlocks {
       int64_t count, int64_t multiplications, void (*f)(const void*, int64_t, int64_t), const void* given);
 
   bool is_wide() const { return size >= least_wide; }
+  int64_t per_group() const { return tiles ? 16 : 4; }
   int64_t num_totals(int64_t batch) const {
-    const int64_t most = ceil_div(batch, per_group);
+    const int64_t most = ceil_div(batch, per_group());
     return is_wide() ? 1 : most < most_totals ? most : most_totals;
   }
   int64_t values_of_total() const { return (num_gates * padded + 1) * padded; }
   // How many batch elements are computed together, and backward how many rows of gradients.
-  int64_t sequences_together() const { return is_wide() ? most_together : 8; }
-  int64_t rows_together() const { return is_wide() ? 128 : 64; }
+  int64_t sequences_together() const { return is_wide() || tiles ? most_together : 8; }
+  int64_t rows_together() const { return tiles ? 256 : is_wide() ? 128 : 64; }
+};
+
+// The weights of the linear map before a GRU or an LSTM, (num_gates N, num_x), in bfloat16 or float32.
+struct InputWeights {
+  Storage storage;
+  const void* data;
+  int64_t num_x;
 };
 
 // The kernels of an instruction set, for one accumulation dtype.
@@ -240,6 +276,10 @@ struct Kernels {
   // AVX-512.
   void (*pack_panel)(const MatrixProduct&, float* to, int64_t panel) = nullptr;
   void (*multiply_panel)(const MatrixProduct&, const float* panel, int64_t index, int64_t begin, int64_t end) = nullptr;
+  // The same of the linear map, if the steps compute it. Null in float64.
+  void (*pack_input_weights)(const InputWeights&, const DiagonalBlocks&, void* packed, int64_t block) = nullptr;
+  // Products of bfloat16, in float32.
+  const Tiles *amx = nullptr, *emulated = nullptr;
 };
 
 }  // namespace mingru

@@ -179,8 +179,10 @@ def test_the_answers_of_tasks(name):
 
 def test_the_tables_of_speed_are_what_the_command_wrote():
     speed = load("benchmarks/speed.py")
-    page, text = (DOCS / "speed.md").read_text(encoding="utf-8"), speed.tables(SPEED)
-    assert speed.measure.filled(page, "speed", text) == page, "run python benchmarks/speed.py --page"
+    rounded, *pages = (path.read_text(encoding="utf-8") for path in (speed.ROUNDED, speed.PAGE, speed.MORE))
+    text = speed.tables(SPEED, json.loads(rounded))
+    for page in pages:
+        assert speed.measure.filled(page, "speed", text) == page, "run python benchmarks/speed.py --page, or --bfloat16"
     times = [figures.items() for figures in SPEED["results"]["times"]["2"].values()]
     faster = [by_name[1] < dict(each)["mingru"][1] for each in times for name, by_name in each if name != "mingru"]
     assert text["tables"].count("**") == 2 * sum(faster) > 0

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from cases import WRAPS, assert_equal, graded, tensors, with_threads
+from cases import WRAPS, assert_equal, graded, in_a_process, needs_kernels, tensors, with_threads
 from options import CALLS, cover, lengths_of, named
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
@@ -127,3 +127,74 @@ def test_frozen_recurrent_weights(recompute):
 def test_a_reset_before_one_training_step():
     rnn, given = mingru.GRU(3, 4), (torch.randn(1, 1, 3), torch.randn(1, 1, 1, 4), torch.tensor([[True]]))
     assert_equal(rnn(*given), mingru.use_backend("sequential")(rnn)(*given))
+
+
+# Layers of float32 whose products round their operands to bfloat16, against float64 steps that round the same. Prints a
+# number of all bits.
+ROUNDED = """
+import hashlib
+
+import torch
+
+import mingru
+
+def rounded(x):
+    return x + (x.detach().bfloat16() - x.detach())
+
+def steps(rnn, x, *states):
+    w_x, w_h, b_x, b_h = rnn.parameters()
+    outs, num_gates = [], 2 + len(states)
+    for of_x in (rounded(x) @ rounded(w_x).t() + b_x).unbind(1):
+        gates, sums = of_x.chunk(num_gates, 1), (rounded(states[0]) @ rounded(w_h).t() + b_h).chunk(num_gates, 1)
+        i, f, o = (torch.sigmoid(gates[at] + sums[at]) for at in (0, 1, -1))
+        if len(states) == 1:
+            states = [(1 - f) * torch.tanh(gates[2] + i * sums[2]) + f * states[0]]
+        else:
+            c = f * states[1] + i * torch.tanh(gates[2] + sums[2])
+            states = [o * torch.tanh(c), c]
+        outs.append(states[0])
+    return torch.stack(outs, 1), *states
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+torch.set_float32_matmul_precision("medium")
+digest = hashlib.sha256()
+sizes = [(1, 12, 5, 32), (5, 11, 32, 40), (17, 10, 33, 96), (33, 12, 64, 64), (50, 10, 32, 200)]
+for kind, (batch, num_steps, inputs, features) in [(kind, each) for kind in ("GRU", "LSTM") for each in sizes]:
+    rnn = getattr(mingru.drop_in, kind)(inputs, features, batch_first=True)
+    wide = getattr(torch.nn, kind)(inputs, features, batch_first=True, dtype=torch.double)
+    wide.load_state_dict(rnn.state_dict())
+    x, weight = torch.randn(batch, num_steps, inputs), torch.randn(batch, num_steps, features)
+    states = torch.randn(1 if kind == "GRU" else 2, 1, batch, features).unbind()
+
+    def results(run, module, dtype):
+        leaves = [each.to(dtype).requires_grad_() for each in (x, *states)]
+        outs = run(*leaves)
+        leaves += module.parameters()
+        return [*outs, *torch.autograd.grad((outs[0] * weight.to(dtype)).sum() + outs[-1].sum(), leaves)]
+
+    def call(x, *states):
+        out, last = rnn(x, states if kind == "LSTM" else states[0])
+        return out, *(each.squeeze(0) for each in (last if kind == "LSTM" else [last]))
+
+    found = results(call, rnn, torch.float32)
+    truth = results(lambda x, *states: steps(wide, x, *(each[0] for each in states)), wide, torch.double)
+    for at, (one, exact) in enumerate(zip(found, truth)):
+        # Gradients of gates are rounded too.
+        most = 1e-4 if at <= len(states) else 4e-3
+        assert (one - exact).norm() < most * exact.norm(), (kind, batch, at)
+        digest.update(one.detach().numpy().tobytes())
+    with torch.no_grad():
+        assert torch.equal(call(x, *states)[0], found[0])
+        bad = x.index_fill(0, torch.tensor([0]), float("nan") if kind == "GRU" else float("inf"))
+        out, is_bad = call(bad, *states)[0], x.new_zeros(batch, dtype=torch.bool).index_fill(0, torch.tensor([0]), True)
+        assert torch.equal(out[~is_bad], found[0][~is_bad]) and (kind == "LSTM" or out[is_bad].isnan().all())
+print(digest.hexdigest())
+"""
+
+
+@needs_kernels
+def test_products_of_bfloat16_are_emulated_to_the_bit():
+    here = torch.ops.mingru.instruction_sets().split()
+    digests = [in_a_process(ROUNDED, MINGRU_ISA=each) for each in ("emulated", "amx") if each in here]
+    assert len({*digests}) == 1

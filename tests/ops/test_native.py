@@ -194,7 +194,7 @@ def test_the_inference_operator_trusts_no_code(wrong):
     code = [(native.INSTRUCTION_NUMBERS.get(name, name), *rest) for name, *rest in rows]
     has_scan = any(name == "scan" for name, *_ in rows)
     weights, states = ([weight], [h]) if has_scan else ([norm, norm], [])
-    args = torch.tensor(code, dtype=torch.int64).view(-1, 4), torch.tensor([0.0, 0.0], dtype=torch.float64), False
+    args = torch.tensor(code, dtype=torch.int64).view(-1, 4), torch.zeros(2, dtype=torch.float64), False, False
     with pytest.raises(RuntimeError, match="unknown") if wrong.startswith("an unknown c") else nullcontext():
         out, _ = torch.ops.mingru.inference(x, weights, states, [], [], [], *args)
         assert out.numel() == 0

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import autograd, route
-from ..ops.backends.native import is_slower, is_slower_lstm
+from ..ops.backends.native import HAS_BFLOAT16, is_slower, is_slower_in_bfloat16, is_slower_lstm, rounds_products
 from ..ops.call import BATCH_FIRST, Call, Context, Layout, spec_of
 from ..ops.layout import is_packing
-from ..ops.modes import are_ordinary, mode_of
+from ..ops.modes import EAGER, are_ordinary, mode_of
 from ..ops.names_of_torch import len_torch_dispatch_stack, outside_of_graphs
-from ..ops.shape import MaybeTensor, States
+from ..ops.shape import MaybeTensor, States, as_dtype
 
 _DTYPES = (torch.float32, torch.float64)
 # Of bias, num_layers, dropout, training, bidirectional and batch_first.
@@ -29,7 +29,8 @@ def _or_torch(cell: str, of_torch: Callable[..., tuple[Tensor, ...]]) -> Callabl
     def run(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         # The arguments of packed sequences begin with their batch sizes, and those of padded ones end with batch_first.
         all_args = (None, *args) if isinstance(args[1], list) else (*args, False)
-        found = _computed(cell, x, *all_args) if mode_of(x).is_eager else None
+        dtype = _dtype_of(x)
+        found = None if dtype is None else _computed(cell, dtype, x, *all_args)
         return of_torch(x, *args) if found is None else found
 
     return run
@@ -55,14 +56,24 @@ def gru_cell(x: Tensor, hx: Tensor, *weights: Any) -> Tensor:
     return torch.gru_cell(x, hx, *weights)
 
 
+def _dtype_of(x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which kernels compute sequences x, or None if they don't."""
+    mode = mode_of(x)
+    if mode.is_autocast and mode._replace(is_eager=True, is_autocast=False) == EAGER:
+        is_rounded = x.dtype == torch.float32 and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return torch.bfloat16 if HAS_BFLOAT16 and is_rounded and x.is_cpu else None
+    is_known = x.dtype in _DTYPES or (x.dtype == torch.bfloat16 and HAS_BFLOAT16)
+    return x.dtype if mode.is_eager and is_known else None
+
+
 def _computed(
-    cell: str, x: Tensor, batch_sizes: MaybeTensor, hx: Any, flat: list[Tensor], *options: Any
+    cell: str, dtype: torch.dtype, x: Tensor, batch_sizes: MaybeTensor, hx: Any, flat: list[Tensor], *options: Any
 ) -> tuple[Tensor, ...] | None:
     """Return what torch's operator of the cell returns, or None if that takes less time or may do something else."""
     bias, num_layers, dropout, training, bidirectional, batch_first = options
     directions, states = 2 if bidirectional else 1, (hx,) if cell == "gru" else hx
     # Torch refuses other types, which a program may have set, and another number of weights.
-    per, is_known = 4 if bias else 2, x.dtype in _DTYPES and [type(each) for each in options] == _TYPES
+    per, is_known = 4 if bias else 2, [type(each) for each in options] == _TYPES
     is_known = is_known and isinstance(states, (tuple, list)) and states[0].dim() == 3
     if not is_known or len(flat) != num_layers * directions * per:
         return None
@@ -70,9 +81,12 @@ def _computed(
     batch, features = states[0].shape[1:]
     # Torch computes packed sequences of one length as padded ones.
     is_padded = batch_sizes is None or len(x) == batch * steps
-    is_fused = bool(cell == "lstm" and is_padded and x.dtype == torch.float32 and torch.backends.mkldnn.enabled)
+    is_fused = bool(cell == "lstm" and is_padded and x.dtype != torch.float64 and torch.backends.mkldnn.enabled)
     of_lstm = x, features, batch, steps, is_fused, is_trained
-    if is_slower(features, batch, steps, x.dtype, is_trained) if cell == "gru" else is_slower_lstm(*of_lstm):
+    if rounds_products(dtype):
+        if is_slower_in_bfloat16(features, steps):
+            return None
+    elif is_slower(features, batch, steps, dtype, is_trained) if cell == "gru" else is_slower_lstm(*of_lstm):
         return None
     rows, sizes = (3 if cell == "gru" else 4) * features, [x.size(-1), *[directions * features] * (num_layers - 1)]
     of_weights = [_shapes_of(rows, size, features) for size in sizes for _ in range(directions)]
@@ -92,7 +106,9 @@ def _computed(
         x = x.contiguous() if is_fused else x.flatten(0, 1).view(x.shape)
     is_kept = is_copied and not all(weight.requires_grad for weight in flat[1::per])
     before = (torch.stack([*states], 2) if len(states) > 1 or is_kept else hx.unsqueeze(2)).unbind()
-    lasts: list[Tensor] = []
+    # The dtype of torch's outputs, which under autocast is that of the operator that computes them.
+    of_outputs = dtype if is_fused else x.dtype
+    x, lasts = as_dtype(x, dtype), list[Tensor]()
     for first in range(0, num_layers * directions, directions):
         found = [
             _one_direction(cell, x, before[at], flat[at * per : (at + 1) * per], at > first, layout, is_copied)
@@ -102,10 +118,12 @@ def _computed(
         x = torch.cat([out for out, _ in found], -1) if directions == 2 else found[0][0]
         if training and dropout != 0 and first < (num_layers - 1) * directions:
             x = torch.dropout(x, dropout, True)
+    x = as_dtype(x, of_outputs)
     if batch_first:
         # Torch's GRU returns no view.
         x = autograd.transposed_(x) if cell == "gru" else x.transpose(0, 1)
-    return x, *(torch.stack(each) for each in zip(*(last.unbind(1) for last in lasts), strict=True))
+    stacked = (torch.stack(each) for each in zip(*(last.unbind(1) for last in lasts), strict=True))
+    return x, *(as_dtype(each, of_outputs) for each in stacked)
 
 
 def _shapes_of(rows: int, inputs: int, features: int) -> list[tuple[int, ...]]:
@@ -145,6 +163,7 @@ def _one_direction(
         bias = biases[0] + biases[1]
     if is_copied and not x.requires_grad:
         of_input = of_input.clone()
+    of_input, bias = as_dtype(of_input, x.dtype), None if bias is None else as_dtype(bias, x.dtype)
     context = Context(before, before, None, None, of_state, of_candidate)
     call = Call(spec_of(cell, "tanh", reverse, 0.0), [x, of_input, bias], context, layout)
     return autograd.run_kernel("linear_kernel", route.NATIVE, call, True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import names_of_torch
+from ..ops.backends.native import rounds_products
 from ..ops.call import Context, Layout
 from ..ops.layout import in_reverse
 from ..ops.linear_map import FORWARDS, HOOKS, RecurrentMap
@@ -343,7 +344,10 @@ def _run(
     if has_gradients and any(map(_requires_grad, (*weights, *states, *initial_states, *times))):
         return None
     try:
-        out, last = _operator(x, weights, states, initial_states, resets, times, plan.code, plan.numbers, time_first)
+        given = x, weights, states, initial_states, resets, times, plan.code, plan.numbers
+        # Not of one step, which is never rounded, and is over as soon as the question.
+        is_rounded = len(shape) == 3 and shape[0 if time_first else 1] > 1 and rounds_products(x.dtype)
+        out, last = _operator(*given, time_first, is_rounded)
     except NotImplementedError:  # a tensor on another device
         return None
     return (out, last) if last else None

@@ -54,6 +54,8 @@ is_any_autocast_enabled = _of_torch("_C._is_any_autocast_enabled", _yes)
 are_functorch_transforms_active = _of_torch("_C._are_functorch_transforms_active", _yes)
 # Gradients are computed by operations that vmap can map.
 is_legacy_batchedtensor = _of_torch("_C._functorch.is_legacy_batchedtensor", _yes)
+# Products of float32 layers are never rounded to bfloat16.
+get_fp32_precision = _of_torch("_C._get_fp32_precision_getter", _yes)
 # The same, but slower. The state is None if there is no trace.
 is_tracing = _of_torch("_C._get_tracing_state", torch.jit.is_tracing)  # type: ignore[attr-defined]
 # A result in another shape is a copy.

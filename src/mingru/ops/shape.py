@@ -115,7 +115,8 @@ def empty_states(out: Tensor, h: Tensor, others: list[MaybeTensor]) -> States:
 
     Empty sums connect both to all tensors, so that gradients are 0, as torch.nn.GRU's are, and not None.
     """
-    for each in [h] + others:  # noqa: RUF005 (not in TorchScript)
+    out = out + h.flatten()[:0].sum().to(out.dtype)
+    for each in others:
         if each is not None:
             out = out + each.flatten()[:0].sum().to(out.dtype)
     return out, h + out.sum().to(h.dtype)

@@ -16,6 +16,7 @@ from ..backend import Backend, Given, Gradients, Kernel, grads_of_context
 from ..call import FIRST_INPUT, Spec
 from ..cells import MIXTURES
 from ..layout import is_transposed
+from ..names_of_torch import MARKED_CONSTANT, get_fp32_precision
 from ..shape import States, as_dtype
 from .sources import number_in, number_of_sources
 
@@ -24,7 +25,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 _PRODUCTS = ("mingru", "torch")
 _ORDER = [f"has_{name}" for name in ("reset", "dt", "recurrent", "recurrent_bias", "batch_sizes", "lengths")]
 _ORDER += ["reverse", "time_first", "keep", "rms_norm", "layer_norm", "output_gate", "keep_states"]
-_ORDER += [f"needs_{name}" for name in ("dt", "recurrent", "x", "weight", "bias")]
+_ORDER += [f"needs_{name}" for name in ("dt", "recurrent", "x", "weight", "bias")] + ["bfloat16_products"]
 
 
 def _load() -> str | None:
@@ -141,6 +142,27 @@ FLAGS = {name: 1 << _FIRST_FLAG + number for name, number in _flags.items()}
 NUMBERS = {(cell, name): n | m << 8 for cell, n in CELL_NUMBERS.items() for name, m in _activations.items()}
 
 
+# Blocks of fewer features have no products of bfloat16: `least_rounded` of csrc/recurrent_weights.h.
+LEAST_ROUNDED = 32
+# Instruction sets that multiply bfloat16.
+HAS_BFLOAT16 = _ISA in ("amx", "emulated")
+
+
+def rounds_products(dtype: torch.dtype) -> bool:
+    """Return whether the products of recurrent weights round their operands to bfloat16.
+
+    They do in sequences of bfloat16, as under autocast, and in float32 if the settings of oneDNN, for products or for
+    recurrent layers, allow it, as `torch.set_float32_matmul_precision("medium")` does.
+    """
+    if not HAS_BFLOAT16 or dtype == torch.float64:
+        return False
+    rounded = get_fp32_precision("mkldnn", "matmul"), get_fp32_precision("mkldnn", "rnn")
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and "bf16" in rounded)
+
+
+vars(rounds_products)[MARKED_CONSTANT] = True
+
+
 def is_slower(features: int, batch: int, steps: int, dtype: torch.dtype, with_gradients: bool) -> bool:
     """Return whether a GRU of one block takes longer than `torch.gru`: for few steps.
 
@@ -149,6 +171,11 @@ def is_slower(features: int, batch: int, steps: int, dtype: torch.dtype, with_gr
     """
     least = 20 if dtype == torch.float64 else 6 if with_gradients else 10
     return steps < least * (4 if batch == 1 and features >= 256 and not with_gradients else 2 if features >= 128 else 1)
+
+
+def is_slower_in_bfloat16(features: int, steps: int) -> bool:
+    """Return whether a GRU or an LSTM of one block takes longer than torch's in bfloat16: narrow or short ones."""
+    return features < LEAST_ROUNDED or steps < 10
 
 
 def is_slower_lstm(x: Tensor, features: int, batch: int, steps: int, is_fused: bool, with_gradients: bool) -> bool:
@@ -174,7 +201,7 @@ def is_slower_lstm(x: Tensor, features: int, batch: int, steps: int, is_fused: b
     else:
         is_faster = is_faster and batch <= 16 and inputs * features >= 2**13 * max(batch, 4)
         is_faster = is_faster or (batch == 1 and 48 <= features < 192)
-    return _ISA != "avx512" or steps < 40 or not is_faster
+    return _ISA not in ("avx512", "amx") or steps < 40 or not is_faster
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
@@ -210,6 +237,8 @@ def arguments(
             bits |= 1 << bit
             tensors.append(x)
     more = spec.norm == "rms", spec.norm == "layer", spec.output_gate, spec.output_gate and keep is not None
+    if recurrent is not None and rounds_products(given[FIRST_INPUT].dtype):
+        bits |= FLAGS["bfloat16_products"]
     for bit, flag in enumerate((spec.reverse, time_first, keep, *more, *needs), _FIRST_FLAG + len(optional)):
         # A branch, because `keep` is symbolic in a graph of any number of features.
         if flag:
