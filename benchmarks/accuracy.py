@@ -9,6 +9,7 @@ that a state lasts for hundreds of time steps. The last table has constant gates
 state lasts, L = 1 / (1 - a).
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ LONGEST = {"sequential": 100_000}
 # The gates of the third table are from N(-8, 2^2).
 SHIFT = 8.0
 # The numbers of time steps that a state lasts in the fourth table.
+KINDS = {"": 0.0, ", slow gates": 4.6}
+LAYERS: dict[str, Any] = {"mingru.drop_in.GRU": mingru.drop_in.GRU, "nn.GRU": torch.nn.GRU}
+LAYERS |= {"mingru.drop_in.LSTM": mingru.drop_in.LSTM, "nn.LSTM": torch.nn.LSTM}
 LIFETIMES = [10, 100, 1000, 10_000, 100_000, 1_000_000]
 
 
@@ -60,6 +64,26 @@ def main() -> None:
         rows.append([f"{lifetime:,}", *cells, *errors(["native"], gate, constant), f"{5e-7 * lifetime**0.5:.1e}"])
     header = ["L", *every, "native, constant candidate", "5e-7 sqrt(L)"]
     print_table("Largest relative error of constant gates at a million steps, float32", header, rows)
+    columns = ["layer", "steps 1 to 10", "steps 991 to 1,000", "last state", "gradient of x", "of recurrent weights"]
+    rows = [[f"{name}{kind}", *in_bfloat16(name, bias)] for kind, bias in KINDS.items() for name in LAYERS]
+    print_table("Relative error under autocast to bfloat16", columns, rows)
+
+
+def in_bfloat16(name: str, bias: float) -> list[str]:
+    """Return the errors of a layer under autocast, whose biases of the update or forget gate are larger by `bias`."""
+    torch.manual_seed(0)
+    rnn = LAYERS[name](32, 128, batch_first=True)
+    with torch.no_grad():
+        rnn.bias_ih_l0[128:256] += bias
+    exact = copy.deepcopy(rnn).double()
+    x, found = torch.randn(16, 1000, 32), []
+    for module, given in ((exact, x.double().requires_grad_()), (rnn, x.requires_grad_())):
+        with torch.autocast("cpu", torch.bfloat16, enabled=module is rnn):
+            out, last = module(given)
+        last = last[0] if isinstance(last, tuple) else last
+        grads = torch.autograd.grad(out[:, ::10].float().square().sum(), [given, module.weight_hh_l0])
+        found.append([out[:, :10], out[:, 990:], last, *grads])
+    return [f"{((one - true).norm() / true.norm()).item():.1e}" for true, one in zip(*found, strict=True)]
 
 
 def errors(backends: list[str], gate: Tensor, candidate: Tensor, bound: Any = None, **options: Any) -> list[str]:

@@ -22,6 +22,7 @@ in log space too. It is imported as `mingru`, so install it in a folder of its o
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import random
@@ -60,12 +61,14 @@ PAGE_SHAPES += [(8, 512, dims, dims) for dims in (32, 512)]
 # Rows, features, columns.
 PRODUCTS = [(4096, 256, 512), (2048, 512, 1024), (2048, 64, 128), (2048, 10, 200), (64, 256, 512), (8, 256, 512)]
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+ROUNDED, MORE = PAGE.with_name("speed_bfloat16.json"), PAGE.parent / "more" / "bfloat16.md"
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "sequential"]
 LENGTHS = [2**power for power in range(4, 17)]
 BATCH, FEATURES, SLOW_MS = 8, 256, 3000.0
 PEER, START, MIXED, BLOCKS = "minGRU-pytorch", "mingru.GRU", 'MinGRU, gate="mixed"', "blocks of 64"
 # Left out where models have two layers, and what these are compared with.
 OF_ONE, OTHERS = (PEER, "mingru", LINEAR), (GRU, "nn.LSTM", BLOCKS, MIXED)
+OF_TORCH, FLOAT32 = OTHERS[:2], "mingru.GRU in float32"
 
 
 class Table(NamedTuple):
@@ -424,8 +427,9 @@ def sweep(timer):
     return times
 
 
-def equal(by_threads):
+def equal(by_threads, others=None):
     """Return the tables of the model to begin with beside others of two layers, a training step and inference."""
+    others = others or OTHERS
 
     def over_threads(shape, name, at):
         found = [(each[shape][START][at], each[shape].get(name)) for each in by_threads.values()]
@@ -433,13 +437,33 @@ def equal(by_threads):
 
     tables, shapes = [], next(iter(by_threads.values()))
     for kind, at in {"training step": 1, "without gradients": 0}.items():
-        rows = [[shape, *(over_threads(shape, name, at) for name in (START, *OTHERS))] for shape in shapes]
-        tables.append(markdown(["(B, S, I, H)", f"{kind}, ms", *OTHERS], rows))
+        rows = [[shape, *(over_threads(shape, name, at) for name in (START, *others))] for shape in shapes]
+        tables.append(markdown(["(B, S, I, H)", f"{kind}, ms", *others], rows))
     return "\n\n".join(tables)
 
 
-def tables(record):
-    """Return the tables of docs/speed.md, with the most threads, from what docs/speed.json has."""
+def in_bfloat16(args, timer):
+    """Time models of two layers under autocast to bfloat16, by threads, shape and name."""
+    load, found = os.getloadavg()[0], {}
+    for threads, shape in itertools.product((1, args.threads), map(tuple, args.shape or EQUAL_SHAPES[:16])):
+        torch.set_num_threads(threads)
+        x, models = torch.randn(shape[:3], requires_grad=True), starts(*shape[2:])
+        # Gradients are of the dtype of parameters, so one call serves both.
+        leaves = {name: [x, *models[name].parameters()] for name in (START, *OF_TORCH)}
+        rounded = partial(torch.autocast, "cpu", torch.bfloat16)
+        calls = {name: within(rounded, partial(models[name], x)) for name in leaves}
+        calls[FLOAT32], leaves[FLOAT32] = partial(models[START], x), leaves[START]
+        found.setdefault(str(threads), {})[str(shape)] = times = time_both(timer, Table("", calls, leaves))
+        print(threads, shape, {name: f"{both:.3g}" for name, (_, both) in times.items()}, flush=True)
+    return {"instructions": torch.ops.mingru.instruction_sets().split()[-1], "load": load, "times": found}
+
+
+def tables(record, rounded):
+    """Return the tables of docs/speed.md, with the most threads, from docs/speed.json and docs/speed_bfloat16.json."""
+    of_machine, found = rounded["where"], rounded["results"]
+    text = f"{of_machine['cores']} cores of {of_machine['processor']} with {found['instructions'].upper()}, torch "
+    text += f"{of_machine['torch']}. The load average before the run was {found['load']:.1f}.\n\n"
+    text += equal(found["times"], (*OF_TORCH, FLOAT32))
     where, versions = record["where"], record["results"]["versions"]
     machine = f"{where['cores']} cores of {where['processor']} with {where['instructions']}, torch {where['torch']}"
     others = "".join(f", {name} {version}" for name, version in versions.items())
@@ -457,7 +481,7 @@ def tables(record):
         cells = [f"**{short(ratio)}**" if ratio < 1 else short(ratio) for ratio in ratios]
         rows.append([f"{batch}, {steps}, {features}", f"{times['mingru']:.3g}", *cells])
     table = markdown(["B, S, H", "MinGRU, ms", *(name.removesuffix("(I, 2H)") for name in names)], rows)
-    return {"equal": equal(record["results"]["equal"]), "tables": "\n".join([*lines, table])}
+    return {"equal": equal(record["results"]["equal"]), "bfloat16": text, "tables": "\n".join([*lines, table])}
 
 
 def plot(times, path):
@@ -493,10 +517,15 @@ def page(args, timer):
             times.setdefault(str(threads), {})[str(shape)] = whole_layers(timer, shape, others)
     path = args.json or PAGE.with_suffix(".json")
     write_json(path, {"load": load, "versions": versions, "equal": of_equal, "times": times})
-    texts = tables(json.loads(path.read_text(encoding="utf-8")))
+    fill(path, ROUNDED, not args.json)
+
+
+def fill(path, rounded, is_written):
+    """Print the tables of these files, and write them into docs/speed.md and docs/more/bfloat16.md."""
+    texts = tables(*(json.loads(each.read_text(encoding="utf-8")) for each in (path, rounded)))
     print("\n\n".join(texts.values()))
-    if not args.json:
-        PAGE.write_text(measure.filled(PAGE.read_text(encoding="utf-8"), "speed", texts), encoding="utf-8")
+    for each in (PAGE, MORE) if is_written else ():
+        each.write_text(measure.filled(each.read_text(encoding="utf-8"), "speed", texts), encoding="utf-8")
 
 
 def main():
@@ -508,6 +537,7 @@ def main():
     add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     add("--sweep", action="store_true", help="print times by sequence length instead of the tables")
     add("--page", action="store_true", help="print times with one thread and --threads, and write docs/speed.md")
+    add("--bfloat16", action="store_true", help="the same under autocast to bfloat16, for docs/more/bfloat16.md")
     add("--scans", type=Path, help="folder in which pip has installed mingru-scans, for --page")
     add("--plot", type=Path, help="plot the sweep to this file; implies --sweep")
     measure.add_shape_option(parser, "those of the group")
@@ -526,6 +556,9 @@ def main():
     timer = partial(medians_ms, seconds=args.seconds, least=args.rounds)
     if args.page:
         page(args, timer)
+    elif args.bfloat16:
+        write_json(args.json or ROUNDED, in_bfloat16(args, timer))
+        fill(PAGE.with_suffix(".json"), args.json or ROUNDED, not args.json)
     elif args.rules:
         results = against_rules(args, timer)
     elif args.gru:
@@ -537,7 +570,7 @@ def main():
     else:
         chosen = args.groups or [one_layer.__name__]
         results = {table.title: run(table, timer) for name in chosen for table in GROUPS[name](args)}
-    if args.json and not args.page:
+    if args.json and not (args.page or args.bfloat16):
         write_json(args.json, results)
 
 
