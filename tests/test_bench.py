@@ -9,22 +9,26 @@ import torch
 from cases import with_threads
 
 from mingru import bench
+from mingru.ops.backends import native
+
+NAMES = ["mingru.GRU", "blocks of 2", "blocks of 4", "MinGRU", "nn.GRU", "nn.LSTM"]
 
 
 def test_it_runs_and_prints_numbers():
-    command = "-m mingru.bench --seconds 0.05 --threads 1 --shape 2 7 3 8 --shape 1 1 4 16".split()
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=300)
+    command = "-m mingru.bench --seconds 0.05 --threads 1 --shape 2 7 3 8 --shape 1 1 4 16 --block-size 2 4 --autocast"
+    result = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     head, *tables = result.stdout.split("\n\n")
     facts = dict(line.split(": ", 1) for line in head.splitlines() if ": " in line)
     assert (facts["threads"], facts["torch"], facts["backend torch"]) == ("1", torch.__version__, "can run")
-    assert {"processor", "backend native"} <= set(facts)
-    assert facts["MinGRU"] == "norm='rms', residual=True, gate='mixed'" and facts["all models"] == "two layers"
+    assert {"processor", "backend native"} <= set(facts) and re.fullmatch(r"mingru .* '\w+'", facts["device cpu"])
+    assert facts["bfloat16 products"].startswith(native.ISA if native.HAS_BFLOAT16 else "none without AMX; ")
+    assert (facts["MinGRU"], facts["all models"]) == ("norm='rms', residual=True, gate='mixed'", "two layers")
     for shape, table in zip([(2, 7, 3, 8), (1, 1, 4, 16)], tables, strict=True):
         title, _, *rows = table.splitlines()
-        assert title == f"(B, S, I, H) = {shape}: medians (middle half of the rounds)"
-        assert [row.split()[0] for row in rows] == ["mingru.GRU", "MinGRU", "nn.GRU", "nn.LSTM"]
-        numbers = [[float(number) for number in re.findall(r"(?<=[ (-])[\d.]+", row)] for row in rows]
+        assert title == f"(B, S, I, H) = {shape} in bfloat16: medians (middle half of the rounds)"
+        assert [row.split("  ")[0] for row in rows] == NAMES
+        numbers = [[float(number) for number in re.findall(r"(?<=[ (-])[\d.]+", row[12:])] for row in rows]
         for figures in numbers:
             # Of both passes: a time and a ratio, each before the ends of its middle half. All have three digits.
             for way in (0, 3):
@@ -47,8 +51,7 @@ def test_calls_take_turns():
     assert order[::2] == order[1::2], "each call runs once before it is timed"
     rounds = ["".join(order[start : start + 6 : 2]) for start in range(0, len(order), 6)]
     assert len(rounds) == 4 and all(sorted(each) == ["a", "b", "c"] for each in rounds)
-    assert len(set(rounds)) > 1, "each round has an order of its own"
-    assert list(taken) == ["a", "b", "c"]
+    assert len(set(rounds)) > 1 and [*taken] == ["a", "b", "c"], "each round has an order of its own"
 
 
 @pytest.mark.parametrize(("threads", "clock", "factor"), [(2, "perf_counter", 1.0), (1, "process_time", 3.0)])

@@ -140,7 +140,7 @@ def test_the_table():
 def calls(monkeypatch):
     """The calls of kernels, on any processor."""
     found, kernel = [], autograd.run_kernel
-    monkeypatch.setattr(native, "_ISA", "avx512")
+    monkeypatch.setattr(native, "ISA", "avx512")
     monkeypatch.setattr(autograd, "run_kernel", lambda *args: found.append(args) or kernel(*args))
     return found
 

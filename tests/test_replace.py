@@ -258,7 +258,7 @@ def kernel_calls(monkeypatch):
 
 @grid(kind=[nn.GRU, nn.LSTM], hidden=[H, 200], bias=[True, False])
 def test_accelerated_layers_use_the_kernels(bias, hidden, kind, kernel_calls, monkeypatch):
-    monkeypatch.setattr(native, "_ISA", "avx512")
+    monkeypatch.setattr(native, "ISA", "avx512")
     rnn = kind(8, hidden, 2, bias=bias)
     own, x = copy.deepcopy(rnn), torch.randn(40, THREE, 8)
     before = list(own.parameters())
@@ -457,7 +457,7 @@ RULE = {
 @grid(trained=["all", "weights", ""], isa=["avx512", "avx2"])
 @pytest.mark.parametrize("sizes", RULE)
 def test_torch_computes_lstms_where_it_is_faster(sizes, isa, trained, kernel_calls, monkeypatch):
-    monkeypatch.setattr(native, "_ISA", isa)
+    monkeypatch.setattr(native, "ISA", isa)
     inputs, features, batch, steps = sizes
     lstm, x = nn.LSTM(inputs, features), torch.ones(steps, batch, inputs, requires_grad=trained == "all")
     drop_in.accelerate(lstm)

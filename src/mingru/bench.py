@@ -2,11 +2,13 @@
 
     python -m mingru.bench
     python -m mingru.bench --threads 1 --shape 8 512 256 256 --shape 1 1 64 64
+    python -m mingru.bench --threads 1 --shape 8 128 32 512 --block-size 32 64 128
+    python -m mingru.bench --threads 1 --autocast
 
 All models have two layers. Each time is the median of interleaved rounds in one process, in milliseconds, in
-float32; in brackets is the middle half of the rounds. If it is wide, other programs run: use --threads 1, whose times
-are of the processor, and a longer --seconds. "forward" runs in inference mode. "fwd + bwd" also computes the gradients
-of the input and of all parameters. The program needs only torch.
+float32, or with --autocast in bfloat16; in brackets is the middle half of the rounds. If it is wide, other programs
+run: use --threads 1, whose times are of the processor, and a longer --seconds. "forward" runs in inference mode. "fwd
++ bwd" also computes the gradients of the input and of all parameters. The program needs only torch.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from ._version import __version__
 from .modules.gru import GRU
 from .modules.mingru import MinGRU
+from .ops.backends.native import HAS_BFLOAT16, ISA
 from .ops.call import spec_of
 from .ops.route import backends, choose
 
@@ -89,6 +92,7 @@ def where() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": ISA or "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "mingru": __version__,
@@ -96,11 +100,10 @@ def where() -> dict[str, object]:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    other = platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), other)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -110,25 +113,22 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
 
 
-def models(input_dims: int, hidden_dims: int, device: str) -> dict[str, nn.Module]:
+def models(sizes: Sequence[int], block_sizes: Sequence[int]) -> dict[str, nn.Module]:
     """Return what is compared. The first model is the one that the README begins with."""
-    return {
-        "mingru.GRU": GRU(input_dims, hidden_dims, 2, device=device),
-        "MinGRU": MinGRU(input_dims, hidden_dims, 2, **OPTIONS, device=device),
-        "nn.GRU": nn.GRU(input_dims, hidden_dims, 2, batch_first=True, device=device),
-        "nn.LSTM": nn.LSTM(input_dims, hidden_dims, 2, batch_first=True, device=device),
-    }
+    of_torch = {f"nn.{kind.__name__}": kind(*sizes, 2, batch_first=True) for kind in (nn.GRU, nn.LSTM)}
+    blocks = {f"blocks of {size}": GRU(*sizes, 2, block_size=size) for size in block_sizes}
+    return {"mingru.GRU": GRU(*sizes, 2), **blocks, "MinGRU": MinGRU(*sizes, 2, **OPTIONS), **of_torch}
 
 
-def compared(shape: Sequence[int], device: str, seconds: float) -> dict[str, list[str]]:
+def compared(shape: Sequence[int], args: argparse.Namespace) -> dict[str, list[str]]:
     """Return a row for each model: the times of forward, and of forward + backward, and both over the first model's."""
-    batch, steps, input_dims, hidden_dims = shape
-    modules = models(input_dims, hidden_dims, device)
-    x = torch.randn(batch, steps, input_dims, device=device, requires_grad=True)
-    calls = {name: (lambda module=module: output(module(x))) for name, module in modules.items()}
+    modules = {name: module.to(args.device) for name, module in models(shape[2:], args.block_size).items()}
+    x = torch.randn(shape[:3], device=args.device, requires_grad=True)
+    rounded = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.autocast)
+    calls = {name: rounded(lambda module=module: output(module(x))) for name, module in modules.items()}
     inference = {name: forward(call) for name, call in calls.items()}
     training = {name: forward_backward(calls[name], [x, *module.parameters()]) for name, module in modules.items()}
-    found = [rounds_ms(each, seconds, device=device) for each in (inference, training)]
+    found = [rounds_ms(each, args.seconds, device=args.device) for each in (inference, training)]
     ratios = {name: [_spread(times[name], times["mingru.GRU"]) for times in found] for name in modules}
     return {name: [_spread(times[name]) for times in found] + ratios[name] for name in modules}
 
@@ -149,27 +149,29 @@ def _figure(number: float) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m mingru.bench", "%(prog)s [options]", __doc__, formatter_class=form)
-    parser.add_argument("--threads", type=int, help="number of CPU threads (default: torch's choice)")
+    threads = torch.get_num_threads()
+    parser.add_argument("--threads", type=int, default=threads, help="number of CPU threads (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="device to run on (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds for each pass (default: %(default)s)")
     text = f"batch, steps, input and hidden features; can be repeated (default: {SHAPE})"
     parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=("B", "S", "I", "H"), help=text)
+    text = "also compare mingru.GRU with these numbers of features in a block"
+    parser.add_argument("--block-size", type=int, nargs="+", default=[], metavar="K", help=text)
+    parser.add_argument("--autocast", action="store_true", help="run all models under torch.autocast to bfloat16")
     args = parser.parse_args(arguments)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    for name, value in where().items():
-        print(f"{name}: {value}")
-    for name, can_run in backends().items():
-        print(f"backend {name}: {'can run' if can_run is True else can_run}")
+    facts = where() | {f"backend {name}": "can run" if why is True else why for name, why in backends().items()}
+    facts["bfloat16 products"] = ISA if HAS_BFLOAT16 else "none without AMX; mingru.GRU multiplies in float32"
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     auto = choose(spec_of("mingru_mixed", "tanh", False, 0.0), torch.zeros(1, 1, 1, device=args.device))
-    print(f"device {args.device}{_product(args.device)}: mingru uses the backend {auto!r}")
+    print(f"device {args.device}{_product(args.device)}: mingru uses the backend {auto.backend!r}")
     options = ", ".join(f"{name}={value!r}" for name, value in OPTIONS.items())
     print(f"mingru.GRU: the README's model\nMinGRU: {options}\nall models: two layers")
     for shape in args.shape or [SHAPE]:
-        rows = compared(shape, args.device, args.seconds)
+        rows = compared(shape, args)
         columns = ["", "forward, ms", "fwd + bwd, ms", *(f"{part} / mingru.GRU" for part in ("forward", "fwd + bwd"))]
-        title = f"(B, S, I, H) = {tuple(shape)}: medians (middle half of the rounds)"
+        title = f"(B, S, I, H) = {tuple(shape)}{' in bfloat16' * args.autocast}: medians (middle half of the rounds)"
         print_table(title, columns, [[name, *cells] for name, cells in rows.items()])
 
 

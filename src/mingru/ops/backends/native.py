@@ -132,7 +132,7 @@ CELL_NUMBERS, _activations, _flags, INSTRUCTION_NUMBERS = (
     {name: number for number, name in enumerate(names.split())} for names in _listed
 )
 _GROUP, _FIRST_FLAG = int(_group), int(_first_flag)
-_ISA = os.environ.get("MINGRU_ISA") or ("" if _WHY_NOT else torch.ops.mingru.instruction_sets().split()[-1])
+ISA = os.environ.get("MINGRU_ISA") or ("" if _WHY_NOT else torch.ops.mingru.instruction_sets().split()[-1])
 if _WHY_NOT is None:
     # In this order, `arguments` numbers them.
     assert [*_flags] == _ORDER, "the flags of csrc/call.h have another order"
@@ -145,7 +145,7 @@ NUMBERS = {(cell, name): n | m << 8 for cell, n in CELL_NUMBERS.items() for name
 # Blocks of fewer features have no products of bfloat16: `least_rounded` of csrc/recurrent_weights.h.
 LEAST_ROUNDED = 32
 # Instruction sets that multiply bfloat16.
-HAS_BFLOAT16 = _ISA in ("amx", "emulated")
+HAS_BFLOAT16 = ISA in ("amx", "emulated")
 
 
 def rounds_products(dtype: torch.dtype) -> bool:
@@ -201,7 +201,7 @@ def is_slower_lstm(x: Tensor, features: int, batch: int, steps: int, is_fused: b
     else:
         is_faster = is_faster and batch <= 16 and inputs * features >= 2**13 * max(batch, 4)
         is_faster = is_faster or (batch == 1 and 48 <= features < 192)
-    return _ISA not in ("avx512", "amx") or steps < 40 or not is_faster
+    return ISA not in ("avx512", "amx") or steps < 40 or not is_faster
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
