@@ -52,6 +52,7 @@ std::tuple<Tensor, Tensor> causal_conv_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t bits, bool adds_x,
     const Tensor& grad_out, const Tensor& grad_last) {
+  const Subnormals flushed(Subnormals::mode() | Subnormals::none);
   const Call call{"causal_conv_backward", tensors, bits, 0};
   ConvOperands operands(call, x, weight, bias, adds_x);
   const Tensor grad_x = empty_as(x), grad_h = std::get<0>(operands.add_gradients(x, grad_out, grad_last));

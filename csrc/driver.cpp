@@ -145,7 +145,7 @@ class ScanTasks {
   void each(int64_t count, const F& f) const {
     const int64_t stride = scan_.lengths ? threads_ : 1;
     const int64_t share = scan_.lengths ? 1 : ceil_div(count, threads_);
-    torch::stable::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
+    on_threads(threads_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
         const int64_t last = scan_.lengths ? count : std::min(count, (thread + 1) * share);
         for (int64_t i = thread * share; i < last; i += stride) f(i);
@@ -249,13 +249,13 @@ void run_diagonal_blocks(const Scan& scan, const DiagonalBlocks& blocks, const P
     }
   };
   const int64_t tasks = ceil_div(batch, size) * blocks.count;
-  if (!blocks.is_wide()) return torch::stable::parallel_for(0, tasks, least, run);
+  if (!blocks.is_wide()) return on_threads(tasks, least, run);
   run(0, tasks);
 }
 
 void share_wide_block(
     int64_t count, int64_t multiplications, void (*f)(const void*, int64_t, int64_t), const void* given) {
-  torch::stable::parallel_for(0, count, ceil_div(multiplications_per_share, multiplications), [&](int64_t begin, int64_t end) {
+  on_threads(count, ceil_div(multiplications_per_share, multiplications), [&](int64_t begin, int64_t end) {
     f(given, begin, end);
   });
 }
@@ -279,8 +279,8 @@ void pack_input_weights(const InputWeights& weights, const DiagonalBlocks& block
 void multiply_few_rows(const Product& product) {
   const int64_t least = std::max<int64_t>(1, weights_per_thread / product.features);
   const Kernels& kernels = kernels_of(product.storage);
-  torch::stable::parallel_for(
-      0, product.columns, least, [&](int64_t begin, int64_t end) { kernels.multiply_few_rows(product, begin, end); });
+  on_threads(
+      product.columns, least, [&](int64_t begin, int64_t end) { kernels.multiply_few_rows(product, begin, end); });
 }
 
 // torch calls MKL, which takes 1.1 times as long on AMD's Zen 4, and twice as long as oneDNN on Zen 5 (docs/speed.md).
@@ -324,7 +324,7 @@ void multiply_in_tiles(const MatrixProduct& product, float* packed) {
       const int64_t panel_size = panel_columns * part.depth;
       for_each(panels, panel_size, [&](int64_t i) { kernels.pack_panel(part, packed + i * panel_size, i); });
       const int64_t least = ceil_div(multiplications_per_thread, task_rows * panel_size);
-      torch::stable::parallel_for(0, tasks, least, [&](int64_t begin, int64_t end) {
+      on_threads(tasks, least, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t panel = i % panels, row = i / panels * task_rows;
           kernels.multiply_panel(part, packed + panel * panel_size, panel, row, std::min(row + task_rows, rows));
@@ -342,7 +342,7 @@ void multiply_in_tiles(const MatrixProduct& product, float* packed) {
 void add_rows(const RowSum& sum) {
   const Kernels& kernels = kernels_of(sum.storage);
   const int64_t least = ceil_div(values_per_thread, sum.num_rows * group);
-  torch::stable::parallel_for(0, ceil_div(sum.columns, group), least, [&](int64_t begin, int64_t end) {
+  on_threads(ceil_div(sum.columns, group), least, [&](int64_t begin, int64_t end) {
     kernels.add_rows(sum, begin * group, std::min(end * group, sum.columns));
   });
 }
@@ -350,8 +350,8 @@ void add_rows(const RowSum& sum) {
 void normalize(const Normalization& of, bool is_backward) {
   const Kernels& kernels = kernels_of(of.storage);
   const int64_t least = ceil_div(values_per_thread, of.features);
-  torch::stable::parallel_for(
-      0, of.rows, least, [&](int64_t begin, int64_t end) { kernels.normalize(of, begin, end, is_backward); });
+  on_threads(
+      of.rows, least, [&](int64_t begin, int64_t end) { kernels.normalize(of, begin, end, is_backward); });
 }
 
 void convolve(const Convolution& of, bool is_backward) {

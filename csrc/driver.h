@@ -6,7 +6,40 @@
 
 #include "scan.h"
 
+#ifdef MINGRU_X86
+#include <xmmintrin.h>
+#endif
+
 namespace mingru {
+
+// Sets what a thread does with numbers below the smallest normal one, until its end. On x86 such a number costs some 150
+// cycles, elsewhere none. Backward passes take 0 for it: gradients decay over time to such numbers, so that a training step
+// whose loss reads only the last of 200 time steps took 15 times as long.
+class Subnormals {
+ public:
+#ifdef MINGRU_X86
+  static unsigned mode() { return _mm_getcsr(); }
+  static void set(unsigned mode) { _mm_setcsr(mode); }
+#else
+  static unsigned mode() { return 0; }
+  static void set(unsigned) {}
+#endif
+  static constexpr unsigned none = 0x8040;
+  explicit Subnormals(unsigned mode) : before_(Subnormals::mode()) { set(mode); }
+  ~Subnormals() { set(before_); }
+
+ private:
+  const unsigned before_;
+};
+
+// Calls f with ranges of the numbers below `count`, on torch's threads, in the caller's mode.
+template <class F>
+void on_threads(int64_t count, int64_t least, const F& f) {
+  torch::stable::parallel_for(0, count, least, [&, mode = Subnormals::mode()](int64_t begin, int64_t end) {
+    const Subnormals same(mode);
+    f(begin, end);
+  });
+}
 
 // With fewer values, a thread costs more time than it saves.
 constexpr int64_t values_per_thread = 16384;
@@ -14,7 +47,7 @@ constexpr int64_t values_per_thread = 16384;
 // Calls f with each number below `count`, on several threads if there are enough values, so many for each number.
 template <class F>
 void for_each(int64_t count, int64_t values, const F& f) {
-  torch::stable::parallel_for(0, count, ceil_div(values_per_thread, values), [&](int64_t begin, int64_t end) {
+  on_threads(count, ceil_div(values_per_thread, values), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }

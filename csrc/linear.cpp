@@ -139,6 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const Tensors& tensors, const Tensor& states,
     const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t bits, double min_decay,
     double eps) {
+  const Subnormals flushed(Subnormals::mode() | Subnormals::none);
   const Call call{"linear_recurrence_backward", tensors, bits, min_decay};
   const bool needs_x = call.has(Flag::needs_x), needs_weight = call.has(Flag::needs_weight);
   const bool needs_bias = call.has(Flag::needs_bias);

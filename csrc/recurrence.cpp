@@ -39,6 +39,7 @@ std::tuple<Tensor, Tensor> recurrence_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
     const Tensors& inputs, const Tensors& tensors, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last,
     int64_t bits, double min_decay) {
+  const Subnormals flushed(Subnormals::mode() | Subnormals::none);
   const Call call{"recurrence_backward", tensors, bits, min_decay};
   const int64_t features = num_features(call, inputs), count = static_cast<int64_t>(inputs.size());
   Operands operands(call, inputs[0], features);

@@ -15,7 +15,9 @@ NAMES = ["mingru.GRU", "blocks of 2", "blocks of 4", "MinGRU", "nn.GRU", "nn.LST
 
 
 def test_it_runs_and_prints_numbers():
-    command = "-m mingru.bench --seconds 0.05 --threads 1 --shape 2 7 3 8 --shape 1 1 4 16 --block-size 2 4 --autocast"
+    command = (
+        "-m mingru.bench --seconds .05 --threads 1 --shape 2 7 3 8 --shape 1 1 4 16 --block-size 2 4 --autocast --last"
+    )
     result = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     head, *tables = result.stdout.split("\n\n")

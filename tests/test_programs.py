@@ -462,19 +462,6 @@ def test_long_signal_the_linear_filter_forecasts_a_sine(file):
     assert errors.max() < 0.01
 
 
-@pytest.mark.parametrize(("name", "exponent"), [("nn.GRU", 1), ("attention", 2)])
-def test_long_signal_lengths_stop_at_the_limit(monkeypatch, capsys, name, exponent):
-    assert long_signal.measure(long_signal.make("minGRU", 500, 1), torch.randn(4096), torch.get_num_threads())[0] > 0
-    signal = long_signal.Signal(torch.zeros(300_000), torch.zeros(299_800, 3), 225_000)
-    monkeypatch.setattr(long_signal, "apart", lambda function, model, x, *_: ((len(x) / 4096) ** exponent, 2.0))
-    args = SimpleNamespace(limit=20.0, num_parameters=500, num_layers=1)
-    found = long_signal.time_lengths(SimpleNamespace(args=args, print=print), name, signal)
-    lengths = [4096, 16384, 65536] if exponent == 1 else [4096, 16384]
-    assert found == [[length, (length / 4096) ** exponent, 2.0] for length in lengths]
-    expected = "262,144 not run, because about 64" if exponent == 1 else "65,536 not run, because about 256"
-    assert expected in capsys.readouterr().out
-
-
 # common.py
 
 

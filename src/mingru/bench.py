@@ -4,6 +4,7 @@
     python -m mingru.bench --threads 1 --shape 8 512 256 256 --shape 1 1 64 64
     python -m mingru.bench --threads 1 --shape 8 128 32 512 --block-size 32 64 128
     python -m mingru.bench --threads 1 --autocast
+    python -m mingru.bench --threads 1 --shape 32 200 32 128 --last
 
 All models have two layers. Each time is the median of interleaved rounds in one process, in milliseconds, in
 float32, or with --autocast in bfloat16; in brackets is the middle half of the rounds. If it is wide, other programs
@@ -125,7 +126,8 @@ def compared(shape: Sequence[int], args: argparse.Namespace) -> dict[str, list[s
     modules = {name: module.to(args.device) for name, module in models(shape[2:], args.block_size).items()}
     x = torch.randn(shape[:3], device=args.device, requires_grad=True)
     rounded = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.autocast)
-    calls = {name: rounded(lambda module=module: output(module(x))) for name, module in modules.items()}
+    steps = slice(-1, None) if args.last else slice(None)
+    calls = {name: rounded(lambda module=module: output(module(x))[:, steps]) for name, module in modules.items()}
     inference = {name: forward(call) for name, call in calls.items()}
     training = {name: forward_backward(calls[name], [x, *module.parameters()]) for name, module in modules.items()}
     found = [rounds_ms(each, args.seconds, device=args.device) for each in (inference, training)]
@@ -158,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = "also compare mingru.GRU with these numbers of features in a block"
     parser.add_argument("--block-size", type=int, nargs="+", default=[], metavar="K", help=text)
     parser.add_argument("--autocast", action="store_true", help="run all models under torch.autocast to bfloat16")
+    parser.add_argument("--last", action="store_true", help="take the gradient of the last time step's output only")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -86,9 +86,6 @@ MARKED_CONSTANT = "_dynamo_marked_constant"
 DEVICE_CONTEXTS = "torch.utils._device"
 # The log of an ONNX export has a line about torchvision.
 ONNX_REGISTRATION_LOG = "torch.onnx._internal.exporter._registration"
-# The modules in which `torch.compile` answers `isinstance`. A compiled program does not take a layer that
-# `drop_in.patch` has replaced for the layer of torch.
-ASKED_BY_COMPILED = {f"torch._dynamo.variables.{name}" for name in ("builtin", "object_protocol")}
 
 
 def outside_of_graphs(function: Any) -> Any:
