@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
@@ -206,10 +205,10 @@ class Block(Composite, role="sequence", planned=True):
         y, last = self.rnn(x, None if h is None else h[0], reset, lengths, dt)
         states.insert(0, last)
         # x is the second operand, because a sum has the strides of the first, and outputs are contiguous.
-        x = F.dropout(self.out(y), self.dropout, self.training) + x
+        x = self._dropped(self.out(y)) + x
         mlp = self.mlp
         if mlp is not None:
-            x = F.dropout(mlp(x), self.dropout, self.training) + x
+            x = self._dropped(mlp(x)) + x
         if lengths is not None:
             x = layout.without_padding(x, lengths, False)
         return x, states

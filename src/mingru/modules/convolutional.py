@@ -8,7 +8,6 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.types import Device
 
@@ -84,8 +83,8 @@ class Convolutional(Stacked, role="sequence"):
             first = index * self.num_directions
             before = None if h is None else h[first : first + self.num_directions]
             x, last = layer(x, before, reset, layout, dtype)
-            if index < self.num_layers - 1 and self.dropout > 0:
-                x = F.dropout(x, self.dropout, self.training)
+            if index < self.num_layers - 1:
+                x = self._dropped(x)
             states += last
         return x, states
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -77,6 +78,8 @@ class Layer(Saved):
     """Number of features of x."""
     output_dims: int
     """Number of features of the output."""
+    dropout: float
+    """Dropout probability of a class that has it, between its layers."""
     num_states = 1
     """Number of tensors in the list of states."""
     num_space_dims = 0
@@ -206,6 +209,10 @@ class Layer(Saved):
     def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
         """Return the output and the states of a call whose arguments are checked."""
         raise NotImplementedError
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Apply dropout: all classes that have it draw it here, of what is between layers."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout != 0 else x
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         """Check the shapes of the arguments of a scripted module; torch raises all other errors."""

@@ -5,7 +5,6 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..check.calls import arguments_checked
@@ -207,8 +206,8 @@ class Stack(Composite, role="sequence", planned=True):
                 added = align(residual_input)
                 _check_same_shape(self.name, index, added, data)
                 data = data + added
-            if index < len(self.layers) - 1 and self.dropout > 0 and not self._of_torch[index]:
-                data = F.dropout(data, self.dropout, self.training)
+            if index < len(self.layers) - 1 and not self._of_torch[index]:
+                data = self._dropped(data)
             x = with_data(out, data)
         return x, states
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -42,7 +41,6 @@ class Stacked(Layer):
     """Whether the parameters have no values yet, because the layer was constructed on the device "meta"."""
     num_layers: int
     bias: bool
-    dropout: float
     bidirectional: bool
     norm: str | None
     learn_initial_state: bool
@@ -326,7 +324,7 @@ class Recurrent(Stacked, role="sequence"):
         for index, layer in enumerate(self.layers):
             at = index * self.num_directions
             x, last = layer(x, contexts[at : at + self.num_directions], layout, found)
-            if index < self.num_layers - 1 and self.dropout > 0:
-                x = F.dropout(x, self.dropout, self.training)
+            if index < self.num_layers - 1:
+                x = self._dropped(x)
             states += last
         return x, states
