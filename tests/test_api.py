@@ -143,6 +143,7 @@ def test_without_the_private_names_of_torch_results_are_the_same(monkeypatch):
 def test_numbers_of_numpy_are_numbers():
     rnn = mingru.MinGRU(np.int64(3), 4, num_layers=np.int32(2), dropout=np.float32(0.5))
     assert all(type(size) is int for size in (rnn.input_dims, rnn.num_layers)) and type(rnn.dropout) is float
+    refuses(AttributeError, "min_decay", setattr, rnn, "min_decay", 0.5)
 
 
 def test_what_type_checkers_accept_is_what_there_is():

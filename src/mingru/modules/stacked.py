@@ -35,7 +35,7 @@ INITIALIZED = "_is_hf_initialized"
 class Stacked(Layer):
     """Apply stacked levels of one cell type. `Options` become attributes."""
 
-    __jit_unused_properties__: tuple[str, ...] = (INITIALIZED,)
+    __jit_unused_properties__: tuple[str, ...] = (INITIALIZED, "min_decay")
     _loading = note_values, take_marks
     _is_empty = False
     """Whether the parameters have no values yet, because the layer was constructed on the device "meta"."""
@@ -49,7 +49,7 @@ class Stacked(Layer):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         for option, value in options.arguments.items():
-            if option not in options.factory:
+            if option not in (*options.factory, "min_decay"):
                 # A copy, so that later changes to the caller's list have no effect.
                 own: Any = list(value) if isinstance(value, list) else value
                 setattr(self, option, float(own) if option in ("dropout", "forget_bias") else own)
@@ -121,6 +121,8 @@ class Recurrent(Stacked, role="sequence"):
     """Class of the linear maps inside."""
     _remedy_for_weights = "train the layer from its initialization"
     """What to do about a state_dict of torch.nn."""
+    # Without a setter: another bound would need other weights, and only be shown.
+    min_decay = property(lambda self: one_or_all([each.min_decay for each in self.layers]))
 
     def __init__(self, **arguments: Any) -> None:
         cell = arguments.get("cell", self.cell)
@@ -133,7 +135,6 @@ class Recurrent(Stacked, role="sequence"):
         super().__init__(options, [LinearLevel(*layer, options, self._linear_map) for layer in layers])
         # One that takes no elapsed times, if there is one.
         self.cell = next((cell for cell in options.cells if CELLS[cell].not_timed is not None), options.cells[0])
-        self.min_decay = one_or_all(bounds)
         self._is_timed = CELLS[self.cell].not_timed is None
         self._zero_state = default_start(options) if self._start is None else self._start
         self.initial_state = learned_state(self._shape_of_initial_state(), options)
