@@ -114,16 +114,16 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
 
 
-def models(sizes: Sequence[int], block_sizes: Sequence[int]) -> dict[str, nn.Module]:
+def models(inputs: int, hidden: int, block_sizes: Sequence[int]) -> dict[str, nn.Module]:
     """Return what is compared. The first model is the one that the README begins with."""
-    of_torch = {f"nn.{kind.__name__}": kind(*sizes, 2, batch_first=True) for kind in (nn.GRU, nn.LSTM)}
-    blocks = {f"blocks of {size}": GRU(*sizes, 2, block_size=size) for size in block_sizes}
-    return {"mingru.GRU": GRU(*sizes, 2), **blocks, "MinGRU": MinGRU(*sizes, 2, **OPTIONS), **of_torch}
+    of_torch = {f"nn.{kind.__name__}": kind(inputs, hidden, 2, batch_first=True) for kind in (nn.GRU, nn.LSTM)}
+    blocks = {f"blocks of {size}": GRU(inputs, hidden, 2, block_size=size) for size in block_sizes}
+    return {"mingru.GRU": GRU(inputs, hidden, 2), **blocks, "MinGRU": MinGRU(inputs, hidden, 2, **OPTIONS), **of_torch}
 
 
 def compared(shape: Sequence[int], args: argparse.Namespace) -> dict[str, list[str]]:
     """Return a row for each model: the times of forward, and of forward + backward, and both over the first model's."""
-    modules = {name: module.to(args.device) for name, module in models(shape[2:], args.block_size).items()}
+    modules = {name: module.to(args.device) for name, module in models(*shape[2:], args.block_size).items()}
     x = torch.randn(shape[:3], device=args.device, requires_grad=True)
     rounded = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.autocast)
     steps = slice(-1, None) if args.last else slice(None)
