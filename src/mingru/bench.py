@@ -123,7 +123,7 @@ def models(inputs: int, hidden: int, block_sizes: Sequence[int]) -> dict[str, nn
 
 def compared(shape: Sequence[int], args: argparse.Namespace) -> dict[str, list[str]]:
     """Return a row for each model: the times of forward, and of forward + backward, and both over the first model's."""
-    modules = {name: module.to(args.device) for name, module in models(*shape[2:], args.block_size).items()}
+    modules = {name: module.to(args.device) for name, module in models(shape[2], shape[3], args.block_size).items()}
     x = torch.randn(shape[:3], device=args.device, requires_grad=True)
     rounded = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.autocast)
     steps = slice(-1, None) if args.last else slice(None)
