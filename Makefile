@@ -59,8 +59,8 @@ gpu:
 bench: test
 	$(PYTHON) benchmarks/accuracy.py
 	$(PYTHON) benchmarks/speed.py --json out/speed.json
-	$(PYTHON) benchmarks/speed.py family steps half products --json out/small.json
-	$(PYTHON) benchmarks/speed.py model deploy --seconds 10 --json out/large.json
+	$(PYTHON) benchmarks/speed.py steps products --json out/small.json
+	$(PYTHON) benchmarks/speed.py deploy --seconds 10 --json out/large.json
 
 # Accuracy of the main example for five seeds.
 seeds:

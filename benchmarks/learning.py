@@ -43,6 +43,7 @@ import random
 import statistics
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import measure
@@ -74,36 +75,29 @@ def below(dims):
 
 def forgetful(dims):
     """Return nn.LSTM whose forget gates have a bias of 1."""
-
-    def build():
-        rnn = of(nn.LSTM, 2, deep=False, dims=dims)()
-        for layer in range(2):
-            getattr(rnn, f"bias_ih_l{layer}").data[dims : 2 * dims] = 1.0
-        return rnn
-
-    return build
+    rnn = nn.LSTM(FEATURES, dims, 2, batch_first=True)
+    for bias in (rnn.bias_ih_l0, rnn.bias_ih_l1):
+        bias.data[dims : 2 * dims] = 1.0
+    return rnn
 
 
-GRU, GRU_OF_ONE, MIXED = "nn.GRU, 2 layers", "nn.GRU, 1 layer", 'MinGRU, gate="mixed"'
-OWN, THREE, LSTM = "mingru.GRU, 2 layers", "mingru.GRU, 3 layers, norm, residual", "nn.LSTM, 2 layers"
-MEMORY = OWN + ", memory=(1.5, 10)"
+GRU, GRU_OF_ONE = "nn.GRU, 2 layers", "nn.GRU, 1 layer"
 # By name. MinGRU and MinLSTM have two layers, norm and residual, where the name does not say otherwise.
 MODELS = {
     GRU: of(nn.GRU, 2, deep=False),
-    OWN: of(mingru.GRU, 2, deep=False),
+    "mingru.GRU, 2 layers": of(mingru.GRU, 2, deep=False),
     "mingru.GRU, 2 layers, norm, residual": of(mingru.GRU, 2),
-    MIXED: of(mingru.MinGRU, 2, gate="mixed"),
+    'MinGRU, gate="mixed"': of(mingru.MinGRU, 2, gate="mixed"),
     "MinGRU": of(mingru.MinGRU, 2),
-    LSTM: of(nn.LSTM, 2, deep=False),
+    "nn.LSTM, 2 layers": of(nn.LSTM, 2, deep=False),
     'Blocks, conv=4, mlp=1, gate="mixed"': blocks(2, conv=4, mlp=1, gate="mixed"),
     "mingru.GRU, 2 layers, blocks of 32": of(mingru.GRU, 2, deep=False, block_size=32),
     GRU_OF_ONE: of(nn.GRU, 1, deep=False),
     "mingru.GRU, 1 layer": of(mingru.GRU, 1, deep=False),
     'MinGRU, candidate="tanh"': of(mingru.MinGRU, 2, candidate="tanh"),
     "MinLSTM": of(mingru.MinLSTM, 2),
-    THREE: of(mingru.GRU, 3),
+    "mingru.GRU, 3 layers, norm, residual": of(mingru.GRU, 3),
     "nn.LSTM, 1 layer": of(nn.LSTM, 1, deep=False),
-    MEMORY: of(mingru.GRU, 2, deep=False, memory=(1.5, 10)),
 }
 # Layers of more features, in one block or more.
 SIZES, BLOCKS = list(itertools.product((128, 256), (1, 2))), {ONE: None, "blocks of 64": 64, "blocks of 128": 128}
@@ -114,8 +108,7 @@ MODELS |= {
 }
 # The columns of the tables of the page.
 TABLES = {
-    "start": [GRU, *(name for name in MODELS if "2 layers" in name and name not in (GRU, MEMORY))],
-    "memory": [OWN, MEMORY],
+    "start": [GRU, *(name for name in MODELS if "2 layers" in name and name != GRU)],
     "layers": [name for name in MODELS if "1 layer" in name or "3 layers" in name],
     "mingru": [name for name in MODELS if "layer" not in name and " x " not in name],
 }
@@ -233,17 +226,14 @@ def like(name):
     """Return the model with which another is compared: of one block, or nn.GRU, of as many layers, or of two."""
     if " x " in name:
         return next(each for each in MODELS if each.endswith(ONE) and name.startswith(each[: -len(ONE)]))
-    if name == MEMORY:
-        return OWN
     return BASE if name in AT[256] else GRU_OF_ONE if "1 layer" in name else GRU
 
 
 def gain(task, results, name):
     """Return whether a model is ahead (1), equal (0) or behind (-1)."""
     own, other = (statistics.mean(results[each]["test"]) for each in (name, like(name)))
-    more = {"error": other - own, "nats": other - own}.get(task.unit, own - other)
-    most = {"error": 0.15 * other, "nats": 0.05}.get(task.unit, 3)
-    return (more > most) - (more < -most)
+    most = {"error": -0.15 * other, "nats": -0.05}.get(task.unit, 3)
+    return ((own - other) / most > 1) - ((own - other) / most < -1)
 
 
 def cell_of(of_task, task, name):
@@ -264,11 +254,10 @@ def gains_of(results, name):
 
 def table(results, names, ratios=None, tasks=TASKS):
     """Return a table with a row for each task, and losses in bold."""
-    rows = []
-    for task, of_task in results.items():
-        if task in tasks and names[0] in of_task and any(name in of_task for name in names[1:]):
-            rows.append([f"{task}, {TASKS[task].unit}", *(cell_of(of_task, task, name) for name in names)])
-    each = [[*gains_of({task: results[task] for task in results if task in tasks}, name).values()] for name in names]
+    own = {task: found for task, found in results.items() if task in tasks and names[0] in found}
+    own = {task: found for task, found in own.items() if any(name in found for name in names[1:])}
+    rows = [[f"{task}, {TASKS[task].unit}", *(cell_of(own[task], task, name) for name in names)] for task in own]
+    each = [[*gains_of(own, name).values()] for name in names]
     counts = ["/".join(str(gains.count(sign)) for sign in (1, 0, -1)) for gains in each]
     rows.append(["ahead/equal/behind", *(counts if like(names[0]) != names[0] else ["", *counts[1:]])])
     if ratios:
@@ -309,20 +298,15 @@ def equal_time(found, dims, args, tasks, save):
     """Return what to train in the time of nn.GRU with a number of features; with --times, measure that time."""
     own = [name for name in tasks if args.tasks or dims == DIMS or name in ROOM]
     rnns = {name: (COLUMNS | MORE)[name](dims) for name in AT[dims]}
-    ratios, results = (
-        found.setdefault(key, {}).setdefault(str(dims), {}).setdefault(args.ratios, {}) for key in ("ratios", "equal")
-    )
+    both = [found.setdefault(key, {}).setdefault(str(dims), {}) for key in ("ratios", "equal")]
+    ratios, results = (each.setdefault(args.ratios, {}) for each in both)
     for name in own if args.times else ():
         ratios[name] = times_as_fast(tasks[name], rnns)
         save(dims, name, ratios[name])
-
-    def steps_of(name, model):
-        return round(tasks[name].num_steps * (1 if dims == DIMS else 0.5) * ratios[name][model])
-
-    models = {name: [rnn] for name, rnn in rnns.items() if name in (args.models or rnns)}
-    for name in models:
-        models[name] += [forgetful(dims)] if name.startswith("nn.LSTM") else []
-    return results, models, own, steps_of
+    models = {name: [rnns[name]] for name in args.models or rnns}
+    models |= {name: [rnn, partial(forgetful, dims)] for name, (rnn,) in models.items() if "LSTM" in name}
+    part = 1 if dims == DIMS else 0.5
+    return results, models, own, lambda name, model: round(tasks[name].num_steps * part * ratios[name][model])
 
 
 def main():

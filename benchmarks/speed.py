@@ -2,7 +2,7 @@
 
     pip install ".[bench]"                                 # in a clone of the repository
     python benchmarks/speed.py                             # one layer and its recurrence, by shape
-    python benchmarks/speed.py steps family                # other groups of tables, which --help lists
+    python benchmarks/speed.py steps products               # other groups of tables, which --help lists
     python benchmarks/speed.py --gru 64 128 256 512        # nn.GRU and nn.LSTM as they are, and accelerated, by shape
     python benchmarks/speed.py --rules 600                 # the rules by which drop_in uses kernels, on random sizes
     python benchmarks/speed.py --sweep --plot speed.png    # time by sequence length, and the README's picture
@@ -48,7 +48,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import mingru
 from mingru import drop_in
 from mingru.bench import forward, forward_backward, medians_ms, output, print_table
-from mingru.models import LanguageModel
 
 SHAPES = [(8, 512, 256, 256), (1, 4096, 256, 256), (16, 1024, 512, 512), (64, 1000, 10, 100), (32, 64, 64, 64)]
 # Of the model that docs/choosing.md begins with. The last are short.
@@ -163,19 +162,6 @@ def one_layer(args):
         yield Table(title, calls, leaves, (GRU, LINEAR))
 
 
-def family(args):
-    """the other layers, and drop_in, with MinGRU and torch's layers; MinConv2dGRU with a convolution"""
-    for batch, steps, *dims in args.shape or [(8, 512, 256, 256), (32, 64, 64, 64), (1, 1, 256, 256)]:
-        x, modules = torch.randn(batch, steps, dims[0], requires_grad=True), plain_layers(*dims)
-        modules |= {"MinLSTM": mingru.MinLSTM(*dims), "drop_in.GRU": drop_in.GRU(*dims, batch_first=True)}
-        modules |= {f"mingru.GRU, {size}": mingru.GRU(*dims, block_size=size) for size in (16, 32, None)}
-        yield of_modules(f"One layer, (B, S, I, H) = {(batch, steps, *dims)}", x, modules, "mingru", GRU)
-    x = torch.randn(4, 16, 32, 64, 64, requires_grad=True)
-    modules = {"nn.Conv2d": nn.Conv2d(32, 64, 3, padding=1), "MinConv2dGRU": mingru.MinConv2dGRU(32, 32, 3, padding=1)}
-    calls = {name: partial(module, x.flatten(0, 1) if "nn." in name else x) for name, module in modules.items()}
-    yield of_modules("(B, S, C, *space) = (4, 16, 32, 64, 64), kernel 3, H = 32", x, modules, calls=calls)
-
-
 def steps(args):
     """one step of layers and cells, with linear maps and nn.GRU"""
     for dims in (250, 256):
@@ -185,23 +171,6 @@ def steps(args):
         cells = {f"{home.__name__}.GRUCell": home.GRUCell(dims, dims) for home in (nn, mingru)}
         cells["MinGRUCell"] = mingru.MinGRUCell(dims, dims)
         yield Table(f"one step of a cell, {dims} features", {name: partial(cell, x) for name, cell in cells.items()})
-
-
-def half(args):
-    """float32 layers with and without bfloat16 autocast, and bfloat16 ones
-
-    On processors without bfloat16 matrix instructions, nn.Linear itself is slow in bfloat16.
-    """
-    kinds = {"float32": (torch.float32, False), "autocast": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
-    for shape in args.shape or [(8, 128, 256, 256), (8, 512, 256, 256)]:
-        calls, leaves = {}, {}
-        for kind, (dtype, is_enabled) in kinds.items():
-            autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=is_enabled)
-            for name, module in (plain_layers(*shape[2:]) | {START: mingru.GRU(*shape[2:])}).items():
-                x = torch.randn(*shape[:3], dtype=dtype, requires_grad=True)
-                calls[f"{name}, {kind}"] = within(autocast, partial(module.to(dtype), x))
-                leaves[f"{name}, {kind}"] = [x, *module.parameters()]
-        yield Table(f"(B, S, I, H) = {tuple(shape)}", calls, leaves, (f"{START}, float32",))
 
 
 def products(args):
@@ -215,24 +184,6 @@ def products(args):
         for name, (left, right) in factors.items():
             calls = products_of(left, right.t()) | {"mingru": partial(torch.ops.mingru.multiply, left, right, None)}
             yield Table(f"{(rows, features, columns)}, {name}", calls)
-
-
-VOCAB, DIMS, LAYERS = 84, 256, 6
-
-
-def model(args):
-    """a language model: a step beside its linear maps, and reading a prompt"""
-    options = {"no convolution, no MLP": {}, "convolution": {"conv": 4}, "convolution and MLP": {"conv": 4, "mlp": 2}}
-    for name, given in options.items():
-        lm, ids = LanguageModel(VOCAB, DIMS, LAYERS, **given).eval(), torch.randint(VOCAB, (1, args.prompt))
-        _, state = lm(ids[:, :1])
-        # The tied output layer is no module.
-        maps = [*(each for each in lm.modules() if isinstance(each, nn.Linear)), nn.Linear(DIMS, VOCAB, bias=False)]
-        pairs = [(each, torch.randn(1, 1, each.in_features)) for each in maps]
-        calls = {"linear maps": lambda pairs=pairs: [each(x) for each, x in pairs][-1]}
-        title = f"One step, {LAYERS} layers, {DIMS} features, {name}"
-        yield Table(title, calls | {"step": partial(lm, ids[:, :1], state)})
-        yield Table(f"{args.prompt} tokens, {name}", {"one pass": partial(lm, ids)})
 
 
 def deploy(args):
@@ -392,7 +343,7 @@ def ratios(found, base, name):
     return " ; ".join(f"{of_torch / own:.2f}" for of_torch, own in zip(found[base], found[name], strict=True))
 
 
-GROUPS = {each.__name__: each for each in (one_layer, family, steps, half, products, model, deploy)}
+GROUPS = {each.__name__: each for each in (one_layer, steps, products, deploy)}
 
 
 def starts(*sizes):
@@ -541,7 +492,6 @@ def main():
     add("--scans", type=Path, help="folder in which pip has installed mingru-scans, for --page")
     add("--plot", type=Path, help="plot the sweep to this file; implies --sweep")
     measure.add_shape_option(parser, "those of the group")
-    add("--prompt", type=int, default=4096, help="tokens that a model reads (default: %(default)s)")
     add("--seconds", type=float, default=4.0, help="time for each set of calls (default: %(default)s)")
     add("--rounds", type=int, default=5, help="minimum rounds of these calls (default: %(default)s)")
     add("--rules", type=float, metavar="SECONDS", help="print random calls whose kernels are slower than torch")
