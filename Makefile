@@ -59,7 +59,7 @@ gpu:
 bench: test
 	$(PYTHON) benchmarks/accuracy.py
 	$(PYTHON) benchmarks/speed.py --json out/speed.json
-	$(PYTHON) benchmarks/speed.py steps products --json out/small.json
+	$(PYTHON) benchmarks/speed.py products --json out/small.json
 	$(PYTHON) benchmarks/speed.py deploy --seconds 10 --json out/large.json
 
 # Accuracy of the main example for five seeds.

@@ -252,19 +252,32 @@ def gains_of(results, name):
     return {task: gain(TASKS[task], of_task, name) for task, of_task in results.items() if name in of_task}
 
 
+def counts_of(gains):
+    return "/".join(str([*gains.values()].count(sign)) for sign in (1, 0, -1)) if gains else ""
+
+
 def table(results, names, ratios=None, tasks=TASKS):
     """Return a table with a row for each task, and losses in bold."""
     own = {task: found for task, found in results.items() if task in tasks and names[0] in found}
     own = {task: found for task, found in own.items() if any(name in found for name in names[1:])}
     rows = [[f"{task}, {TASKS[task].unit}", *(cell_of(own[task], task, name) for name in names)] for task in own]
-    each = [[*gains_of(own, name).values()] for name in names]
-    counts = ["/".join(str(gains.count(sign)) for sign in (1, 0, -1)) for gains in each]
+    counts = [counts_of(gains_of(own, name)) for name in names]
     rows.append(["ahead/equal/behind", *(counts if like(names[0]) != names[0] else ["", *counts[1:]])])
     if ratios:
         of_each = [sorted(of_task[name] for of_task in ratios.values() if name in of_task) for name in names]
         faster = [f"{statistics.median(all_of):.1f} ({all_of[0]:.1f} to {all_of[-1]:.1f})" for all_of in of_each]
         rows.append(["times as fast", *faster])
     return measure.markdown(["", *names], rows)
+
+
+def summary(equal):
+    """Return a table of what is ahead, equal and behind, by model and number of features, with the tasks of losses."""
+    rows = []
+    for name in [*COLUMNS][1:]:
+        all_of = [gains_of(next(iter(equal[str(dims)].values())), name) for dims in AT]
+        lost = [", ".join(task for task, sign in gains.items() if sign < 0) for gains in all_of]
+        rows.append([name, *itertools.chain(*zip(map(counts_of, all_of), lost, strict=True))])
+    return measure.markdown(["", *(f"{dims} features{of}" for dims in AT for of in ("", ", behind in"))], rows)
 
 
 def turned(of_processors, names):
@@ -291,7 +304,7 @@ def tables(found):
         of_dims, columns = equal[str(dims)][processor], [name for name in names if name not in MORE]
         texts[f"time{dims}"] = table(of_dims, columns, ratios[str(dims)][processor])
     texts["more"] = table(of_dims, [BASE, AT[256][4], "mingru.GRU below MinGRU", *MORE], None, BEHIND)
-    return texts | {"turned": turned(equal["64"], AT[64])}
+    return texts | {"summary": summary(equal), "turned": turned(equal["64"], AT[64])}
 
 
 def equal_time(found, dims, args, tasks, save):

@@ -2,7 +2,7 @@
 
     pip install ".[bench]"                                 # in a clone of the repository
     python benchmarks/speed.py                             # one layer and its recurrence, by shape
-    python benchmarks/speed.py steps products               # other groups of tables, which --help lists
+    python benchmarks/speed.py products deploy               # other groups of tables, which --help lists
     python benchmarks/speed.py --gru 64 128 256 512        # nn.GRU and nn.LSTM as they are, and accelerated, by shape
     python benchmarks/speed.py --rules 600                 # the rules by which drop_in uses kernels, on random sizes
     python benchmarks/speed.py --sweep --plot speed.png    # time by sequence length, and the README's picture
@@ -160,17 +160,6 @@ def one_layer(args):
         calls |= products_of(x.detach().flatten(0, 1), modules[LINEAR].weight.detach(), modules[LINEAR].bias.detach())
         title = f"(B, S, I, H) = {(batch, steps, input_dims, hidden_dims)}: the whole layer"
         yield Table(title, calls, leaves, (GRU, LINEAR))
-
-
-def steps(args):
-    """one step of layers and cells, with linear maps and nn.GRU"""
-    for dims in (250, 256):
-        x, modules = torch.randn(1, dims), plain_layers(dims, dims) | {START: mingru.GRU(dims, dims)}
-        calls = {name: partial(modules[name], x[None]) for name in (GRU, LINEAR, "mingru", START)}
-        yield Table(f"one step of a layer, {dims} features", calls)
-        cells = {f"{home.__name__}.GRUCell": home.GRUCell(dims, dims) for home in (nn, mingru)}
-        cells["MinGRUCell"] = mingru.MinGRUCell(dims, dims)
-        yield Table(f"one step of a cell, {dims} features", {name: partial(cell, x) for name, cell in cells.items()})
 
 
 def products(args):
@@ -343,7 +332,7 @@ def ratios(found, base, name):
     return " ; ".join(f"{of_torch / own:.2f}" for of_torch, own in zip(found[base], found[name], strict=True))
 
 
-GROUPS = {each.__name__: each for each in (one_layer, steps, products, deploy)}
+GROUPS = {each.__name__: each for each in (one_layer, products, deploy)}
 
 
 def starts(*sizes):
