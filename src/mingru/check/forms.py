@@ -105,7 +105,7 @@ class Form:
         like_name = "the layer's weight" if self.argument == "x" else names["like"]
         if value.dtype not in (self.dtypes or self._of_numbers(like)):
             expected, method = self.expected or f"{like.dtype} like {like_name}", self.method or f"to({like.dtype})"
-            remedy = meant.of_dtype(self.argument, value, converted(name, value, method))
+            remedy = meant.of_dtype(owner, self.argument, value, converted(name, value, method))
             raise TypeError(expectation(owner.name, name, expected, str(value.dtype), remedy))
         if value.device != like.device and not (self.or_cpu and value.is_cpu):
             expected = f"{'on the CPU or ' * self.or_cpu}on {like.device} like {like_name}"

@@ -102,15 +102,17 @@ def of_layers(layer: "LayerLike", form: "Form", value: object, shape: Sequence[i
 
 def of_functions(function: "Checked", form: "Form", value: object, shape: Sequence[int]) -> str:
     """Return the remedy for an argument of a function that has another shape, or ""."""
-    if form.argument in _SEQUENCES and isinstance(value, Tensor) and value.shape[:-1] == shape:
-        return f"use {function._forms.names['x']}.unsqueeze(-1).expand_as({form.argument})"
-    return ""
+    lacks_dim = form.argument in _SEQUENCES and isinstance(value, Tensor) and value.shape[:-1] == shape
+    return f"use {function._forms.names['x']}.unsqueeze(-1).expand_as({form.argument})" * lacks_dim
 
 
-def of_dtype(argument: str, value: Tensor, remedy: str) -> str:
+def of_dtype(owner: "Checked", argument: str, value: Tensor, remedy: str) -> str:
     """Return the remedy for another dtype."""
     if argument == "lengths" and value.dtype == torch.bool:
         return f"use {LENGTHS_OF_MASK}"
+    is_1d = value.dtype == torch.int64 and value.dim() == 1
+    if is_1d and argument in ("h", "reset") and "lengths" in owner._forms.batch_first[0]:
+        return "pass lengths by their name, lengths="
     if argument == "x" and of_ids(value):
         return f"{EMBED}, or {remedy} for numbers"
     return (of_mask(value) if argument == "h" else "") or remedy
@@ -118,9 +120,8 @@ def of_dtype(argument: str, value: Tensor, remedy: str) -> str:
 
 def of_mask(h: object) -> str:
     """Return the remedy for a mask in place of a state, or ""."""
-    if not isinstance(h, Tensor) or h.dtype != torch.bool:
-        return ""
-    return f"pass the starts of episodes as reset=; a layer takes a padding mask as {LENGTHS_OF_MASK}"
+    is_mask = isinstance(h, Tensor) and h.dtype == torch.bool
+    return f"pass the starts of episodes as reset=; a layer takes a padding mask as {LENGTHS_OF_MASK}" * is_mask
 
 
 def of_ids(x: Tensor) -> str:

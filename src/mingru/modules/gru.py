@@ -187,8 +187,7 @@ class GRU(Recurrent, planned=True):
             48
         """
         name, of_torch = f"{name_of(cls)}.from_torch", nn.modules.GRU
-        remedy = "pass one that is not quantized, replaced or wrapped"
-        check_type(name, "gru", gru, of_torch, "a torch.nn.GRU", remedy)
+        check_type(name, "gru", gru, of_torch, "a torch.nn.GRU", "pass a plain one; drop_in.accelerate takes LSTMs")
         got, remedy = f"{type(gru).__name__} with hooks or a forward of its own", "copy its weights to a torch.nn.GRU"
         is_gru = getattr(type(gru).forward, "__code__", None) is of_torch.forward.__code__ and not is_hooked(gru)
         require(name, "gru", is_gru, "a torch.nn.GRU without hooks", got, remedy, TypeError)
