@@ -186,9 +186,17 @@ def test_eager(path, kind):
             assert_equal(found, kind(row))
 
 
+# A graph of any size takes long to make of several cells.
+OF_ANY_SIZE = [
+    pytest.param(path, True, id=f"{path.name}, dynamic", marks=[pytest.mark.slow] * ("mixture" in path.name))
+    for path in PATHS
+]
+
+
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("dynamic", [False, True])
-@each_path
+@pytest.mark.parametrize(
+    ("path", "dynamic"), [*(pytest.param(path, False, id=path.name) for path in PATHS), *OF_ANY_SIZE]
+)
 def test_compiled(path, dynamic):
     """What a compiled call must be equal to is the same call in eager mode."""
     with small_chunks():
