@@ -45,6 +45,13 @@ def write_json(path: Path, results: Any) -> None:
     write(path, {"where": where(), "results": results})
 
 
+def add_json(path: Path, results: Any) -> None:
+    """Add what this processor measured to a file of some, in place of what it had measured before."""
+    machine, known = where(), json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    others = [each for each in known if each["where"]["processor"] != machine["processor"]]
+    write(path, [*others, {"where": machine, "results": results}])
+
+
 def write(path: Path, content: Any) -> None:
     """Replace a file in one operation, so that a program that is stopped here leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

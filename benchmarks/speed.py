@@ -13,11 +13,7 @@ Times are medians of interleaved runs in one process, in milliseconds. Forward i
 backward includes the gradients of all inputs and parameters. The dtype is float32 unless a name says bf16.
 
 minGRU-pytorch is another package on PyPI. Without its output projection it computes the same recurrence from I to H
-features, in log space. Its linear map has no bias, and its initial state is 0 instead of 0.5. mingru-scans computes it
-in log space too. It is imported as `mingru`, so install it in a folder of its own, and name this folder:
-
-    pip install --no-deps --target out/scans mingru-scans==0.2.0
-    python benchmarks/speed.py --page --scans out/scans
+features, in log space. Its linear map has no bias, and its initial state is 0 instead of 0.5.
 """
 
 import argparse
@@ -39,7 +35,7 @@ from unittest import mock
 
 import measure
 import torch
-from measure import GRU, LINEAR, SCANS, markdown, plain_layers, where, write_json
+from measure import GRU, LINEAR, add_json, markdown, plain_layers, where, write_json
 from minGRU_pytorch import minGRU
 from torch import nn
 from torch.export import Dim
@@ -395,22 +391,27 @@ def in_bfloat16(args, timer):
         calls[FLOAT32], leaves[FLOAT32] = partial(models[START], x), leaves[START]
         found.setdefault(str(threads), {})[str(shape)] = times = time_both(timer, Table("", calls, leaves))
         print(threads, shape, {name: f"{both:.3g}" for name, (_, both) in times.items()}, flush=True)
-    return {"instructions": torch.ops.mingru.instruction_sets().split()[-1], "load": load, "times": found}
+    return {"load": load, "times": found}
 
 
-def tables(record, rounded):
-    """Return the tables of docs/speed.md, with the most threads, from docs/speed.json and docs/speed_bfloat16.json."""
-    of_machine, found = rounded["where"], rounded["results"]
-    text = f"{of_machine['cores']} cores of {of_machine['processor']} with {found['instructions'].upper()}, torch "
-    text += f"{of_machine['torch']}. The load average before the run was {found['load']:.1f}.\n\n"
-    text += equal(found["times"], (*OF_TORCH, FLOAT32))
-    where, versions = record["where"], record["results"]["versions"]
-    machine = f"{where['cores']} cores of {where['processor']} with {where['instructions']}, torch {where['torch']}"
-    others = "".join(f", {name} {version}" for name, version in versions.items())
-    lines = [f"{machine}{others}.", f"The load average before the run was {record['results']['load']:.1f}."]
+def tables(records, rounded):
+    """Return the tables of the pages by name, of all processors of docs/speed.json and docs/speed_bfloat16.json."""
+    texts = {"equal": [heading(each) + equal(each["results"]["equal"]) for each in records]}
+    others = *OF_TORCH, FLOAT32
+    texts["bfloat16"] = [heading(each) + equal(each["results"]["times"], others) for each in rounded]
+    return {name: "\n\n".join(each) for name, each in {**texts, "tables": map(of_one_layer, records)}.items()}
+
+
+def heading(record):
+    text = "{cores} cores of {processor}, kernels {kernels}, torch {torch}".format(**record["where"])
+    text += "".join(f", {name} {version}" for name, version in record["results"].get("versions", {}).items())
+    return f"{text}. The load average before the run was {record['results']['load']:.1f}.\n\n"
+
+
+def of_one_layer(record):
+    """Return the table of one layer beside others, with the most threads."""
     threads, by_shape = list(record["results"]["times"].items())[-1]
     names = [name for name in next(iter(by_shape.values())) if name != "mingru"]
-    lines += ["", f"A training step, {threads} thread{'s' * (threads != '1')}:", ""]
     rows = []
     for shape, figures in by_shape.items():
         batch, steps, input_dims, hidden_dims = json.loads(f"[{shape[1:-1]}]")
@@ -421,7 +422,7 @@ def tables(record, rounded):
         cells = [f"**{short(ratio)}**" if ratio < 1 else short(ratio) for ratio in ratios]
         rows.append([f"{batch}, {steps}, {features}", f"{times['mingru']:.3g}", *cells])
     table = markdown(["B, S, H", "MinGRU, ms", *(name.removesuffix("(I, 2H)") for name in names)], rows)
-    return {"equal": equal(record["results"]["equal"]), "bfloat16": text, "tables": "\n".join([*lines, table])}
+    return f"A training step on {record['where']['processor']}, {threads} thread{'s' * (threads != '1')}:\n\n{table}"
 
 
 def plot(times, path):
@@ -443,8 +444,6 @@ def page(args, timer):
     """Write docs/speed.json and the tables of docs/speed.md; with --json, only this file."""
     load = os.getloadavg()[0]
     versions = {PEER: importlib.metadata.version(PEER)}
-    if scanned := args.scans and measure.scans(args.scans):
-        versions[SCANS] = next(importlib.metadata.distributions(name=SCANS, path=[str(args.scans)])).version
     of_equal, times = {}, {}
     for threads in sorted({1, args.threads}):
         torch.set_num_threads(threads)
@@ -453,10 +452,9 @@ def page(args, timer):
             of_equal.setdefault(str(threads), {})[str(shape)] = found
         for shape in [tuple(shape) for shape in args.shape or PAGE_SHAPES]:
             others = {"mingru.GRU": mingru.GRU(*shape[2:])}
-            others |= {SCANS: scanned.MinGRU(*shape[2:])} if scanned else {}
             times.setdefault(str(threads), {})[str(shape)] = whole_layers(timer, shape, others)
     path = args.json or PAGE.with_suffix(".json")
-    write_json(path, {"load": load, "versions": versions, "equal": of_equal, "times": times})
+    add_json(path, {"load": load, "versions": versions, "equal": of_equal, "times": times})
     fill(path, ROUNDED, not args.json)
 
 
@@ -478,7 +476,6 @@ def main():
     add("--sweep", action="store_true", help="print times by sequence length instead of the tables")
     add("--page", action="store_true", help="print times with one thread and --threads, and write docs/speed.md")
     add("--bfloat16", action="store_true", help="the same under autocast to bfloat16, for docs/more/bfloat16.md")
-    add("--scans", type=Path, help="folder in which pip has installed mingru-scans, for --page")
     add("--plot", type=Path, help="plot the sweep to this file; implies --sweep")
     measure.add_shape_option(parser, "those of the group")
     add("--seconds", type=float, default=4.0, help="time for each set of calls (default: %(default)s)")
@@ -496,7 +493,7 @@ def main():
     if args.page:
         page(args, timer)
     elif args.bfloat16:
-        write_json(args.json or ROUNDED, in_bfloat16(args, timer))
+        add_json(args.json or ROUNDED, in_bfloat16(args, timer))
         fill(PAGE.with_suffix(".json"), args.json or ROUNDED, not args.json)
     elif args.rules:
         results = against_rules(args, timer)

@@ -41,6 +41,17 @@ struct InstructionSet {
 #endif
 }
 
+// Whether this processor multiplies pairs of bfloat16.
+[[maybe_unused]] bool has_pairs() {
+#ifdef MINGRU_X86
+  unsigned a, b, c, d;
+  constexpr unsigned bfloat16 = 1 << 5;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bfloat16) != 0;
+#else
+  return false;
+#endif
+}
+
 // Those that this library and this processor have, the fastest last.
 std::vector<InstructionSet> sets_here() {
   std::vector<InstructionSet> sets;
@@ -53,6 +64,10 @@ std::vector<InstructionSet> sets_here() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     sets.push_back({"avx512", avx512::kernels<float>(), avx2::kernels<double>(), nullptr});
+    const InstructionSet& avx512 = sets.back();
+    const InstructionSet pairs{"avx512_bf16", avx512.of_float, avx512.of_double, avx512.of_float.pairs};
+    // On an Intel, they take twice the time of products of float32.
+    if (has_pairs()) sets.insert(__builtin_cpu_is("amd") ? sets.end() : sets.begin(), pairs);
     if (has_amx()) sets.push_back({"amx", sets.back().of_float, sets.back().of_double, sets.back().of_float.amx});
   }
 #else

@@ -88,7 +88,8 @@ void normalize(const Normalization& of, bool is_backward);
 void convolve(const Convolution& of, bool is_backward);
 
 // The names of the instruction sets that this library and this processor have, the fastest last: "baseline", or "avx2",
-// "avx512" and "amx", and first "emulated", of AMX. The environment variable MINGRU_ISA chooses one.
+// "avx512", "avx512_bf16" and "amx", and first "emulated", of AMX, and on an Intel "avx512_bf16". The environment variable
+// MINGRU_ISA chooses one.
 std::string instruction_sets();
 // The text that says from which sources the library was built.
 extern char built_from[];

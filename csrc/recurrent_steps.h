@@ -6,9 +6,9 @@
 #include <optional>
 #include <utility>
 
+#include "pair_products.h"
 #include "recurrent_cells.h"
 #include "register_products.h"
-#include "tile_products.h"
 
 namespace mingru::MINGRU_ISA {
 

@@ -204,7 +204,7 @@ struct TileProduct {
   bool is_added;
 };
 
-// What multiplies in tiles: AMX, or its emulation. A thread configures tiles of so many rows first.
+// What multiplies in tiles: AMX, its emulation, or AVX512-BF16. A thread configures tiles of so many rows first.
 struct Tiles {
   void (*configure)(int64_t rows);
   void (*release)();
@@ -278,8 +278,8 @@ struct Kernels {
   void (*multiply_panel)(const MatrixProduct&, const float* panel, int64_t index, int64_t begin, int64_t end) = nullptr;
   // The same of the linear map, if the steps compute it. Null in float64.
   void (*pack_input_weights)(const InputWeights&, const DiagonalBlocks&, void* packed, int64_t block) = nullptr;
-  // Products of bfloat16, in float32.
-  const Tiles *amx = nullptr, *emulated = nullptr;
+  // Products of bfloat16, in float32: by tiles of AMX, by pairs of AVX512-BF16, or in C++. Null where they cannot be.
+  const Tiles *amx = nullptr, *pairs = nullptr, *emulated = nullptr;
 };
 
 }  // namespace mingru

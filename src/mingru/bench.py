@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     facts = where() | {f"backend {name}": "can run" if why is True else why for name, why in backends().items()}
-    facts["bfloat16 products"] = ISA if HAS_BFLOAT16 else "none without AMX; mingru.GRU multiplies in float32"
+    facts["bfloat16 products"] = ISA if HAS_BFLOAT16 else "none on this processor; mingru.GRU multiplies in float32"
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     auto = choose(spec_of("mingru_mixed", "tanh", False, 0.0), torch.zeros(1, 1, 1, device=args.device))
     print(f"device {args.device}{_product(args.device)}: mingru uses the backend {auto.backend!r}")

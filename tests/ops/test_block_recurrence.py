@@ -133,9 +133,7 @@ def test_a_reset_before_one_training_step():
 # number of all bits.
 ROUNDED = """
 import hashlib
-
 import torch
-
 import mingru
 
 def rounded(x):
@@ -160,6 +158,8 @@ torch.set_float32_matmul_precision("medium")
 digest = hashlib.sha256()
 sizes = [(1, 12, 5, 32), (5, 11, 32, 40), (17, 10, 33, 96), (33, 12, 64, 64), (50, 10, 32, 200)]
 for kind, (batch, num_steps, inputs, features) in [(kind, each) for kind in ("GRU", "LSTM") for each in sizes]:
+    if mingru.ops.backends.native.is_slower_in_bfloat16(kind.lower(), features, num_steps):
+        continue
     rnn = getattr(mingru.drop_in, kind)(inputs, features, batch_first=True)
     wide = getattr(torch.nn, kind)(inputs, features, batch_first=True, dtype=torch.double)
     wide.load_state_dict(rnn.state_dict())
@@ -195,5 +195,6 @@ print(digest.hexdigest())
 @needs_kernels
 def test_products_of_bfloat16_are_emulated_to_the_bit():
     here = torch.ops.mingru.instruction_sets().split()
-    digests = [in_a_process(ROUNDED, MINGRU_ISA=each) for each in ("emulated", "amx") if each in here]
-    assert len({*digests}) == 1
+    digests = [in_a_process(ROUNDED, MINGRU_ISA=each) for each in ("avx512_bf16", "emulated", "amx") if each in here]
+    # The first adds in another order.
+    assert len({*digests[here.count("avx512_bf16") :]}) == 1

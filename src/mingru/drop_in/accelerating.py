@@ -29,9 +29,9 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
 
     The layers stay the same objects with the same parameters, names, `state_dict`, hooks, states and outputs. Only
     their class becomes that of `mingru.drop_in`, a subclass, which computes by the kernels where these take less time.
-    On other devices, in other dtypes, in graphs and under transforms, it computes what torch does, and without AMX in
-    bfloat16 and under autocast too. A copied or saved model stays accelerated, so a program that loads the whole model
-    needs this package: call this with `undo=True` before saving it for others.
+    On other devices, in other dtypes, in graphs and under transforms, it computes what torch does, and in bfloat16 and
+    under autocast too if the processor does not multiply bfloat16. A copied or saved model stays accelerated, so a
+    program that loads the whole model needs this package: call this with `undo=True` before saving it for others.
     `torch.jit.script` gives the layers their own class again.
 
     Args:

@@ -26,9 +26,9 @@ class GRU(nn.modules.GRU):
     It is torch's class: its constructor, `forward`, weights, `state_dict`, initialization, errors and repr, and
     `isinstance(rnn, torch.nn.GRU)` is true. In float32 it computes by the kernels from 10 time steps on, in training
     from 6 on, and in float64 from 20 on; with 128 features or more, from twice as many, and a single sequence of 256
-    or more without gradients, from four times as many. On processors with AMX, also in bfloat16 and under autocast to
-    it. Otherwise, and on other devices, in other dtypes, in graphs and under transforms, it computes what torch does.
-    `lengths=` and `reset=` are arguments of `mingru.GRU`.
+    or more without gradients, from four times as many. On processors that multiply bfloat16, also in it and under
+    autocast to it. Otherwise, and on other devices, in other dtypes, in graphs and under transforms, it computes what
+    torch does. `lengths=` and `reset=` are arguments of `mingru.GRU`.
 
     Where a tool asks for the type itself, such as `type(rnn) == torch.nn.GRU`, call
     `mingru.drop_in.accelerate(rnn, undo=True)` before it.

@@ -84,7 +84,7 @@ def _computed(
     is_fused = bool(cell == "lstm" and is_padded and x.dtype != torch.float64 and torch.backends.mkldnn.enabled)
     of_lstm = x, features, batch, steps, is_fused, is_trained
     if rounds_products(dtype):
-        if is_slower_in_bfloat16(features, steps):
+        if is_slower_in_bfloat16(cell, features, steps):
             return None
     elif is_slower(features, batch, steps, dtype, is_trained) if cell == "gru" else is_slower_lstm(*of_lstm):
         return None

@@ -145,7 +145,7 @@ NUMBERS = {(cell, name): n | m << 8 for cell, n in CELL_NUMBERS.items() for name
 # Blocks of fewer features have no products of bfloat16: `least_rounded` of csrc/recurrent_weights.h.
 LEAST_ROUNDED = 32
 # Instruction sets that multiply bfloat16.
-HAS_BFLOAT16 = ISA in ("amx", "emulated")
+HAS_BFLOAT16 = ISA in ("amx", "avx512_bf16", "emulated")
 
 
 def rounds_products(dtype: torch.dtype) -> bool:
@@ -173,9 +173,10 @@ def is_slower(features: int, batch: int, steps: int, dtype: torch.dtype, with_gr
     return steps < least * (4 if batch == 1 and features >= 256 and not with_gradients else 2 if features >= 128 else 1)
 
 
-def is_slower_in_bfloat16(features: int, steps: int) -> bool:
+def is_slower_in_bfloat16(cell: str, features: int, steps: int) -> bool:
     """Return whether a GRU or an LSTM of one block takes longer than torch's in bfloat16: narrow or short ones."""
-    return features < LEAST_ROUNDED or steps < 10
+    least = 2 if cell == "lstm" and ISA == "avx512_bf16" else 1
+    return features < least * LEAST_ROUNDED or steps < 10
 
 
 def is_slower_lstm(x: Tensor, features: int, batch: int, steps: int, is_fused: bool, with_gradients: bool) -> bool:
@@ -201,7 +202,7 @@ def is_slower_lstm(x: Tensor, features: int, batch: int, steps: int, is_fused: b
     else:
         is_faster = is_faster and batch <= 16 and inputs * features >= 2**13 * max(batch, 4)
         is_faster = is_faster or (batch == 1 and 48 <= features < 192)
-    return ISA not in ("avx512", "amx") or steps < 40 or not is_faster
+    return ISA not in ("avx512", "avx512_bf16", "amx") or steps < 40 or not is_faster
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
