@@ -80,17 +80,6 @@ def test_ngram_by_hand():
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_ngram_sums_to_one_and_the_best_is_chosen():
-    alphabet = text.Alphabet("".join(sorted(set(WORDS))))
-    codes = alphabet.encode(WORDS).numpy()
-    train, heldout = codes[:9000], codes[9000:]
-    model = text.NGram(train, len(alphabet), 5)
-    for context in ("größ", "€€", ""):
-        every = [alphabet.encode(context + symbol).numpy() for symbol in alphabet.symbols]
-        assert math.isclose(sum(model.probabilities(each, 0.75)[-1] for each in every), 1, rel_tol=1e-9)
-    assert text.baseline(train, heldout, len(alphabet))[1] < -np.log(model.probabilities(heldout, 0.75)[1:]).mean()
-
-
 @pytest.mark.parametrize("cell", ["mingru", "minlstm", "gru", "nn.GRU", "nn.LSTM"])
 def test_heldout_loss_is_that_of_one_pass(cell):
     codes, model = torch.randint(7, (50,)), build(cell, 7, "--dropout", "0.5")
@@ -99,20 +88,8 @@ def test_heldout_loss_is_that_of_one_pass(cell):
     torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, codes[1:]).item(), rtol=1e-5, atol=0)
 
 
-def test_options_reach_the_model():
-    options = "--dims 16 --conv 3 --mlp 2 --dropout 0.25"
-    block = build("minlstm", 7, *options.split()).blocks.layers[1]
-    assert (block.cell, block.conv.kernel_size, block.dropout) == ("minlstm", 3, 0.25)
-    assert (block.out.weight.shape, block.mlp[1].weight.shape) == ((16, 16), (32, 16))
-    assert build("mingru", 7, "--conv", "0").blocks.layers[1].conv is None
-    medium = vars(parse("--preset", "medium"))
-    assert medium.items() >= text.PRESETS["medium"].items()
-    for more in (["--dims", "64", "--preset", "medium"], ["--preset", "medium", "--dims", "64"]):
-        assert vars(parse(*more)) == {**medium, "dims": 64}
-
-
 @pytest.mark.parametrize("cell", ["nn.GRU", "nn.LSTM"])
-def test_peers_have_as_many_parameters_and_decay_matrices_only(cell):
+def test_peers_have_as_many_parameters(cell):
     settings = vars(parse("--preset", "medium", "--cell", cell))
     with torch.device("meta"):
         wanted = text.num_parameters(text.build({**settings, "cell": "mingru"}, 84))
@@ -120,11 +97,6 @@ def test_peers_have_as_many_parameters_and_decay_matrices_only(cell):
         others = [text.num_parameters(text.Peer(settings, 84, each)) for each in (size - 8, size, size + 8)]
     excess = [abs(other - wanted) for other in others]
     assert min(excess) == excess[1] < 0.04 * wanted
-    peer = build(cell, 7)
-    decayed, kept = (group["params"] for group in peer.parameter_groups(0.5))
-    names = {parameter: name for name, parameter in peer.named_parameters()}
-    assert {names[each] for each in kept} == {name for name in names.values() if re.search("bias|norm", name)}
-    assert len(decayed) + len(kept) == len(names)
 
 
 @pytest.mark.parametrize("more", ["", "--cell nn.LSTM", "--cell minlstm --conv 0 --mlp 1.5 --bytes"])

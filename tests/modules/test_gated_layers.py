@@ -7,11 +7,13 @@ import re
 
 import pytest
 import torch
-from cases import ROWS, refuses, through_a_file
+from cases import ALL_BACKENDS, ROWS, refuses, tensors, through_a_file
 from torch import nn
 from torch.testing import assert_close
 
 import mingru
+from mingru.models.block import BlockOptions, LayerOptions
+from mingru.modules.options import arguments_of_class
 from mingru.modules.saved import MARKS
 
 H = 8
@@ -100,21 +102,60 @@ CHANGED = [
     (functools.partial(mingru.drop_in.LSTMLike, cell="minlstm"), "candidate", "tanh", 3),
     (lambda dims, _, **options: mingru.models.Block(dims, **options), "min_decay", 0.5, 2**52),
 ]
-# Options that names and shapes of weights show, and options with which weights mean the same. A convolution has the
-# last three, which torch's state_dicts do not say either.
-SHOWN = "input_dims hidden_dims input_size hidden_size proj_size dims num_layers layers bias bidirectional norm cell "
-SHOWN += "block_size kernel_size conv expansion mlp learn_initial_state"
-ALIKE = "batch_first dropout recompute checkpoint memory forget_bias device dtype stride padding dilation"
+# All options with other values than their defaults: those of marks, those that names and shapes of weights show, and
+# those with which weights mean the same. A convolution has the last three, which torch's state_dicts do not say either.
+MARKED = {"candidate": "linear", "gate": "signed", "normalize": False, "min_decay": 0.3, "residual": True}
+MARKED |= {"output_gate": "silu"}
+SHOWN = {"num_layers": 2, "bias": False, "bidirectional": True, "cell": "minlstm", "proj_size": 2, "norm": "layer"}
+SHOWN |= {"block_size": 2, "conv": 3, "expansion": 2, "mlp": 2, "learn_initial_state": True, "tied": False}
+ALIKE = {"batch_first": True, "dropout": 0.5, "recompute": True, "checkpoint": True, "memory": 9, "forget_bias": 2.0}
+ALIKE |= {"device": "meta", "dtype": torch.double, "stride": 2, "padding": 1, "dilation": 2}
+VALUES = {**MARKED, **SHOWN, **ALIKE}
+# What else is given with an option: the cell that has it, and layers between which there is dropout.
+BESIDE = {option: {"cell": "mingru"} for option in ("candidate", "gate", "min_decay", "output_gate")}
+BESIDE |= {option: {"cell": "minlstm"} for option in ("normalize", "forget_bias", "proj_size")}
+BESIDE |= {"block_size": {"cell": "gru"}, "dropout": {"num_layers": 2}}
+SIZES = {"input_dims": H, "hidden_dims": H, "input_size": H, "hidden_size": H, "dims": H, "kernel_size": 3}
+SIZES |= {"layers": [mingru.MinGRU(H, H), mingru.MinGRU(H, H)], "vocab_size": 9, "num_layers": 2}
+UNMARKED = {"zero_state", "groups"}
+# The options behind `**layer_options` and `**block_options`.
+PASSED_ON = {"Block": LayerOptions.__annotations__, "LanguageModel": BlockOptions.__annotations__}
+EVERY_CLASS = sorted({*(type(each.module) for each in ROWS), mingru.models.LanguageModel}, key=lambda cls: cls.__name__)
 
 
-def test_every_option_has_a_mark_or_needs_none():
-    """A new option is a row of `saved.MARKS` and of the table above, or is on one of the two lists."""
-    for kind in {type(case.module) for case in ROWS}:
-        parameters = inspect.signature(kind).parameters.values()
-        names = {each.name for each in parameters if each.kind != each.VAR_KEYWORD}
-        assert names <= {*MARKS, *SHOWN.split(), *ALIKE.split()}, kind
-    # The output gate, which has other shapes: data/refusals.txt.
-    assert {option for _, option, *_ in CHANGED} == MARKS.keys() - {"output_gate", "zero_state", "groups"}
+def effects(kind, sizes, options):
+    """What a program sees of a module in training: its weights; and what it computes and keeps for gradients."""
+    torch.manual_seed(0)
+    module, kept = kind(**{**sizes, **options}), []
+    weights = module.state_dict()
+    shapes = {name: each.shape for name, each in weights.items()}
+    if options.get("device"):
+        return shapes, [each.device for each in weights.values()]
+    x = torch.randn(2, 5, H, *[5] * getattr(module, "num_space_dims", 0), dtype=options.get("dtype"))
+    x = x[:, 0] if kind.__name__.endswith("Cell") else x[..., 0].long() % 9 if "vocab_size" in sizes else x
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each.shape) or each, lambda each: each):
+        outputs = tensors(module(x))
+    return shapes, [(each.dtype, each.tolist()) for each in (*weights.values(), *outputs)], kept
+
+
+@pytest.mark.parametrize("kind", EVERY_CLASS, ids=lambda kind: kind.__name__)
+def test_every_option_has_an_effect_and_is_said_by_weights_or_need_not_be(kind):
+    """A new option is a row of `saved.MARKS` and of `CHANGED` and `MARKED`, or is in `SHOWN` or in `ALIKE`."""
+    assert {option for _, option, *_ in CHANGED} | {"output_gate"} == MARKED.keys() == MARKS.keys() - UNMARKED
+    defaults = arguments_of_class(kind) | dict.fromkeys(PASSED_ON.get(kind.__name__, ()))
+    defaults = {name: default for name, default in defaults.items() if not name.endswith("_options")}
+    sizes = {name: SIZES[name] for name, default in defaults.items() if default is inspect.Parameter.empty}
+    # A language model refuses both directions, and only kernels compute anything again.
+    excluded = {"bidirectional"} if kind is mingru.models.LanguageModel else set()
+    excluded |= {"recompute"} if "native" not in ALL_BACKENDS else set()
+    for option in defaults.keys() - sizes.keys() - excluded:
+        value = VALUES[option]
+        beside = {name: each for name, each in BESIDE.get(option, {}).items() if name in defaults}
+        plain = effects(kind, sizes, beside | ({option: not value} if option in ("batch_first", "recompute") else {}))
+        value = "group" if option == "norm" and "kernel_size" in sizes else value
+        changed = effects(kind, sizes, {**beside, option: value})
+        assert plain != changed, f"{option} has no effect"
+        assert (plain[0] != changed[0]) == (option not in ALIKE), option
 
 
 @pytest.mark.parametrize(("kind", "option", "value", "number"), CHANGED)
