@@ -8,6 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from mingru.models import Block
+from mingru.ops.backends.native import CELL_NUMBERS
+from mingru.ops.cells import CELLS
 
 
 def tensor(*values):
@@ -15,6 +17,11 @@ def tensor(*values):
 
 
 LN_3, EXACT = math.log(3.0), {"rtol": 1e-15, "atol": 0}
+
+
+def test_every_cell_has_a_reference():
+    # Those with recurrent weights have `reference.gru`, and torch's LSTM.
+    assert {name for name in (*CELLS, *CELL_NUMBERS) if "scan" not in name} <= {*reference.CELLS, "gru", "lstm"}
 
 
 def test_scan_by_hand():

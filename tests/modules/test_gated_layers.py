@@ -105,7 +105,7 @@ CHANGED = [
 # All options with other values than their defaults: those of marks, those that names and shapes of weights show, and
 # those with which weights mean the same. A convolution has the last three, which torch's state_dicts do not say either.
 MARKED = {"candidate": "linear", "gate": "signed", "normalize": False, "min_decay": 0.3, "residual": True}
-MARKED |= {"output_gate": "silu"}
+MARKED["output_gate"] = "silu"
 SHOWN = {"num_layers": 2, "bias": False, "bidirectional": True, "cell": "minlstm", "proj_size": 2, "norm": "layer"}
 SHOWN |= {"block_size": 2, "conv": 3, "expansion": 2, "mlp": 2, "learn_initial_state": True, "tied": False}
 ALIKE = {"batch_first": True, "dropout": 0.5, "recompute": True, "checkpoint": True, "memory": 9, "forget_bias": 2.0}
