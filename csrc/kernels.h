@@ -268,9 +268,9 @@ Kernels kernels() {
   Kernels all{run_span<A>, multiply_few_rows<A>, normalize<A>, convolve<A>, add_rows<A>, run_diagonal_block<A>, pack_diagonal_block<A>};
 #ifdef MINGRU_AVX512
   all.pack_panel = pack_panel, all.multiply_panel = multiply_panel;
-  if constexpr (std::is_same_v<A, float>) all.pairs = &pair_products;
+  if constexpr (std::is_same_v<A, float>) all.pairs = &pair_products, all.amx = &tiles_of<Amx>;
 #endif
-  if constexpr (std::is_same_v<A, float>) all.pack_input_weights = pack_input_weights<A>, all.amx = &tiles_of<Amx>, all.emulated = &tiles_of<Emulated>;
+  if constexpr (std::is_same_v<A, float>) all.pack_input_weights = pack_input_weights<A>, all.emulated = &tiles_of<Emulated>;
   return all;
 }
 

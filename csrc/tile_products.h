@@ -4,9 +4,11 @@
 // register_products.h has the same of float32 and float64.
 #pragma once
 
-#include "amx.h"
 #include "emulated.h"
 #include "tiles.h"
+#ifdef MINGRU_AVX512
+#include "amx.h"
+#endif
 
 namespace mingru::MINGRU_ISA {
 

@@ -140,12 +140,10 @@ def _is_usual(
     are_alike = all(each is not None and each.is_cpu and each.dtype == x.dtype for each in (x, *tensors))
     if not are_alike or x.layout != torch.strided or not route.is_native(x):
         return False
-    if batch_sizes is None:
-        batch = x.size(1 - int(batch_first))
-    elif batch_sizes.dtype == torch.int64 and batch_sizes.is_cpu and is_packing(batch_sizes, len(x)):
-        batch = int(batch_sizes[0])
-    else:
+    is_known = batch_sizes is None or (batch_sizes.dtype == torch.int64 and batch_sizes.is_cpu)
+    if not is_known or (batch_sizes is not None and not is_packing(batch_sizes, len(x))):
         return False
+    batch = x.size(1 - int(batch_first)) if batch_sizes is None else int(batch_sizes[0])
     return batch == shapes[0][1] and [each.shape for each in tensors] == shapes
 
 
