@@ -256,10 +256,11 @@ def _checked(model: nn.Module, example_inputs: object, path: Any, kind: str, max
     if max_steps is not None:
         check_int(_NAME, "max_steps", max_steps, least=2)
         require(_NAME, "max_steps", kind != "step", "None because kind is 'step'", repr(max_steps))
-    target = Path(path)
-    remedy = "create the folder first"
-    require(_NAME, "path", target.parent.is_dir(), "in an existing folder", repr(str(target)), remedy)
-    require(_NAME, "path", not target.is_dir(), "of a file", repr(str(path)), "add a name, such as 'model.onnx'")
+    target, got = Path(path), repr(str(path))
+    require(_NAME, "path", target.parent.is_dir(), "in an existing folder", got, "create the folder first")
+    # Not a device, such as /dev/null, which a file would replace for the whole system.
+    is_possible = target.is_file() or not target.exists()
+    require(_NAME, "path", is_possible, "of a file", got, "add a name, such as 'model.onnx'")
     for package in ("onnx", "onnxscript"):
         imported(package, _NAME, "onnx")
     return args, target.resolve()
