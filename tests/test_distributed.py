@@ -31,13 +31,13 @@ STEPS = 13
 GATES = ["rotation", "quaternion", "signed"]
 WIDE = {"residual": True, "learn_initial_state": True, "norm": "rms"}
 FEATURES_OF_EACH = [
-    case("MinGRU", mingru.MinGRU, 3, 8, 2, bidirectional=True, **WIDE),
+    case("MinGRU", mingru.MinGRU, 3, 8, 2, bidirectional=True, dropout=0.4, **WIDE),
     case("highway", mingru.MinGRU, 16, 16, 3, residual="highway", gate=GATES, bias=False),
     case("MinLSTM", mingru.MinLSTM, 3, 4, 2, batch_first=False, normalize=False, output_gate="silu"),
     case("MinGRUCell", mingru.MinGRUCell, 3, 4, norm="layer"),
     case("drop_in.LSTMLike", mingru.drop_in.LSTMLike, 3, 8, 2, bidirectional=True, cell="minlstm"),
     case("MinConv2dGRU", mingru.MinConv2dGRU, 3, 8, 3, 2, space=2, padding=1, bidirectional=True, norm="group"),
-    case("Block", Block, 8, cell="minlstm", conv=3, mlp=2, checkpoint=True),
+    case("Block", Block, 8, cell="minlstm", conv=3, mlp=2, checkpoint=True, dropout=0.4),
 ]
 LAYERS = [case for case in [*FEATURES, *IMAGES, *STACKS[1:], *BLOCKS, *MODELS] if not case.unrolls]
 # A fused norm rounds bfloat16 elsewhere than the norm before a part.
@@ -69,6 +69,8 @@ def arguments(case, dtype):
 
 def computed(case, module, given, part, share=1.0):
     """Return outputs, states, gradient of x, and all other gradients. The loss has this share of that of the states."""
+    # Of dropout, whose mask is that of one process.
+    torch.manual_seed(2)
     given = {name: each if name in ("h", "lengths") else each[:, part].clone() for name, each in given.items()}
     x, h = given["x"], [each.clone().requires_grad_() for each in given.get("h", [])]
     out, states = case.call(module, **given | {"x": x.requires_grad_(x.is_floating_point())} | ({"h": h} if h else {}))

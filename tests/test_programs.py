@@ -2,21 +2,18 @@
 
 import csv
 import importlib.util
-import io
 import os
 import pickle
 import re
 import signal
 import subprocess
 import sys
-import wave
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import common
-import numpy as np
 import programs
 import pytest
 import small_program
@@ -186,33 +183,9 @@ def test_the_command_for_missing_data_is_named(name, package, command, tmp_path,
 
 # pixels.py
 
-pixels = load("examples/pixels.py")
-
-
-def test_pixels_baselines():
-    classes = torch.arange(200) % 10
-    x = torch.nn.functional.one_hot(classes, 10).float()
-    assert pixels.logistic(x, classes, x, classes) == 100
-    # All sequences have the same values, in another order.
-    assert torch.equal(pixels.bag(x), pixels.bag(x[:, torch.randperm(10)]))
-    assert pixels.bag(x).square().sum(1).tolist() == pytest.approx([1] * 200)
-    assert pixels.logistic(pixels.bag(x), classes, pixels.bag(x), classes) == 10
-
-
 # speakers.py
 
 speakers = load("examples/speakers.py")
-
-
-def test_speakers_utterances_are_read(tmp_path):
-    programs.speakers(tmp_path)
-    x, lengths, found = speakers.read(tmp_path / "JapaneseVowels_TRAIN.ts")
-    assert x.shape == (9, 11, 12) and lengths.tolist() == list(range(3, 12))
-    assert found.tolist() == list(range(9)) and x[1, 2, 5].item() == pytest.approx(-1.052) and not x[0, 3:].any()
-    path = tmp_path / "other.ts"
-    path.write_text("@data\n1.0,2.0:3.0:1\n", encoding="utf-8")
-    expected = f"{path} must be a .ts file with 12 coefficients of 9 speakers, got "
-    assert refusal(speakers.read, path).startswith(expected)
 
 
 @pytest.mark.parametrize("name", speakers.MODELS)
@@ -234,17 +207,6 @@ denoise = load("examples/denoise.py")
 def data(tmp_path):
     programs.denoise(tmp_path)
     return denoise.read_folder(tmp_path, ["second", "noise"], 8)
-
-
-def test_denoise_speakers_and_music_are_split(data, tmp_path):
-    (speech, music), (of_test, music_of_test) = data
-    assert [len(part) for part in (speech, music, of_test, music_of_test)] == [1] * 4
-    # Files of silence, which are 0.5 here, are left out.
-    assert len(speech[0]) == 9 * denoise.RATE and (speech[0] < 0.5).all() and not torch.equal(speech[0], of_test[0])
-    with wave.open(str(tmp_path / "moh" / "tune.wav"), "wb") as file:
-        file.setparams((1, 2, 16000, 0, "NONE", ""))
-    assert "tune.wav must be a wav file of 8,000 Hz, one channel" in refusal(denoise.read_folder, tmp_path, [], 8)
-    assert music[0][1].item() == pytest.approx(0.5 * torch.tensor(0.75).sin().item(), abs=1e-4)
 
 
 def test_denoise_ratios_of_speech_to_distortion(data):
@@ -286,20 +248,6 @@ def test_denoise_an_exported_stream_equals_the_whole_sequence(name):
 # video.py
 
 video = load("examples/video.py")
-
-
-def test_video_frames_are_read(tmp_path):
-    pytest.importorskip("av")
-    *_, path = programs.video(tmp_path)
-    frames = video.read(path, 48)
-    assert frames.shape == (40, 1, 32, 48)
-    # The median, 200, is subtracted.
-    assert frames[3, 0, 12, 13].item() == pytest.approx(-180 / 255) and frames[3, 0, 0, 0].item() == 0
-    assert video.read(path, 24, 5).shape == (5, 1, 16, 24)
-    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
-        file.setparams((1, 2, 8000, 0, "NONE", ""))
-        file.writeframes(bytes(16000))
-    assert "sound.wav must be a video, got a file without frames" in refusal(video.read, tmp_path / "sound.wav", 48)
 
 
 @pytest.mark.parametrize("name", video.MODELS)
@@ -372,31 +320,6 @@ def test_action_splits(args, tmp_path):
     assert "a video must be named v_CLASS_gGROUP_cCLIP.avi, got" in refusal(action.split, args)
 
 
-def test_action_frames_are_at_equal_distances(tmp_path):
-    pytest.importorskip("av")
-    path = tmp_path / "steps.avi"
-    programs.write_video(path, torch.arange(5).view(5, 1, 1).expand(5, 16, 16) * 50.0)
-    frames = action.read(path, 3, 32)
-    assert frames.shape == (3, 3, 32, 32)
-    # Frames 0, 2 and 4, minus the mean of ImageNet's red, divided by its deviation.
-    expected = (torch.tensor([0, 100, 200]) / 255 - 0.485) / 0.229
-    torch.testing.assert_close(frames[:, 0, 5, 5], expected, rtol=0, atol=0.03)
-    path.write_bytes(b"no video")
-    assert refusal(action.read, path, 3, 32).startswith(f"{path} must be a video, got")
-
-
-def test_action_backbones_return_features_with_the_weights_of_a_file(tmp_path):
-    get_model = pytest.importorskip("torchvision").models.get_model
-    assert action.make_backbone("mobilenet_v3_small", None)(torch.randn(2, 3, 32, 32)).shape == (2, 1024)
-    model, x = get_model("resnet18").eval(), torch.randn(2, 3, 32, 32)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    backbone = action.make_backbone("resnet18", str(tmp_path / "weights.pth"))
-    torch.testing.assert_close(model.fc(backbone(x)), model(x))
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-    message = refusal(action.make_backbone, "resnet18", str(tmp_path / "other.pth"))
-    assert "got " in message and "Missing key(s)" in message
-
-
 # long_signal.py
 
 long_signal = load("examples/long_signal.py")
@@ -408,23 +331,6 @@ def file(tmp_path, monkeypatch):
     monkeypatch.setattr(long_signal, "NUM_WARMUP", 300)
     _, path = programs.long_signal(tmp_path)
     return long_signal.Path(path)
-
-
-def test_long_signal_the_signal_is_normalized_and_targets_are_ahead(file):
-    signal = long_signal.read(file, 2000)
-    assert (len(signal.values), signal.num_train, signal.targets.shape) == (2000, 1500, (1800, 3))
-    assert signal.values[:1500].mean().item() == pytest.approx(0, abs=1e-5)
-    assert signal.values[:1500].std().item() == pytest.approx(1, abs=1e-5)
-    for column, horizon in enumerate(long_signal.HORIZONS):
-        assert torch.equal(signal.targets[:, column], signal.values[horizon : horizon + 1800])
-    np.save(file, np.full(2000, np.nan))
-    assert refusal(long_signal.read, file, None) == f"{file} must have finite numbers, got nan"
-    for values in (np.zeros(100), np.zeros((2000, 2))):
-        np.save(file, values)
-        expected = f"{file} must have one axis of at least 1,200 numbers, got the shape {values.shape}"
-        assert refusal(long_signal.read, file, None) == expected
-    file.write_text("no numbers")
-    assert refusal(long_signal.read, file, None).startswith(f"{file} must be a .npy file of numbers, got ")
 
 
 @pytest.mark.parametrize("name", long_signal.TIMED)
@@ -580,30 +486,3 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert refusal(load, common.__file__).endswith('run `pip install ".[examples]"` in a clone of the repository')
-
-
-def test_options_reach_the_training_which_has_a_bar_on_a_terminal(monkeypatch, capsys):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    run, results = main("--precision", "bf16-true", "--models", "first", "--quick")
-    assert (run.args.num_steps, len(results["first"]["losses"])) == (2, 2)
-    assert results["first"]["weights"]["0.weight"].dtype == torch.bfloat16
-    assert main("--quick", "--num-steps", "3", "--models", "first")[0].args.num_steps == 3
-    assert "first:   0%|" in terminal.getvalue() and "\n" not in terminal.getvalue()
-    assert capsys.readouterr().out.startswith("first ")
-
-
-SCHEDULES = [(common.one_cycle, 1, 0), (common.one_cycle, 50, 4), (partial(common.warmup_cosine, share=0.1), 50, 4)]
-
-
-@pytest.mark.parametrize(("schedule_of", "num_steps", "top"), SCHEDULES)
-def test_the_learning_rate_rises_and_falls(schedule_of, num_steps, top):
-    optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
-    schedule, rates = schedule_of(optimizer, num_steps), []
-    for _ in range(num_steps):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates.index(max(rates)) == top and rates[0] > 0
-    assert num_steps == 1 or (rates[top] == 0.5 and rates[-1] < 0.01)

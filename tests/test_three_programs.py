@@ -1,70 +1,18 @@
 """What is special in three programs of examples/, which test_programs.py runs: dates, irregular series and CartPole."""
 
 import copy
-import datetime
 import math
-import random
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from programs import load, refusal
-from torch.nn.utils.rnn import pad_sequence
+from programs import load
 from torch.testing import assert_close
 
 # encoder_decoder.py, written for nn.GRU
 
 dates = load("examples/encoder_decoder.py")
-
-LINE = re.compile(r"(\w+\.?\w+): step (\d+), training loss (\d+\.\d{4}), \d+\.\d{2}% of unseen dates right, .+ s")
-
-
-def texts_and_dates(size, held_out):
-    texts, isos = dates.draw(size, held_out, random.Random(0))
-    digits = ["".join(dates.DIGITS[code] for code in row) for row in isos.tolist()]
-    return [bytes(text.tolist()).decode() for text in texts], [datetime.date.fromisoformat(text) for text in digits]
-
-
-@pytest.mark.parametrize("held_out", [False, True])
-def test_texts_say_the_date(held_out):
-    seen = set()
-    for text, date in zip(*texts_and_dates(400, held_out), strict=True):
-        numbers = [int(number) for number in re.findall(r"\d+", text)]
-        assert numbers[0] == date.day and numbers[-1] == date.year
-        month = re.search("|".join(name[:3] for name in dates.MONTHS), text)
-        assert numbers[1] == date.month if month is None else dates.MONTHS[date.month - 1][:3] == month[0]
-        for day in dates.DAYS:
-            assert day not in text or dates.DAYS[date.weekday()] == day
-        if ending := re.search(r"\d(st|nd|rd|th)", text):
-            assert ending[1] == {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st"}.get(date.day, "th")
-        seen.add(re.sub(r"\d+", "0", re.sub(r"[A-Z]\w+", "A", re.sub(r"(?<=\d)(st|nd|rd)", "th", text))))
-    # "May" is as long as its short form, and "th" hides the rest: as many forms as there are.
-    assert len(seen) == len(dates.FORMS)
-
-
-def test_no_date_of_a_test_is_in_training():
-    for held_out, kinds in ((True, {0}), (False, set(range(1, 10)))):
-        found = texts_and_dates(2000, held_out)[1]
-        assert {(date.toordinal() - dates.FIRST) % 10 for date in found} == kinds
-        assert {date.year for date in found} == set(range(1900, 2100))
-
-
-def data(size=6):
-    texts, isos = dates.draw(size, False, random.Random(0))
-    return pad_sequence(texts, batch_first=True), torch.tensor([len(text) for text in texts]), isos
-
-
-def test_told_its_own_digits_it_says_the_same():
-    model = dates.Translator(8, 2).double()
-    characters, lengths, isos = data()
-    alone = model(characters, lengths)
-    assert alone.shape == (6, dates.LENGTH, len(dates.DIGITS))
-    assert_close(model(characters, lengths, alone.argmax(-1)), alone)
-    told = model(characters, lengths, isos)
-    # Not to the last bit, because a matrix product rounds differently for another number of rows.
-    assert_close(told[:, 0], alone[:, 0])
-    assert not torch.allclose(told[:, 1:], alone[:, 1:])
 
 
 def test_short_runs_of_both(capsys, monkeypatch, tmp_path):
@@ -73,12 +21,13 @@ def test_short_runs_of_both(capsys, monkeypatch, tmp_path):
     small = "--accelerator cpu --steps 100 --batch 32 --num-tests 20 --hidden-dims 32 --lr 0.01".split()
     dates.main([*small, "--checkpoint", str(tmp_path / "run.pt"), "--save-every", "60"])
     lines = [line for line in capsys.readouterr().out.splitlines() if ": step " in line]
-    found = [LINE.fullmatch(line).groups() for line in lines]
+    line = r"(\w+\.?\w+): step (\d+), training loss (\d+\.\d{4}), \d+\.\d{2}% of unseen dates right, .+ s"
+    found = [re.fullmatch(line, each).groups() for each in lines]
     expected = [(name, step) for name in ("accelerated", "nn.GRU") for step in ("60", "100")]
     assert [(name, step) for name, step, *_ in found] == expected
     for first, last in (found[:2], found[2:]):
         assert 2.5 > float(first[2]) > float(last[2]) < 2.0  # near log(11) at first
-    losses = [float(line[2]) for line in found]
+    losses = [float(each[2]) for each in found]
     assert losses[2:] == pytest.approx(losses[:2], abs=2e-3)  # the same function
 
 
@@ -174,20 +123,6 @@ def test_errors_of_known_forecasts():
     assert irregular.evaluate(irregular.baseline("daily mean", alike), alike) == pytest.approx([0] * 5, abs=1e-3)
 
 
-BAD_ROWS = [
-    ("JFK,2013-01-31T22:00:00Z,NA", "must be .*, got no observations"),
-    ("JFK,31.01.2013,32", "must be .*, got time data '31.01.2013' does not match"),
-    ("JFK,2013-01-31T22:00:00Z,cold", "must be .* numbers or NA as temp, .*, got .*'cold'"),
-    ("JFK,2013-01-31T22:00:00Z,32", "must have at least 984 hours, got 1"),
-]
-
-
-@pytest.mark.parametrize(("row", "says"), BAD_ROWS)
-def test_a_bad_file_is_refused_in_one_line(tmp_path, row, says):
-    (tmp_path / "bad.csv").write_text(f"origin,time_hour,temp\n{row}\n", encoding="utf-8")
-    assert re.search(says, refusal(irregular.main, ["--csv", str(tmp_path / "bad.csv")]))
-
-
 # memory_cartpole.py
 
 cartpole = load("examples/memory_cartpole.py")
@@ -240,15 +175,6 @@ def test_advantages():
     first = 0.01 + 0.99 * 2 - 1
     expected = [[first + decay * end, end, 0.0, last] for end in (fallen, truncated)]
     assert_close(cartpole.advantages(data, last_value), torch.tensor(expected).T)
-
-
-def test_only_first_episodes_are_evaluated(monkeypatch):
-    reset = torch.tensor([[1, 1], [0, 0], [0, 1], [1, 0]]).bool()
-    reward = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    found = SimpleNamespace(reset=reset, reward=reward), None, []
-    played = SimpleNamespace(play=lambda policy, num_steps, is_greedy: found)
-    monkeypatch.setattr(cartpole, "Player", lambda *_: played)
-    assert cartpole.evaluate(None, 0) == 1.5
 
 
 @pytest.mark.parametrize("name", cartpole.POLICIES)
