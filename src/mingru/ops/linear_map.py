@@ -74,7 +74,7 @@ def weights_of(module: Any) -> tuple[Tensor | None, Tensor | None]:
 def with_norm(spec: Spec, kind: str, eps: float | None, dtype: torch.dtype) -> Spec:
     """Return a spec that includes the norm of an x of this dtype."""
     eps = torch.finfo(accumulate_dtype(dtype)).eps if eps is None else eps
-    return Spec(*spec[:4], kind, eps, spec.output_gate)
+    return Spec(*spec[:4], kind, eps, *spec[6:])
 
 
 def map_with_norm(weight: Tensor, bias: MaybeTensor, scale: MaybeTensor, shift: MaybeTensor) -> Any:
