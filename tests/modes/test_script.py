@@ -361,6 +361,7 @@ for key, (path, inputs) in given.items():
 def elsewhere(tmp_path_factory, request):
     """For each form and case: what comes out in a process without mingru, and what should."""
     torch.manual_seed(0)
+    torch.jit.TracerWarning.ignore_lib_warnings()  # The fixture of each test comes later.
     folder = tmp_path_factory.mktemp("saved")
     expected, outcomes, saved = {}, {}, {}
     for index, case in enumerate(selected_cases(request)):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .names import counterpart, unknown_argument
-from .values import expectation, is_number, name_of, not_a_tensor, require
+from .values import expectation, name_of, not_a_tensor, require
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -150,7 +150,7 @@ def check_values(name: str, allowed: dict[str, Args], bound: inspect.BoundArgume
                 raise ValueError(expectation(name, argument, f"one of {values}", repr(value)))
             expected = " or ".join(["a bool", *(repr(each) for each in values if not isinstance(each, bool))])
             # Such as a dropout in the place of `bias`.
-            remedy = by_position(bound.signature) if is_number(value) and argument not in kwargs else ""
+            remedy = "" if argument in kwargs else by_position(bound.signature)
             raise TypeError(expectation(name, argument, expected, repr(value), remedy))
 
 
