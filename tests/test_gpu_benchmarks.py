@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import subprocess
-from unittest import mock
 
 import pytest
 import torch
@@ -124,19 +123,6 @@ def test_results_become_a_page(folder, tmp_path):
         assert "8 checks were all right." in " ".join(other.split()) and measure.filled(other, "gpu", now) == before
 
 
-def test_results_must_belong_together(folder, tmp_path):
-    assert page.read(tmp_path) is None
-    path = tmp_path / "speed.json"
-    shutil.copy(folder / path.name, path)
-    refuses(FileNotFoundError, r"no smoke.json; run `make gpu`", page.read, tmp_path)
-    shutil.copy(folder / "smoke.json", tmp_path)
-    whole = path.read_text()
-    assert "### Recurrences" in page.tables(page.read(tmp_path))
-    for right, wrong in (('d": "triton"', 'd": "torch"'), ('e": "cuda"', 'e": "cpu"'), ('e": "CPU"', 'e": "another"')):
-        path.write_text(whole.replace(right, wrong))
-        refuses(ValueError, "on one GPU, of one version", page.read, tmp_path)
-
-
 def test_a_run_goes_on_where_another_one_stopped(tmp_path, monkeypatch, capsys):
     path, measured = tmp_path / "speed.json", []
     monkeypatch.setattr(speed, "measure", lambda clock, method, *rest: measured.append(method) or {})
@@ -155,16 +141,6 @@ def test_a_run_goes_on_where_another_one_stopped(tmp_path, monkeypatch, capsys):
     assert [run(9), run(9), run(9, "others")] == [(21, False), (0, False), (30, False)]
     # What others found is kept under another name.
     assert len(json.loads((tmp_path / "speed-same.json").read_text())) == len(json.loads(path.read_text()))
-
-
-def test_what_fails_is_tried_again_and_the_rest_is_kept(tmp_path, monkeypatch):
-    title = "recurrences, (B, S, I, H) = (2, 6, 4, 4), float32"
-    outcomes = [{}, RuntimeError("too few registers\nmore"), *[{}] * 14]
-    for failed, count in (({f"{title}, minGRU": "too few registers"}, 7), ({}, 8)):
-        monkeypatch.setattr(speed, "measure", mock.Mock(side_effect=outcomes[1:] if failed else outcomes[:1]))
-        status = speed.main([*TINY, *"--shape 2 6 4 4 --results".split(), str(tmp_path)])
-        found = json.loads((tmp_path / "speed.json").read_text())
-        assert (status, found["failed"], len(found[title])) == (int(bool(failed)), failed, count)
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """The programs of examples/: a short run of each, the same from its checkpoint, and what they refuse."""
 
 import csv
-import importlib.util
 import os
 import pickle
 import re
@@ -12,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import common
 import programs
 import pytest
 import small_program
@@ -178,21 +176,6 @@ def test_speakers_padding_does_not_count(name):
 denoise = load("examples/denoise.py")
 
 
-@pytest.fixture
-def data(tmp_path):
-    programs.denoise(tmp_path)
-    return denoise.read_folder(tmp_path, ["second", "noise"], 8)
-
-
-def test_denoise_ratios_of_speech_to_distortion(data):
-    clean, orthogonal = torch.tensor([[1.0, -1.0, 2.0, -2.0]]), torch.tensor([[1.0, 1.0, 0.0, 0.0]])
-    # Powers of 10 and 2; the scale does not count.
-    torch.testing.assert_close(denoise.ratio(3 * (clean + orthogonal), clean), torch.tensor([6.9897]))
-    clean, noisy = denoise.mix(*data[0], 3, 2, torch.full((3, 1), 5.0))
-    assert clean.shape == (3, 2 * denoise.RATE)
-    torch.testing.assert_close(denoise.ratio(noisy, clean), torch.full((3,), 5.0), rtol=0, atol=0.1)
-
-
 @pytest.mark.parametrize("name", denoise.MODELS)
 def test_denoise_a_stream_equals_the_whole_sequence(name):
     model, noisy = widest(partial(denoise.Denoiser, name), 3000, 8, 8).eval(), torch.randn(20 * denoise.HOP)
@@ -210,33 +193,6 @@ def test_denoise_a_stream_equals_the_whole_sequence(name):
 def test_denoise_an_exported_stream_equals_the_whole_sequence(name):
     model = widest(partial(denoise.Denoiser, name), 3000, 8, 8).eval()
     denoise.check_stream(denoise.export(model), model, torch.randn(20 * denoise.HOP))
-
-
-# video.py
-
-video = load("examples/video.py")
-
-
-@pytest.mark.parametrize("name", video.MODELS)
-def test_video_models_continue(name):
-    model, x = widest(partial(video.Model, name), 5000).eval(), torch.randn(2, 7, 1, 8, 10)
-    # An untrained model predicts the last frame.
-    assert torch.equal(model(x)[0], x)
-    torch.nn.init.normal_(model.head.weight)
-    with torch.no_grad():
-        whole, _ = model(x)
-        first, state = model(x[:, :3])
-        second, _ = model(x[:, 3:], state)
-    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-4, atol=1e-5)
-
-
-def test_video_conv_gru_computes_its_equations():
-    layer, x, h = video.ConvGRU(3, 1), torch.randn(2, 1, 3, 5, 6), torch.randn(2, 3, 5, 6)
-    gates, new = layer.convs
-    update, reset = torch.sigmoid(gates(torch.cat([x[:, 0], h], 1))).split(3, 1)
-    candidate = torch.tanh(new(torch.cat([x[:, 0], reset * h], 1)))
-    out, (last,) = layer(x, [h])
-    torch.testing.assert_close((last, out[:, 0]), ((1 - update) * h + update * candidate, x[:, 0] + last))
 
 
 # long_signal.py
@@ -362,24 +318,3 @@ def test_unwritable_files_are_refused_before_the_training(tmp_path, option, monk
     refuses(TypeError, "", main, option, tmp_path / "a.png")
     assert [file.name for file in tmp_path.iterdir()] == ["folder.png"]
     assert refused("--plot", "a.xyz").startswith("--plot must end in one of .")
-
-
-def test_a_file_is_replaced_in_one_operation_also_through_a_link(tmp_path):
-    path, link = tmp_path / "file", tmp_path / "link"
-    path.write_bytes(b"old")
-    link.symlink_to(path)
-    # The old file is not written to: who has it open reads it to its end.
-    with path.open("rb") as reader:
-        common.write(link, b"new")
-        assert reader.read() == b"old"
-    assert link.is_symlink() and path.read_bytes() == b"new"
-
-
-def test_missing_packages_are_named(monkeypatch, tmp_path):
-    assert common.installed("torch", "") == Path(torch.__file__).parent
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    expected = "the package tensorboard is not installed; run `pip install tensorboard`, or omit --log"
-    assert refused("--log", tmp_path / "log") == expected
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert refusal(load, common.__file__).endswith('run `pip install ".[examples]"` in a clone of the repository')

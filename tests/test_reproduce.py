@@ -82,20 +82,6 @@ def test_the_word_problems(task, size):
             assert group[state] == tuple(objects)
 
 
-def test_accuracy_and_training():
-    """A model that copies its input is right; one that is trained becomes right."""
-
-    def sample(batch_size, generator):
-        tokens = torch.randint(4, (batch_size, 5), generator=generator)
-        return tokens, tokens[:, -2:]
-
-    torch.manual_seed(0)
-    model = common.build(common.LAYERS["minGRU"], 8, 1, 4, "cpu")
-    assert common.accuracy(model, sample, 100, 0) < 0.6
-    found = dict(common.training(model, sample, 60, 32, 0.05, 0))
-    assert list(found) == list(range(1, 61)) and found[60] > 0.95 and common.accuracy(model, sample, 100, 0) > 0.95
-
-
 def test_the_page_has_the_results():
     """Run python -m benchmarks.reproduce.page if this fails."""
     assert page.cell([0.5, 0.7, 0.9], 3) == "70.0 ± 20.0" and page.cell([0.5], 3) == "50.0 (n = 1)"

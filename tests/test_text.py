@@ -5,7 +5,6 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
 from common import Run
@@ -51,20 +50,6 @@ def test_encode_and_decode_undo_each_other(symbols):
     if symbols.unit == "byte":
         assert symbols.encode("a€\udcff").tolist() == [97, *"€".encode(), 255]
     assert symbols.unit != "sub-word" or len(symbols.encode("größer")) < 3
-
-
-def test_ngram_by_hand():
-    # ab twice, bc, cb, ba. Symbols before: of b two, of a and c one. P_1: b 1.5/4 + 1.5/4/3, a and c 0.5/4 + 1.5/4/3.
-    alphabet = text.Alphabet("abc")
-    model = text.NGram(alphabet.encode("abcbab").numpy(), 3, order=2)
-    found = model.probabilities(alphabet.encode("babb").numpy(), 0.5)
-    expected = [
-        0.5,
-        0.5 / 2 + 0.5 * 2 / 2 * 0.25,  # a after b: b is followed twice, by two symbols
-        1.5 / 2 + 0.5 * 1 / 2 * 0.5,  # b after a: twice, by one
-        0.5 * 2 / 2 * 0.5,  # b after b: never
-    ]
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("cell", ["mingru", "minlstm", "gru", "nn.GRU", "nn.LSTM"])

@@ -1,6 +1,5 @@
 """What is special in three programs of examples/, which test_programs.py runs: dates, irregular series and CartPole."""
 
-import copy
 import math
 import re
 from types import SimpleNamespace
@@ -110,17 +109,3 @@ def test_one_pass_equals_the_rollout(name):
     with torch.no_grad():
         _, other, _ = policy(data.x, state, torch.zeros_like(data.reset))
     assert torch.equal(other, value) == (name == "no memory")
-
-
-@pytest.mark.parametrize("name", cartpole.POLICIES)
-def test_a_player_goes_on_as_before(name):
-    torch.manual_seed(0)
-    policy, player = cartpole.Policy(name, 8), cartpole.Player(5, 0)
-    player.play(policy, 30)
-    saved, random_state = copy.deepcopy(player.state_dict()), torch.get_rng_state()
-    expected, *_ = player.play(policy, 60)
-    assert expected.reset.any(1).sum() > 5
-    other = cartpole.Player(5, 1)
-    other.load_state_dict(saved)
-    torch.set_rng_state(random_state)
-    assert_close(other.play(policy, 60)[0], expected, rtol=0, atol=0)
