@@ -245,13 +245,13 @@ README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_code_of_the_readme_runs():
-    (part,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, part = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     whole = (DOCS.parent / "tests" / "data" / "usage.txt").read_text()
     assert hashlib.sha256(whole.encode()).hexdigest() == ASKED_FOR
-    for code in (part, whole):
+    for code, name in ((first, "out"), (part, "out_par"), (whole, "out_par")):
         names = {}
         exec(compile(code, "README.md", "exec"), names)
-        assert names["out_par"].shape == (10, 128, 64)
+        assert names[name].shape == (10, 128, 64)
     assert set(part.splitlines()) <= set(whole.splitlines())
 
 
