@@ -15,6 +15,7 @@
 HIDDEN_NAMESPACE_BEGIN(mingru)
 
 using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
@@ -92,6 +93,11 @@ struct Call {
 // The message has the words of torch's allocator.
 inline void check_allocated(bool is_allocated, int64_t bytes) {
   STD_TORCH_CHECK(is_allocated, "mingru: can't allocate memory: you tried to allocate ", bytes, " bytes");
+}
+
+// It does not keep the data alive.
+inline Tensor view_of(const void* data, Sizes sizes, Sizes strides, const Tensor& like) {
+  return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, like.device(), like.scalar_type());
 }
 
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }

@@ -55,17 +55,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
   const Subnormals flushed(Subnormals::mode() | Subnormals::none);
   const Call call{"causal_conv_backward", tensors, bits, 0};
   ConvOperands operands(call, x, weight, bias, adds_x);
-  const Tensor grad_x = empty_as(x), grad_h = std::get<0>(operands.add_gradients(x, grad_out, grad_last));
+  const Tensor grad_x = empty_as(x), grad_h = operands.add_gradients(x, grad_out, grad_last)[0];
   operands.scan.grad_inputs[0] = operands.sequence(grad_x);
   Convolution& of = operands.of;
   of.bias = of.zeros;
-  Tensor sums = torch::stable::new_zeros(x, {of.kernel_size + 1, x.size(2)});
+  Tensor sums = zeros({of.kernel_size + 1, x.size(2)}, x);
   Scratch scratch;
   of.sums = scratch.at_least(of.num_tasks() * sums.numel() * x.element_size());
   convolve(of, true);
   add_rows({operands.scan.storage, of.sums, of.num_tasks(), sums.numel(), sums.data_ptr()});
-  const Tensor grad_bias = torch::stable::clone(torch::stable::select(sums, 0, of.kernel_size));
-  return {grad_x, torch::stable::narrow(sums, 0, 0, of.kernel_size), grad_bias, grad_h};
+  const Tensor grad_bias = torch::stable::clone(part_of(sums, of.kernel_size * x.size(2), {x.size(2)}));
+  return {grad_x, part_of(sums, 0, {of.kernel_size, x.size(2)}), grad_bias, grad_h};
 }
 
 }  // namespace

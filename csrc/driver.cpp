@@ -86,18 +86,14 @@ std::string environment_variable(const char* name) {
   return value ? value : "";
 }
 
-InstructionSet best_here() {
-  const std::string name = environment_variable("MINGRU_ISA");
-  InstructionSet best{};
-  for (const InstructionSet& set : sets_here()) {
-    if (name.empty() || name == set.name) best = set;
-  }
-  STD_TORCH_CHECK(best.name, "mingru: the kernels have no instruction set of this processor, or not that of MINGRU_ISA");
-  return best;
-}
-
 const InstructionSet& set_in_use() {
-  static const InstructionSet best = best_here();
+  static const InstructionSet best = [] {
+    const std::string name = environment_variable("MINGRU_ISA");
+    InstructionSet found{};
+    for (const InstructionSet& set : sets_here()) found = name.empty() || name == set.name ? set : found;
+    STD_TORCH_CHECK(found.name, "mingru: the kernels have no instruction set of this processor, or not that of MINGRU_ISA");
+    return found;
+  }();
   return best;
 }
 
@@ -264,8 +260,7 @@ void run_diagonal_blocks(const Scan& scan, const DiagonalBlocks& blocks, const P
     }
   };
   const int64_t tasks = ceil_div(batch, size) * blocks.count;
-  if (!blocks.is_wide()) return on_threads(tasks, least, run);
-  run(0, tasks);
+  blocks.is_wide() ? run(0, tasks) : on_threads(tasks, least, run);
 }
 
 void share_wide_block(

@@ -27,33 +27,28 @@ void set_product(const Tensor& out, const Tensor& left, const Tensor& right, con
   if (added) TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added->get(), left.get(), right.get(), 1, 1));
 }
 
-// A gradient that is a sum over the slices, in float32 or float64.
+// A gradient of a dtype that is a sum over the slices, in that of `like`, float32 or float64.
 class SumOfSlices {
  public:
-  SumOfSlices(const Tensor& like, int64_t rows, int64_t columns)
-      : dtype_(like.scalar_type()),
-        is_narrow_(like.element_size() < 4),
-        sum_(torch::stable::new_zeros(like, {rows, columns}, is_narrow_ ? ScalarType::Float : dtype_)) {}
+  SumOfSlices(ScalarType dtype, const Tensor& like, const std::vector<int64_t>& sizes)
+      : dtype_(dtype), sum_(zeros(sizes, like)) {}
 
   void add_product(const Tensor& left, const Tensor& right) {
-    if (!is_narrow_) return set_product(sum_, left, right, sum_);
+    if (sum_.scalar_type() == dtype_) return set_product(sum_, left, right, sum_);
     if (!part_) part_ = empty(sizes_of(sum_), left);
     set_product(*part_, left, right);
-    AtenTensorHandle sum;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_add_Tensor(sum_.get(), part_->get(), 1, &sum));
-    sum_ = Tensor(sum);
+    add_sum(matrix(part_->data_ptr(), 1, part_->numel(), left));
   }
 
   void add_sum(const Tensor& rows) {
     add_rows({storage_of(rows), rows.data_ptr(), rows.size(0), rows.size(1), sum_.data_ptr()});
   }
 
-  Tensor result() const { return is_narrow_ ? torch::stable::to(sum_, dtype_) : sum_; }
+  Tensor result() const { return sum_.scalar_type() == dtype_ ? sum_ : torch::stable::to(sum_, dtype_); }
 
  private:
   const ScalarType dtype_;
-  const bool is_narrow_;
-  Tensor sum_;
+  const Tensor sum_;
   MaybeTensor part_;
 };
 
@@ -133,16 +128,14 @@ Tensor multiply(const Tensor& left, const Tensor& right, const MaybeTensor& adde
   return out;
 }
 
-// Returns the gradients of x, weight and bias (empty if not needed), h, initial_state, dt (for each group of features), and
-// of the recurrent weights and their bias.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
+// Returns the gradients of `add_gradients`, and those that are needed of the recurrent weights and their bias, and of x,
+// weight and bias.
+Tensors linear_recurrence_backward(
     const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const Tensors& tensors, const Tensor& states,
     const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t bits, double min_decay,
     double eps) {
   const Subnormals flushed(Subnormals::mode() | Subnormals::none);
   const Call call{"linear_recurrence_backward", tensors, bits, min_decay};
-  const bool needs_x = call.has(Flag::needs_x), needs_weight = call.has(Flag::needs_weight);
-  const bool needs_bias = call.has(Flag::needs_bias);
   LinearOperands operands(call, x, weight, bias, eps);
   const int64_t columns = operands.num_columns, features = operands.num_features;
   STD_TORCH_CHECK(
@@ -157,10 +150,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     values = *linear_recurrence({call.name, tensors, bits | bit(Flag::keep), min_decay}, x, weight, bias, eps).kept;
   }
   char* kept = values.numel() > 0 ? data_of<char>(values) : nullptr;
-  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(states, grad_out, grad_last);
-  Tensor grad_x = needs_x ? operands.empty_like_x() : empty({0}, x);
-  if (needs_x) operands.clear_padding(grad_x);
-  SumOfSlices grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
+  Tensors found = operands.add_gradients(states, grad_out, grad_last);
+  MaybeTensor grad_x;
+  std::optional<SumOfSlices> grad_weight, grad_bias;
+  if (call.has(Flag::needs_x)) operands.clear_padding(grad_x.emplace(operands.empty_like_x()));
+  if (call.has(Flag::needs_weight)) grad_weight.emplace(x.scalar_type(), operands.h, std::vector{columns, features});
+  if (call.has(Flag::needs_bias)) grad_bias.emplace(x.scalar_type(), operands.h, std::vector{columns});
   Scan& scan = operands.scan;
   Scratch grads_scratch;
   for (const Slice& slice : operands.slices(true)) {
@@ -170,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
       operands.run_part(slice.part, true);
       continue;
     }
-    const void* rows = !kept || needs_weight || operands.has_norm ? operands.rows_of(slice) : nullptr;
+    const void* rows = !kept || grad_weight || operands.has_norm ? operands.rows_of(slice) : nullptr;
     char* pre = operands.pre_activations_of(slice, kept);
     if (!kept) operands.map(pre, rows, slice);
     operands.set_inputs(scan.inputs, pre, slice);
@@ -179,26 +174,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
       operands.set_inputs(scan.grad_inputs, static_cast<char*>(grads), slice);
       operands.run_part(slice.part, true);
     };
-    if (!weight && needs_x) {
-      operands.set_grad_rows(slice, grad_x, run);
+    if (!weight && grad_x) {
+      operands.set_grad_rows(slice, *grad_x, run);
       continue;
     }
     void* to = grads_scratch.at_least(operands.bytes_of_columns(count));
     run(to);
 
     const Tensor grads = matrix(to, count, columns, x);
-    if (needs_x) {
-      operands.set_grad_rows(slice, grad_x, [&](void* grad_rows) {
+    if (grad_x) {
+      operands.set_grad_rows(slice, *grad_x, [&](void* grad_rows) {
         set_product(matrix(grad_rows, count, features, x), grads, operands.weight);
         operands.undo_norm(slice, grad_rows);
       });
     }
-    if (needs_weight) grad_weight.add_product(transposed(grads), matrix(rows, count, features, x));
-    if (needs_bias) grad_bias.add_sum(grads);
+    if (grad_weight) grad_weight->add_product(transposed(grads), matrix(rows, count, features, x));
+    if (grad_bias) grad_bias->add_sum(grads);
   }
-  auto [grad_recurrent, grad_recurrent_bias] = operands.grads_of_recurrent();
-  return {grad_x, grad_weight.result(), grad_bias.result(), grad_h, grad_initial_state,
-          grads_of_dt, grad_recurrent, grad_recurrent_bias};
+  operands.add_recurrent(found);
+  if (grad_x) found.push_back(*grad_x);
+  if (grad_weight) found.push_back(grad_weight->result());
+  if (grad_bias) found.push_back(grad_bias->result());
+  return found;
 }
 
 }  // namespace
@@ -211,5 +208,4 @@ MINGRU_OPERATOR(
 MINGRU_OPERATOR(
     linear_recurrence_backward, CPU,
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor[] call, Tensor states, Tensor pre_activations, Tensor grad_out, "
-    "Tensor grad_last, int bits, float min_decay, float eps=0) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+    "Tensor grad_last, int bits, float min_decay, float eps=0) -> Tensor[]")

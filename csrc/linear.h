@@ -7,12 +7,6 @@
 
 HIDDEN_NAMESPACE_BEGIN(mingru)
 
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-
-inline Tensor view_of(const void* data, Sizes sizes, Sizes strides, const Tensor& like) {
-  return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, like.device(), like.scalar_type());
-}
-
 // Rows that are next to each other.
 inline Tensor matrix(const void* data, int64_t rows, int64_t columns, const Tensor& like) {
   return view_of(data, {rows, columns}, {columns, 1}, like);

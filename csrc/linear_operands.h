@@ -79,9 +79,9 @@ class LinearOperands : public Operands {
     return true;
   }
 
-  // The gradients of the recurrent weights and their bias; empty without them.
-  std::tuple<Tensor, Tensor> grads_of_recurrent() const {
-    return recurrent_ ? recurrent_->gradients() : std::tuple{empty({0}, h), empty({0}, h)};
+  // Appends the gradients of the recurrent weights and their bias, if they are needed.
+  void add_recurrent(Tensors& grads) const {
+    if (recurrent_) recurrent_->add_gradients(grads);
   }
 
   int64_t num_rows() const { return row_offsets_.empty() ? x_.numel() / num_features : row_offsets_.back(); }

@@ -5,10 +5,6 @@ namespace {
 
 using namespace mingru;
 
-void add_inputs(Operands& operands, const Tensors& inputs) {
-  for (size_t k = 0; k < inputs.size(); ++k) operands.scan.inputs[k] = operands.readable(inputs[k]);
-}
-
 int64_t num_features(const Call& call, const Tensors& inputs) {
   const int64_t count = call.traits().num_inputs;
   STD_TORCH_CHECK(
@@ -26,7 +22,7 @@ std::tuple<Tensor, Tensor> recurrence_forward(
   const Call call{"recurrence_forward", tensors, bits, min_decay};
   const int64_t features = num_features(call, inputs);
   Operands operands(call, inputs[0], features);
-  add_inputs(operands, inputs);
+  for (size_t k = 0; k < inputs.size(); ++k) operands.scan.inputs[k] = operands.readable(inputs[k]);
   Tensor out = empty_as(inputs[0]), last = empty_as(operands.h);
   operands.scan.out = operands.sequence(out);
   operands.scan.last = last.data_ptr();
@@ -34,23 +30,22 @@ std::tuple<Tensor, Tensor> recurrence_forward(
   return {out, last};
 }
 
-// Returns the gradients of the inputs, concatenated to num_inputs N features, of h, of initial_state and of dt (for each
-// group of features).
-std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
+// Returns the gradients of `add_gradients`, and those of the inputs, concatenated to num_inputs N features.
+Tensors recurrence_backward(
     const Tensors& inputs, const Tensors& tensors, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last,
     int64_t bits, double min_decay) {
   const Subnormals flushed(Subnormals::mode() | Subnormals::none);
   const Call call{"recurrence_backward", tensors, bits, min_decay};
   const int64_t features = num_features(call, inputs), count = static_cast<int64_t>(inputs.size());
   Operands operands(call, inputs[0], features);
-  add_inputs(operands, inputs);
-  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(out, grad_out, grad_last);
-  Tensor grads = empty(operands.sizes(count * features), inputs[0]);
+  Tensors grads = operands.add_gradients(out, grad_out, grad_last);
+  grads.push_back(empty(operands.sizes(count * features), inputs[0]));
   for (int64_t k = 0; k < count; ++k) {
-    operands.scan.grad_inputs[k] = operands.sequence(torch::stable::narrow(grads, -1, k * features, features));
+    operands.scan.inputs[k] = operands.readable(inputs[k]);
+    operands.scan.grad_inputs[k] = operands.sequence(torch::stable::narrow(grads.back(), -1, k * features, features));
   }
   run_scan(operands.scan, operands.whole(), true);
-  return {grads, grad_h, grad_initial_state, grads_of_dt};
+  return grads;
 }
 
 }  // namespace
@@ -60,4 +55,4 @@ MINGRU_OPERATOR(
 MINGRU_OPERATOR(
     recurrence_backward, CPU,
     "(Tensor[] inputs, Tensor[] call, Tensor out, Tensor grad_out, Tensor grad_last, int bits, float min_decay) -> "
-    "(Tensor, Tensor, Tensor, Tensor)")
+    "Tensor[]")

@@ -82,27 +82,26 @@ class RecurrentWeights {
     if (is_backward && !is_step && !blocks_.transposed) blocks_.transposed = packed(transposed_, scan, true);
     if (is_backward && needs_gradients_ && !totals_) {
       const int64_t rows = blocks_.num_gates * blocks_.padded + 1;
-      totals_ = torch::stable::new_zeros(h_, {blocks_.num_totals(scan.num_batch), blocks_.count, rows, blocks_.padded});
+      totals_ = zeros({blocks_.num_totals(scan.num_batch), blocks_.count, rows, blocks_.padded}, h_);
       blocks_.totals = totals_->data_ptr();
     }
     run_diagonal_blocks(scan, blocks_, part, is_backward);
   }
 
-  // The gradients of weight and bias, empty if not needed.
-  std::tuple<Tensor, Tensor> gradients() const {
-    if (!totals_) return {empty({0}, h_), empty({0}, h_)};
+  // Appends the gradients of weight and bias, if they are needed.
+  void add_gradients(Tensors& grads) const {
+    if (!totals_) return;
     const int64_t size = blocks_.size, own = size / merged_, padded = blocks_.padded, rows = blocks_.num_gates * padded + 1;
-    const std::vector<int64_t> groups = {0};
-    const Tensor sum = totals_->size(0) > 1 ? torch::stable::sum(*totals_, groups) : torch::stable::select(*totals_, 0, 0);
+    const Tensor sum = totals_->size(0) > 1 ? torch::stable::sum(*totals_, std::vector<int64_t>{0}) : *totals_;
     for (int64_t i = 0; blocks_.tiles && i < blocks_.count; ++i) {
       // Those of products of bfloat16 are transposed.
       float* const own = data_of<float>(sum) + i * rows * padded;
       const Tensor part = as_contiguous(view_of(own, {rows - 1, padded}, {1, rows - 1}, h_));
       std::memcpy(own, part.data_ptr(), part.numel() * sizeof(float));
     }
-    Tensor first = torch::stable::select(sum, 0, 0), of_weight = torch::stable::narrow(first, 0, 0, rows - 1);
-    const Tensor of_bias = empty({num_features_}, h_);
-    if (num_features_ > own || padded > size) of_weight = empty({blocks_.num_gates * num_features_, own}, h_);
+    const bool is_copied = num_features_ > own || padded > size;
+    const std::vector<int64_t> sizes = {blocks_.num_gates * num_features_, own};
+    const Tensor of_bias = empty({num_features_}, h_), of_weight = is_copied ? empty(sizes, h_) : part_of(sum, 0, sizes);
     const auto copy = [&](const Tensor& to, int64_t index, int64_t from, int64_t count) {
       const int64_t bytes = h_.element_size();
       std::memcpy(data_of<char>(to) + index * bytes, data_of<char>(sum) + from * bytes, count * bytes);
@@ -111,10 +110,10 @@ class RecurrentWeights {
       const int64_t block = i / (blocks_.num_gates * size), gate = i / size % blocks_.num_gates, row = i % size;
       const int64_t first = block * rows * padded, of_gate = first + (gate * padded + row) * padded;
       if (row == 0) copy(of_bias, block * size, first + (rows - 1) * padded, size);
-      if (of_weight.data_ptr() == sum.data_ptr()) continue;
+      if (!is_copied) continue;
       copy(of_weight, (gate * num_features_ + block * size + row) * own, of_gate + row / own * own, own);
     }
-    return {of_weight, of_bias};
+    grads.insert(grads.end(), {of_weight, of_bias});
   }
 
  private:

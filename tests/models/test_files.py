@@ -175,7 +175,7 @@ DAMAGES = {
         "(No such file or directory: ",
     ),
     "an empty config": (write("config.json", b""), "(Expecting value"),
-    "a nested config": (write("config.json", b"[" * 200_000), "(maximum recursion depth exceeded"),
+    "a nested config": (write("config.json", b"[" * 200_000), "while decoding a JSON array"),
     "a list as config": (write("config.json", b"[1, 2]"), "(config.json is of something else"),
     "the config of a block": (set_option(model="Block"), "(config.json is of something else"),
     "a missing option": (edited(lambda config: config.pop("dims")), "(LanguageModel: missing a required argument"),

@@ -66,31 +66,27 @@ def _register_shapes() -> None:
     def rows_of(x: Tensor, weight: Tensor | None) -> int:
         return x.shape[-1] if weight is None else weight.shape[0]
 
-    def of_context(call: list[Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    def of_context(call: list[Tensor], bits: int) -> list[Tensor]:
         h, has_reset = call[0], flag(bits, "has_reset")
         # Each cell of a mixture has its own groups.
         count = 2 if bits & 0xFF in map(CELL_NUMBERS.get, MIXTURES) else 1
         num_groups = count * ((h.shape[2:].numel() // count + _GROUP - 1) // _GROUP)
-        needs_dt = flag(bits, "has_dt") and flag(bits, "needs_dt")
-        # The elapsed times come after two states and the resets.
-        shape_of_dt = (*call[2 + has_reset].shape, num_groups) if needs_dt else (0,)
-        return h.new_empty(h.shape), h.new_empty(h.shape if has_reset else 0), h.new_empty(shape_of_dt)
-
-    def of_recurrent(call: list[Tensor], bits: int) -> States:
-        h = call[0]
-        if not flag(bits, "has_recurrent") or not flag(bits, "needs_recurrent"):
-            return h.new_empty(0), h.new_empty(0)
-        # The weights come after two states, the resets and the elapsed times.
-        weight = call[2 + flag(bits, "has_reset") + flag(bits, "has_dt")]
-        return weight.new_empty(weight.shape), h.new_empty(h.shape[-1])
+        shapes = [h.shape] * (1 + has_reset)
+        if flag(bits, "has_dt") and flag(bits, "needs_dt"):
+            # The elapsed times come after two states and the resets.
+            shapes.append(torch.Size((*call[2 + has_reset].shape, num_groups)))
+        if flag(bits, "has_recurrent") and flag(bits, "needs_recurrent"):
+            # The weights come after the elapsed times.
+            shapes += [call[2 + has_reset + flag(bits, "has_dt")].shape, h.shape[-1:]]
+        return [h.new_empty(shape) for shape in shapes]
 
     def recurrence_forward(inputs: list[Tensor], call: list[Tensor], bits: int, min_decay: float) -> States:
         return inputs[0].new_empty(inputs[0].shape), call[0].new_empty(call[0].shape)
 
-    def recurrence_backward(inputs: list[Tensor], call: list[Tensor], out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def recurrence_backward(inputs: list[Tensor], call: list[Tensor], out: Tensor, *rest: Any) -> list[Tensor]:
         num_leading = 1 if flag(rest[2], "has_batch_sizes") else 2
         num_grads = len(inputs) * out.shape[num_leading:].numel()
-        return out.new_empty(*out.shape[:num_leading], num_grads), *of_context(call, rest[2])
+        return [*of_context(call, rest[2]), out.new_empty(*out.shape[:num_leading], num_grads)]
 
     def linear_recurrence_forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, call: list[Tensor], bits: int, *numbers: float
@@ -104,14 +100,14 @@ def _register_shapes() -> None:
 
     def linear_recurrence_backward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, call: list[Tensor], *rest: Any
-    ) -> tuple[Tensor, ...]:
-        bits = rest[4]
-        grad_x = x.new_empty(x.shape if flag(bits, "needs_x") else 0)
-        if flag(bits, "needs_x") and is_transposed(x):
-            grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
-        grad_weight = x.new_empty(rows_of(x, weight) if flag(bits, "needs_weight") else 0, x.shape[-1])
-        grad_bias = x.new_empty(1 if flag(bits, "needs_bias") else 0, rows_of(x, weight))
-        return grad_x, grad_weight, grad_bias, *of_context(call, bits), *of_recurrent(call, bits)
+    ) -> list[Tensor]:
+        bits, grads = rest[4], of_context(call, rest[4])
+        if flag(bits, "needs_x"):
+            order = (0, 1) if is_transposed(x) else (0, 0)
+            grads.append(x.new_empty(x.transpose(*order).shape).transpose(*order))
+        if flag(bits, "needs_weight"):
+            grads.append(x.new_empty(rows_of(x, weight), x.shape[-1]))
+        return [*grads, x.new_empty(rows_of(x, weight))] if flag(bits, "needs_bias") else grads
 
     def causal_conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any) -> States:
         return x.new_empty(x.shape), call[0].new_empty(call[0].shape)
@@ -256,10 +252,10 @@ def _backward(spec: Spec, given: Given, time_first: bool, saved: Given, needs: S
     inputs, needs_dt, (states, _, grad_out, grad_last) = [*given[FIRST_INPUT:]], needs[3], saved
     tensors, bits, min_decay = arguments(spec, given, time_first, None, [needs_dt])
     rest = grad_out, as_dtype(grad_last, tensors[0].dtype), bits, min_decay
-    grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(inputs, tensors, states, *rest)
+    *found, grads = torch.ops.mingru.recurrence_backward(inputs, tensors, states, *rest)
     parts = map(Tensor.view_as, grads.chunk(len(inputs), -1), inputs)
-    of_context = grads_of_context(given, of_states, grads_of_dt.sum(-1) if needs_dt else None)
-    return *of_context, *parts
+    *of_states, of_dt = _in_places(found, True, given[2] is not None, needs_dt)
+    return *grads_of_context(given, of_states, None if of_dt is None else of_dt.sum(-1)), *parts
 
 
 def _linear_forward(spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
@@ -272,12 +268,19 @@ def _linear_backward(spec: Spec, given: Given, time_first: bool, saved: Given, n
     wanted = [needs[3], needs[4] or needs[5], *needs[FIRST_INPUT:]]
     tensors, bits, min_decay = arguments(spec, given, time_first, None, wanted)
     states, kept, grad_out, grad_last = saved
-    rest = as_dtype(grad_last, tensors[0].dtype), bits, min_decay, spec.eps
-    results = torch.ops.mingru.linear_recurrence_backward(*given[FIRST_INPUT:], tensors, states, kept, grad_out, *rest)
-    grad_x, grad_weight, grad_bias, *of_states, grads_of_dt, of_recurrent, of_bias = results
-    of_context = grads_of_context(given, of_states, grads_of_dt.sum(-1) if needs[3] else None)
-    grads = *of_context[:4], of_recurrent, of_bias, *of_context[6:], grad_x, grad_weight, grad_bias.squeeze(0)
+    all_of = *given[FIRST_INPUT:], tensors, states, kept, grad_out, as_dtype(grad_last, tensors[0].dtype)
+    found = torch.ops.mingru.linear_recurrence_backward(*all_of, bits, min_decay, spec.eps)
+    has = True, given[2] is not None, needs[3], *[wanted[1]] * 2, *needs[FIRST_INPUT:]
+    of_h, of_initial, of_dt, of_recurrent, of_bias, *of_map = _in_places(found, *has)
+    of_context = grads_of_context(given, (of_h, of_initial), None if of_dt is None else of_dt.sum(-1))
+    grads = *of_context[:4], of_recurrent, of_bias, *of_context[6:], *of_map
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def _in_places(found: list[Tensor], *has: bool) -> list[Tensor | None]:
+    """Return the gradients that an operator has found, with None in the places of those that it has not."""
+    rest = iter(found)
+    return [next(rest) if each else None for each in has]
 
 
 _CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, "gru", "lstm")]
